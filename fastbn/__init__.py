@@ -1,0 +1,29 @@
+"""Batch normalization for PyTorch in fused Triton kernels."""
+
+from .backend import get_backend, set_backend, use_backend
+from .explain import explain
+from .functional import batch_norm
+from .modules import (
+    FusedBatchNorm1d,
+    FusedBatchNorm2d,
+    FusedBatchNorm3d,
+    FusedBatchNormAct1d,
+    FusedBatchNormAct2d,
+    FusedBatchNormAct3d,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FusedBatchNorm1d",
+    "FusedBatchNorm2d",
+    "FusedBatchNorm3d",
+    "FusedBatchNormAct1d",
+    "FusedBatchNormAct2d",
+    "FusedBatchNormAct3d",
+    "batch_norm",
+    "explain",
+    "get_backend",
+    "set_backend",
+    "use_backend",
+]

@@ -1,0 +1,142 @@
+"""The `torch.autograd.Function` around the operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .kernels.plan import MASK_BITS
+from .layout import memory_format, sizes
+
+# Activations whose derivative is the sign's: with a residual one bit is saved.
+SIGN_ACTIVATIONS = ("relu", "leaky_relu")
+
+
+def saved_for(activation: str, residual: bool) -> str | None:
+    """What the backward needs besides input, statistics and parameters."""
+    if not residual or activation == "none":
+        return None
+    return "mask" if activation in SIGN_ACTIVATIONS else "residual"
+
+
+def forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str,
+    param: float,
+    save_mask: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, mean, rstd (the variance if not training) and packed mask."""
+    if training:
+        return ops.forward_train(
+            input, residual, weight, bias, running_mean, running_var, num_batches_tracked,
+            momentum, eps, activation, param, save_mask,
+        )  # fmt: skip
+    output, mask = ops.forward_eval(
+        input, residual, weight, bias, running_mean, running_var, eps, activation, param, save_mask
+    )
+    return output, running_mean, running_var, mask
+
+
+class BatchNorm(torch.autograd.Function):
+    """Batch norm, residual and activation, with the kernels' gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        input, weight, bias, residual, *_, training, momentum, eps, activation, param = args
+        saved = saved_for(activation, residual is not None)
+        output, mean, rstd, mask = forward(*args, save_mask=saved == "mask")
+        ctx.save_for_backward(
+            input, weight, bias, residual if saved == "residual" else None, mask, mean, rstd
+        )
+        ctx.frozen, ctx.eps, ctx.activation, ctx.param = not training, eps, activation, param
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = _differentiable_backward(ctx, grad_output)
+        else:
+            grads = _backward(ctx, grad_output)
+        return (*grads, *[None] * 8)
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of input, weight, bias and residual, each where asked for."""
+    input, weight, bias, residual, mask, mean, rstd = ctx.saved_tensors
+    want_dx, want_dw, want_db, want_dr = ctx.needs_input_grad[:4]
+    # With no activation the residual's gradient is the output's: no copy.
+    compute_dr = want_dr and ctx.activation != "none"
+    dx, dw, db, dr = ops.backward(
+        grad_output, input, residual, mask, weight, bias, mean, rstd, ctx.eps, ctx.activation,
+        ctx.param, ctx.frozen, [want_dx, want_dw, want_db, compute_dr],
+    )  # fmt: skip
+    return (
+        dx if want_dx else None,
+        dw if want_dw else None,
+        db if want_db else None,
+        dr if compute_dr else grad_output if want_dr else None,
+    )
+
+
+def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """The same gradients through the reference, for second derivatives (`create_graph`)."""
+    input, weight, bias, residual, mask, mean, rstd = ctx.saved_tensors
+    statistics = (mean, rstd) if ctx.frozen else (None, None)
+
+    def normalised(activation: str, residual: Tensor | None) -> Tensor:
+        return reference.batch_norm(
+            input, *statistics, weight, bias, not ctx.frozen, 0.0, ctx.eps, activation, ctx.param,
+            residual,
+        )  # fmt: skip
+
+    if mask.numel():
+        # The residual was not kept, but where the argument is positive was,
+        # and that is all that the derivatives depend on.
+        slope = ctx.param if ctx.activation == "leaky_relu" else 0.0
+        grad_residual = torch.where(_unpack(mask, input), grad_output, grad_output * slope)
+        output, grad_output = normalised("none", None), grad_residual
+    elif ctx.needs_input_grad[3] and residual is None:
+        grad_residual = grad_output
+        output = normalised(ctx.activation, None)
+    else:
+        grad_residual = None
+        output = normalised(ctx.activation, residual)
+
+    inputs = (input, weight, bias, residual)
+    wanted = [needed and t is not None for needed, t in zip(ctx.needs_input_grad, inputs)]
+    grads = iter(
+        torch.autograd.grad(
+            output,
+            [t for t, needed in zip(inputs, wanted) if needed],
+            grad_output,
+            create_graph=True,
+        )
+        if any(wanted)
+        else ()
+    )
+    dx, dw, db, dr = (next(grads) if needed else None for needed in wanted)
+    return dx, dw, db, grad_residual if ctx.needs_input_grad[3] and dr is None else dr
+
+
+def _unpack(mask: Tensor, x: Tensor) -> Tensor:
+    """The packed mask as booleans of the shape of `x`."""
+    format = memory_format(x)
+    n, c, s = sizes(x, format)
+    rows, length = (n, c) if s == 1 else (n * c, s)
+    bits = mask.view(rows, -1, 1) >> torch.arange(MASK_BITS, device=mask.device)
+    bits = (bits & 1).bool().flatten(1)[:, :length]
+    if format == torch.contiguous_format:
+        return bits.reshape(x.shape)
+    return bits.reshape(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)

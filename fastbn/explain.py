@@ -1,0 +1,116 @@
+"""`explain`: what fastbn would do with an input, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn as nn
+from torch import Tensor
+
+from . import backend
+from .modules import fused_activation
+
+if backend.HAS_TRITON:
+    from .autograd import saved_for
+    from .kernels.plan import Plan, make_plan
+    from .launch import device_facts
+    from .ops import make_problem
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; `print` it for plain words.
+
+    Attributes:
+        backend: "triton" or "torch".
+        reason: why that backend.
+        plan: all launch decisions; None if PyTorch serves the call.
+        device: name of the device planned for.
+        forward_bytes, backward_bytes: device memory read and written.
+        forward_seconds, backward_seconds: those bytes at the device's
+            bandwidth; None where that is unknown.
+    """
+
+    backend: str
+    reason: str
+    plan: Plan | None = None
+    device: str | None = None
+    forward_bytes: int | None = None
+    backward_bytes: int | None = None
+    forward_seconds: float | None = None
+    backward_seconds: float | None = None
+
+    def __str__(self) -> str:
+        if self.plan is None:
+            return f"PyTorch's own batch norm serves this call: {self.reason}."
+        plan = self.plan
+        n, c, s = plan.problem.n, plan.problem.c, plan.problem.s
+        lines = [
+            f"Triton kernels serve this call: {self.reason}.",
+            f"Input:    {plan.problem.layout}, seen as (N, C, S) = ({n}, {c}, {s});"
+            f" {plan.access_bytes}-byte accesses.",
+            f"Strategy: {plan.strategy} on {self.device}.",
+        ]
+        for name, reduce, launches, units, bytes, seconds in (
+            (
+                "Forward: ", plan.forward_reduce, plan.forward_launches, plan.forward_units,
+                self.forward_bytes, self.forward_seconds,
+            ),
+            (
+                "Backward:", plan.backward_reduce, plan.backward_launches, plan.backward_units,
+                self.backward_bytes, self.backward_seconds,
+            ),
+        ):  # fmt: skip
+            time = "" if seconds is None else f", at least {seconds * 1e6:.1f} us"
+            lines.append(
+                f"{name} {launches} launch{'es' if launches > 1 else ''},"
+                f" {units:g} units of traffic = {bytes / 1e6:.2f} MB{time};"
+                f" tiles of {reduce.tile.n} x {reduce.tile.c} x {reduce.tile.s},"
+                f" {reduce.splits} programs to a channel block."
+            )
+        return "\n".join(lines)
+
+
+def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = None) -> Explanation:
+    """Says which backend would serve a call, how, and what traffic it costs.
+
+    Args:
+        module: a fused module, of which mode, activation and parameters count;
+            None for a plain batch norm in training.
+        input: the tensor it would get; shape (N, C) or (N, C, ...).
+        residual: the tensor it would add, if any.
+
+    Returns:
+        A dataclass that prints as plain words. Bytes count each tensor of the
+        input's size once for every time that it is read or written, statistics
+        and parameters not at all.
+    """
+    chosen = backend.get_backend()
+    if chosen == "torch":
+        return Explanation("torch", "the backend is set to 'torch'")
+    tensors: list[Tensor | None] = [None] * 5
+    training, activation = True, "none"
+    if module is not None:
+        tensors = [
+            module.weight, module.bias, module.running_mean, module.running_var,
+            module.num_batches_tracked,
+        ]  # fmt: skip
+        training = module.training or module.running_mean is None
+        activation = fused_activation(module)[0]
+    reason = backend.unserved(input, *tensors, residual)
+    if reason is not None:
+        return Explanation("torch", reason)
+
+    saves = saved_for(activation, residual is not None)
+    device = device_facts(input.device)
+    plan = make_plan(make_problem(input, training, residual is not None, saves), device)
+    unit = plan.problem.tensor_bytes
+    forward, backward = round(plan.forward_units * unit), round(plan.backward_units * unit)
+
+    def seconds(bytes: int) -> float | None:
+        return None if device.bandwidth is None else bytes / device.bandwidth
+
+    return Explanation(
+        "triton", f"{device.name} runs them", plan, device.name,
+        forward, backward, seconds(forward), seconds(backward),
+    )  # fmt: skip

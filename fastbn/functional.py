@@ -1,0 +1,167 @@
+"""`batch_norm`: `torch.nn.functional.batch_norm` with activation and residual."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backend, reference
+
+if backend.HAS_TRITON:
+    from . import autograd
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    activation_param: float | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """activation((input - mean) / sqrt(var + eps) * weight + bias + residual).
+
+    As `torch.nn.functional.batch_norm` (Ioffe and Szegedy, 2015), in as few
+    passes over memory as can be.
+
+    Args:
+        input: shape (N, C) or (N, C, ...), of dtype float16, bfloat16, float32
+            or float64.
+        running_mean, running_var: shape (C,). In training they are updated in
+            place, the variance with the unbiased one of the batch; otherwise
+            they are the statistics used. None: not tracked.
+        weight, bias: shape (C,); None is 1 and 0. Parameters and statistics
+            are of the input's dtype, or float32 with a half-precision input.
+        training: use the batch's own mean and (biased) variance.
+        momentum: running <- (1 - momentum) * running + momentum * batch.
+        eps: added to the variance.
+        activation: None, or one of "relu", "leaky_relu", "silu", "gelu",
+            "gelu_tanh", "hardswish", "relu6", "elu", "sigmoid", "tanh".
+        activation_param: negative slope of "leaky_relu" (default 0.01), alpha
+            of "elu" (default 1.0); the others take none.
+        residual: added before the activation; the input's shape.
+
+    Returns:
+        A tensor of the input's shape, dtype and memory format.
+
+    Raises:
+        ValueError: an unknown activation, a parameter for one that takes none,
+            a residual of another shape, one value per channel in training.
+        RuntimeError: sizes or dtypes that PyTorch's batch norm refuses.
+    """
+    return tracked_batch_norm(
+        input, running_mean, running_var, None, weight, bias, training, momentum, eps,
+        activation, activation_param, residual,
+    )  # fmt: skip
+
+
+def tracked_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str | None = None,
+    activation_param: float | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`batch_norm` that also counts batches: what the modules call.
+
+    Args:
+        num_batches_tracked: int64 scalar, incremented in training, or None.
+        momentum: None for the cumulative average over the batches counted.
+    """
+    activation, param = _checked_activation(activation, activation_param)
+    if residual is not None and residual.shape != input.shape:
+        raise ValueError(
+            f"residual must have the input's shape {tuple(input.shape)},"
+            f" but got {tuple(residual.shape)}"
+        )
+    statistics = (running_mean, running_var)
+    if _goes_to_kernels(
+        input, *statistics, num_batches_tracked, weight, bias, training, momentum, eps, residual
+    ):
+        args = (
+            input, weight, bias, residual, *statistics, num_batches_tracked, training, momentum,
+            eps, activation, param,
+        )  # fmt: skip
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4]):
+            return autograd.BatchNorm.apply(*args)
+        return autograd.forward(*args)[0]
+
+    # Nothing is written before PyTorch has accepted the call: the counter follows it.
+    if momentum is None and num_batches_tracked is not None:
+        momentum = 1.0 / (float(num_batches_tracked) + 1.0)
+    output = F.batch_norm(input, *statistics, weight, bias, training, momentum, eps)
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if residual is not None:
+        output = output + residual
+    return reference.ACTIVATIONS[activation](output, param)
+
+
+def _checked_activation(name: str | None, param: float | None) -> tuple[str, float]:
+    if name is None:
+        name = "none"
+    if name not in reference.ACTIVATIONS:
+        raise ValueError(
+            f"activation must be None or one of {', '.join(reference.ACTIVATIONS)},"
+            f" but got {name!r}"
+        )
+    default = reference.DEFAULT_PARAMS.get(name)
+    if param is None:
+        return name, 0.0 if default is None else default
+    if default is None:
+        raise ValueError(f"activation_param must be None for activation {name!r}, but got {param}")
+    return name, float(param)
+
+
+def _goes_to_kernels(
+    input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps,
+    residual,
+) -> bool:  # fmt: skip
+    """Whether the kernels take a call; PyTorch gets the others, to serve or to refuse."""
+    chosen = backend.get_backend()
+    if chosen == "torch" or backend.transformed():
+        return False
+    statistics = (running_mean, running_var)
+    if not _well_formed(
+        input, *statistics, num_batches_tracked, weight, bias, training, momentum, eps
+    ):
+        return False
+    reason = backend.unserved(input, weight, bias, *statistics, num_batches_tracked, residual)
+    if reason is None:
+        return True
+    if chosen == "triton":
+        raise RuntimeError(f"backend 'triton' can't serve this call because {reason}")
+    if input.device.type in ("cuda", "xpu") and input.numel() and not torch.compiler.is_compiling():
+        backend.warn_slow(reason)
+    return False
+
+
+def _well_formed(
+    input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps
+) -> bool:
+    """Whether PyTorch would accept the sizes and numbers of a call."""
+    if input.dim() < 2 or (running_mean is None) != (running_var is None):
+        return False
+    channels = input.shape[1]
+    if any(
+        t is not None and t.numel() != channels for t in (running_mean, running_var, weight, bias)
+    ):
+        return False
+    if training:
+        known_momentum = momentum is not None or num_batches_tracked is not None
+        return eps > 0 and known_momentum and input.numel() != channels
+    return eps >= 0 and running_mean is not None

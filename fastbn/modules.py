@@ -1,0 +1,177 @@
+"""Drop-in modules for `nn.BatchNorm1d/2d/3d`, and their forms with an activation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn as nn
+from torch import Tensor
+
+from .functional import tracked_batch_norm
+
+
+class _Fused:
+    """`forward` of the drop-in modules, over one of `nn.BatchNorm*d`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._normalise(input)
+
+    def _normalise(
+        self,
+        input: Tensor,
+        activation: str | None = None,
+        activation_param: float | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        self._check_input_dim(input)
+        tracking = self.training and self.track_running_stats
+        # In training, statistics that are not tracked are not to be written.
+        uses_statistics = not self.training or self.track_running_stats
+        running_mean = self.running_mean if uses_statistics else None
+        running_var = self.running_var if uses_statistics else None
+        counter = self.num_batches_tracked if tracking else None
+        training = self.training or (self.running_mean is None and self.running_var is None)
+        momentum = self.momentum
+        if momentum is None and counter is None:
+            momentum = 0.0
+        return tracked_batch_norm(
+            input, running_mean, running_var, counter, self.weight, self.bias, training, momentum,
+            self.eps, activation, activation_param, residual,
+        )  # fmt: skip
+
+
+class FusedBatchNorm1d(_Fused, nn.BatchNorm1d):
+    """`nn.BatchNorm1d` in fused kernels: input (N, C) or (N, C, L).
+
+    Constructor, parameters, buffers, `state_dict` and results are those of
+    `nn.BatchNorm1d`.
+    """
+
+
+class FusedBatchNorm2d(_Fused, nn.BatchNorm2d):
+    """`nn.BatchNorm2d` in fused kernels: input (N, C, H, W), contiguous or channels-last.
+
+    Constructor, parameters, buffers, `state_dict` and results are those of
+    `nn.BatchNorm2d`.
+    """
+
+
+class FusedBatchNorm3d(_Fused, nn.BatchNorm3d):
+    """`nn.BatchNorm3d` in fused kernels: input (N, C, D, H, W), contiguous or channels-last.
+
+    Constructor, parameters, buffers, `state_dict` and results are those of
+    `nn.BatchNorm3d`.
+    """
+
+
+# Activation modules that the kernels compute: name and parameter of one.
+_FUSIBLE: dict[type, Callable[[Any], tuple[str, float | None]]] = {
+    nn.Identity: lambda act: ("none", None),
+    nn.ReLU: lambda act: ("relu", None),
+    nn.LeakyReLU: lambda act: ("leaky_relu", act.negative_slope),
+    nn.SiLU: lambda act: ("silu", None),
+    nn.GELU: lambda act: ("gelu" if act.approximate == "none" else "gelu_tanh", None),
+    nn.Hardswish: lambda act: ("hardswish", None),
+    nn.ReLU6: lambda act: ("relu6", None),
+    nn.ELU: lambda act: ("elu", act.alpha),
+    nn.Sigmoid: lambda act: ("sigmoid", None),
+    nn.Tanh: lambda act: ("tanh", None),
+}
+
+
+def fused_activation(module: nn.Module) -> tuple[str, float | None]:
+    """The activation that a module has its kernels compute, and its parameter."""
+    act = getattr(module, "act", None)
+    return _FUSIBLE[type(act)](act) if type(act) in _FUSIBLE else ("none", None)
+
+
+_LAYERS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU, "swish": nn.SiLU,
+    "gelu": nn.GELU, "hard_swish": nn.Hardswish, "hardswish": nn.Hardswish, "relu6": nn.ReLU6,
+    "elu": nn.ELU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh,
+}  # fmt: skip
+
+
+def _make_activation(
+    layer: str | Callable[..., nn.Module] | None, kwargs: dict[str, Any]
+) -> nn.Module:
+    if layer is None or layer == "":
+        return nn.Identity()
+    if layer == "gelu_tanh":
+        return nn.GELU(approximate="tanh")
+    if isinstance(layer, str):
+        if layer not in _LAYERS:
+            raise ValueError(
+                f"act_layer must be a module class or one of {', '.join(_LAYERS)}, gelu_tanh,"
+                f" but got {layer!r}"
+            )
+        layer = _LAYERS[layer]
+    return layer(**kwargs)
+
+
+class _FusedAct(_Fused):
+    """Batch norm, residual and activation in one module."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        apply_act: bool = True,
+        act_layer: str | Callable[..., nn.Module] | None = nn.ReLU,
+        act_kwargs: dict[str, Any] | None = None,
+        inplace: bool = True,
+        drop_layer: Callable[..., nn.Module] | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        self.drop = drop_layer() if drop_layer is not None else nn.Identity()
+        self.act = _make_activation(act_layer if apply_act else None, act_kwargs or {})
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        fusible = type(self.act) in _FUSIBLE and type(self.drop) is nn.Identity
+        if fusible:
+            return self._normalise(input, *fused_activation(self), residual)
+        output = self.drop(self._normalise(input))
+        return self.act(output if residual is None else output + residual)
+
+
+_ACT_DOC = """`{base}`, an optional residual and an activation in one.
+
+    `forward(x, residual=None)` is `act(drop(bn(x)) + residual)`; the residual has
+    the shape of `x`. The constructor is that of timm's `BatchNormAct2d`.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype:
+            as for `nn.{base}`.
+        apply_act: False leaves the activation out.
+        act_layer: a module class, its name, or None for no activation. Those
+            that `fastbn.functional.batch_norm` knows run inside the kernels,
+            any other one after them.
+        act_kwargs: arguments of `act_layer`.
+        inplace: accepted for timm's sake; the fused output is new memory anyway.
+        drop_layer: a module class applied between normalisation and residual;
+            with one, nothing but the normalisation is fused.
+
+    Raises:
+        ValueError: `act_layer` is an unknown name, or the residual is of
+            another shape than the input.
+    """
+
+
+class FusedBatchNormAct1d(_FusedAct, nn.BatchNorm1d):
+    __doc__ = _ACT_DOC.format(base="BatchNorm1d")
+
+
+class FusedBatchNormAct2d(_FusedAct, nn.BatchNorm2d):
+    __doc__ = _ACT_DOC.format(base="BatchNorm2d")
+
+
+class FusedBatchNormAct3d(_FusedAct, nn.BatchNorm3d):
+    __doc__ = _ACT_DOC.format(base="BatchNorm3d")

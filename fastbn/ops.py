@@ -1,0 +1,235 @@
+"""The operators `torch.ops.fastbn.*`: allocate, plan, launch. Nothing else launches a kernel.
+
+They know nothing of gradients: `autograd.py` wraps them. What an operator does
+not return (no mask asked for, a gradient not wanted) is an empty tensor, since
+operator schemas have no optional results.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .kernels.backward import bn_apply_bwd_kernel, bn_reduce_bwd_kernel
+from .kernels.forward import bn_apply_fwd_kernel, bn_stats_fwd_kernel
+from .kernels.plan import MASK_BITS, Plan, Problem, Tile, make_plan
+from .launch import arrival_counters, device_facts, on_device
+from .layout import memory_format, sizes
+
+# Multiplications and additions are not contracted, so that the backward finds
+# the activation's argument on the side of a kink where the forward left it.
+# Triton's default is about to change (3.10), and differs between targets.
+_OPTIONS = {"enable_fp_fusion": False}
+
+_library = torch.library.Library("fastbn", "DEF")
+
+
+def make_problem(
+    x: Tensor, training: bool = True, residual: bool = False, saves: str | None = None
+) -> Problem:
+    """What the planner needs to know of a call."""
+    n, c, s = sizes(x, memory_format(x))
+    return Problem(n, c, s, x.element_size(), training, residual, saves)
+
+
+def _plan(x: Tensor, training: bool) -> Plan:
+    return make_plan(make_problem(x, training), device_facts(x.device))
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _like(tensor: Tensor | None, x: Tensor) -> Tensor | None:
+    """A tensor in the memory format of `x`, by a copy if need be."""
+    return None if tensor is None else tensor.contiguous(memory_format=memory_format(x))
+
+
+def _dense(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.contiguous()
+
+
+def _empty_like(x: Tensor, wanted: bool = True) -> Tensor:
+    if not wanted:
+        return x.new_empty(0)
+    return torch.empty_like(x, memory_format=memory_format(x))
+
+
+def _empty_mask(x: Tensor, wanted: bool) -> Tensor:
+    n, c, s = sizes(x, memory_format(x))
+    row, length = (n, c) if s == 1 else (n * c, s)
+    bytes = row * ((length + MASK_BITS - 1) // MASK_BITS) if wanted else 0
+    return torch.empty(bytes, dtype=torch.uint8, device=x.device)
+
+
+def _given(tensor: Tensor) -> Tensor | None:
+    return tensor if tensor.numel() else None
+
+
+def _extents(plan: Plan) -> tuple[int, int, int]:
+    """N, C, S as the kernels take them: the contiguous one in units of plan.align."""
+    n, c, s = plan.problem.n, plan.problem.c, plan.problem.s
+    return (n, c // plan.align, s) if s == 1 else (n, c, s // plan.align)
+
+
+def _blocks(tile: Tile) -> dict[str, int]:
+    return {
+        "BLOCK_N": tile.n, "BLOCK_C": tile.c, "BLOCK_S": tile.s, "num_warps": tile.warps, **_OPTIONS
+    }  # fmt: skip
+
+
+def _programs(tile: Tile, plan: Plan) -> tuple[int]:
+    n, c, s = tile.grid(plan.problem)
+    return (n * c * s,)
+
+
+def _written(*tensors: Tensor | None) -> None:
+    """Tells autograd, which checks saved tensors for changes, of a kernel's writes."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+
+
+def _apply_forward(
+    plan, x, residual, weight, bias, mean, rstd, batches_tracked, eps, activation, param,
+    save_mask, frozen,
+):  # fmt: skip
+    y, mask = _empty_like(x), _empty_mask(x, save_mask)
+    tile = plan.forward_apply
+    bn_apply_fwd_kernel[_programs(tile, plan)](
+        _like(x, x), _like(residual, x), y, _given(mask), _dense(weight), _dense(bias), mean, rstd,
+        batches_tracked, *_extents(plan), eps, param,
+        ALIGN=plan.align, ACTIVATION=activation, FROZEN=frozen, **_blocks(tile),
+    )  # fmt: skip
+    return y, mask
+
+
+def _forward_train(
+    x, residual, weight, bias, running_mean, running_var, batches_tracked, momentum, eps,
+    activation, param, save_mask,
+):  # fmt: skip
+    plan = _plan(x, training=True)
+    x = _like(x, x)
+    c = x.shape[1]
+    mean, rstd = torch.empty((2, c), dtype=_statistics_dtype(x), device=x.device).unbind()
+    tile, splits = plan.forward_reduce.tile, plan.forward_reduce.splits
+    blocks = tile.grid(plan.problem)[1]
+    partials = torch.empty(splits * (2 * c + blocks), dtype=mean.dtype, device=x.device)
+    with on_device(x.device):
+        bn_stats_fwd_kernel[(splits * blocks,)](
+            x, mean, rstd, running_mean, running_var,
+            batches_tracked if momentum is None else None,
+            partials, arrival_counters(x.device, blocks), *_extents(plan), splits,
+            0.0 if momentum is None else momentum, eps,
+            ALIGN=plan.align, MERGE=plan.forward_reduce.merge, **_blocks(tile),
+        )  # fmt: skip
+        y, mask = _apply_forward(
+            plan, x, residual, weight, bias, mean, rstd, batches_tracked, eps, activation, param,
+            save_mask, frozen=False,
+        )  # fmt: skip
+    _written(running_mean, running_var, batches_tracked)
+    return y, mean, rstd, mask
+
+
+def _forward_eval(x, residual, weight, bias, mean, var, eps, activation, param, save_mask):
+    plan = _plan(x, training=False)
+    with on_device(x.device):
+        return _apply_forward(
+            plan, x, residual, weight, bias, _dense(mean), _dense(var), None, eps, activation,
+            param, save_mask, frozen=True,
+        )  # fmt: skip
+
+
+def _backward(
+    dy, x, residual, mask, weight, bias, mean, rstd, eps, activation, param, frozen, wanted
+):
+    plan = _plan(x, training=not frozen)
+    want_dx, want_dw, want_db, want_dr = wanted
+    dy, x, residual = _like(dy, x), _like(x, x), _like(residual, x)
+    weight, bias, mean, rstd = _dense(weight), _dense(bias), _dense(mean), _dense(rstd)
+    inputs = (dy, x, residual, _given(mask), weight, bias, mean, rstd)
+    c = x.shape[1]
+    dx, dr = _empty_like(x, want_dx), _empty_like(x, want_dr)
+    dw = weight.new_empty(c if want_dw else 0) if weight is not None else x.new_empty(0)
+    db = bias.new_empty(c if want_db else 0) if bias is not None else x.new_empty(0)
+    tile, splits = plan.backward_reduce.tile, plan.backward_reduce.splits
+    blocks = tile.grid(plan.problem)[1]
+    need_sums = want_dw or want_db or (want_dx and not frozen)
+    sums = partials = None
+    if need_sums:
+        dtype = _statistics_dtype(x)
+        sums = torch.empty(2 * c, dtype=dtype, device=x.device)
+        partials = torch.empty(2 * splits * c, dtype=dtype, device=x.device)
+    with on_device(x.device):
+        if need_sums or frozen:
+            bn_reduce_bwd_kernel[(splits * blocks,)](
+                *inputs, _given(dw), _given(db), sums,
+                _given(dx) if frozen else None, _given(dr) if frozen else None,
+                partials, arrival_counters(x.device, blocks), *_extents(plan), splits, eps, param,
+                ALIGN=plan.align, MERGE=plan.backward_reduce.merge, ACTIVATION=activation,
+                FROZEN=frozen, **_blocks(tile),
+            )  # fmt: skip
+        if not frozen and (want_dx or want_dr):
+            tile = plan.backward_apply
+            bn_apply_bwd_kernel[_programs(tile, plan)](
+                *inputs, sums, _given(dx), _given(dr), *_extents(plan), param,
+                ALIGN=plan.align, ACTIVATION=activation, **_blocks(tile),
+            )  # fmt: skip
+    return dx, dw, db, dr
+
+
+def _fake_forward_train(
+    x, residual, weight, bias, running_mean, running_var, batches_tracked, momentum, eps,
+    activation, param, save_mask,
+):  # fmt: skip
+    mean = torch.empty(x.shape[1], dtype=_statistics_dtype(x), device=x.device)
+    return _empty_like(x), mean, torch.empty_like(mean), _empty_mask(x, save_mask)
+
+
+def _fake_forward_eval(x, residual, weight, bias, mean, var, eps, activation, param, save_mask):
+    return _empty_like(x), _empty_mask(x, save_mask)
+
+
+def _fake_backward(
+    dy, x, residual, mask, weight, bias, mean, rstd, eps, activation, param, frozen, wanted
+):
+    want_dx, want_dw, want_db, want_dr = wanted
+    c = x.shape[1]
+    dw = weight.new_empty(c if want_dw else 0) if weight is not None else x.new_empty(0)
+    db = bias.new_empty(c if want_db else 0) if bias is not None else x.new_empty(0)
+    return _empty_like(x, want_dx), dw, db, _empty_like(x, want_dr)
+
+
+def _register(name: str, signature: str, implementation, fake):
+    _library.define(name + signature, tags=torch.Tag.pt2_compliant_tag)
+    for key in ("CPU", "CUDA", "XPU"):
+        _library.impl(name, implementation, key)
+    torch.library.register_fake(f"fastbn::{name}", fake, lib=_library)
+    return getattr(torch.ops.fastbn, name).default
+
+
+forward_train = _register(
+    "forward_train",
+    "(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean,"
+    " Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps,"
+    " str activation, float activation_param, bool save_mask)"
+    " -> (Tensor output, Tensor mean, Tensor rstd, Tensor mask)",
+    _forward_train,
+    _fake_forward_train,
+)
+forward_eval = _register(
+    "forward_eval",
+    "(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor var,"
+    " float eps, str activation, float activation_param, bool save_mask)"
+    " -> (Tensor output, Tensor mask)",
+    _forward_eval,
+    _fake_forward_eval,
+)
+backward = _register(
+    "backward",
+    "(Tensor grad_output, Tensor input, Tensor? residual, Tensor mask, Tensor? weight,"
+    " Tensor? bias, Tensor mean, Tensor rstd, float eps, str activation, float activation_param,"
+    " bool frozen, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)

@@ -1,0 +1,179 @@
+"""Backward kernels: two sums a channel, then the input's gradient.
+
+With g = dy * activation'(z) and M values to a channel:
+
+    db = sum(g)
+    dw = rstd * sum(g * (x - mean))
+    dx = weight * rstd * (g - db / M - (x - mean) * rstd * dw / M)    batch statistics
+    dx = weight * rstd * g                                            frozen statistics
+    d(residual) = g
+"""
+
+import triton
+import triton.language as tl
+
+from .epilogue import (
+    activation_backward,
+    mask_box,
+    normalise,
+    scale_and_bias,
+    sign_backward,
+    unpack,
+)
+from .moments import last_to_arrive, sum_partials, sum_rows
+from .tile import box, extents, per_channel, position
+
+
+@triton.jit
+def load_gradient(
+    DY, X, R, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
+    ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """One tile of g, the gradient before the activation, and of x - mean."""
+    acc = mean.dtype
+    start, offsets, inside = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
+    dy = tl.load(DY + start + offsets, inside, other=0.0).to(acc)
+    x = tl.load(X + start + offsets, inside, other=0.0).to(acc)
+    if Mask is not None:
+        m_start, m_offsets, m_inside = mask_box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
+        packed = tl.load(Mask + m_start + m_offsets, m_inside, other=0)
+        g = sign_backward(dy, unpack(packed, BLOCK_N, BLOCK_C, BLOCK_S), param, ACTIVATION)
+    else:
+        z = normalise(x, mean, scale, bias)
+        if R is not None:
+            z += tl.load(R + start + offsets, inside, other=0.0).to(acc)
+        g = activation_backward(dy, z, param, ACTIVATION)
+    return start + offsets, inside, g, x - mean
+
+
+@triton.jit
+def bn_reduce_bwd_kernel(
+    DY,  # pointer to the output's gradient
+    X,  # pointer to the input
+    R,  # pointer to the residual, where the activation's gradient needs it, or None
+    Mask,  # pointer to the packed signs of the activation's argument, or None
+    W,  # pointer to the weight, or None
+    B,  # pointer to the bias, or None
+    Mean,  # pointer to the mean
+    Rstd,  # pointer to 1 / sqrt(var + eps), or to var if FROZEN
+    DW,  # pointer to the weight's gradient, or None
+    DB,  # pointer to the bias' gradient, or None
+    Sums,  # pointer to (2, C): sum(g), sum(g * (x - mean)); None: no sums wanted at all
+    DX,  # pointer to the input's gradient, if FROZEN, or None
+    DR,  # pointer to the residual's gradient, if FROZEN, or None
+    Partials,  # pointer to (2, splits, C) sums
+    Arrivals,  # pointer to a zero for each channel block
+    N,
+    C,
+    S,
+    splits,
+    eps: "fp64",
+    param: "fp64",
+    ALIGN: tl.constexpr,
+    MERGE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    FROZEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Program (split, channel block): sums over every splits-th tile of the block.
+
+    Frozen statistics leave nothing to wait for: the gradients of input and
+    residual are then written in the same pass.
+    """
+    C, S = extents(C, S, ALIGN, BLOCK_S)
+    acc = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
+    blocks = tl.cdiv(C, BLOCK_C)
+    block = tl.program_id(0) % blocks
+    split = tl.program_id(0) // blocks
+    c0 = block * BLOCK_C
+    c = c0 + tl.arange(0, BLOCK_C)
+    in_block = c < C
+    mean = per_channel(Mean, c0, C, acc, BLOCK_C)
+    rstd = per_channel(Rstd, c0, C, acc, BLOCK_C)
+    if FROZEN:
+        rstd = 1.0 / tl.sqrt(rstd + tl.full((), eps, acc))
+    scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
+
+    s_tiles = tl.cdiv(S, BLOCK_S)
+    tiles = tl.cdiv(N, BLOCK_N) * s_tiles
+    sum_g = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), acc)
+    sum_gx = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), acc)
+    for tile in range(split, tiles, splits):
+        n0 = tl.cast(tile // s_tiles, tl.int64) * BLOCK_N
+        s0 = tl.cast(tile % s_tiles, tl.int64) * BLOCK_S
+        offsets, inside, g, centred = load_gradient(
+            DY, X, R, Mask, mean, scale, bias, tl.full((), param, acc), N, C, S, n0, c0, s0,
+            ACTIVATION, BLOCK_N, BLOCK_C, BLOCK_S,
+        )  # fmt: skip
+        if Sums is not None:
+            # Outside the array dy is 0, but g is NaN there if the mean is.
+            sum_g += tl.where(inside, g, 0.0)
+            sum_gx += tl.where(inside, g * centred, 0.0)
+        if DX is not None:
+            tl.store(DX + offsets, (g * scale).to(DX.dtype.element_ty), inside)
+        if DR is not None:
+            tl.store(DR + offsets, g.to(DR.dtype.element_ty), inside)
+
+    if Sums is not None:
+        PartialGX = Partials + splits * C
+        tl.store(Partials + split * C + c, sum_rows(sum_g), in_block)
+        tl.store(PartialGX + split * C + c, sum_rows(sum_gx), in_block)
+        if last_to_arrive(Arrivals + block, splits):
+            total_g = sum_partials(Partials, splits, C, c0, MERGE, BLOCK_C)
+            total_gx = sum_partials(PartialGX, splits, C, c0, MERGE, BLOCK_C)
+            tl.store(Sums + c, total_g, in_block)
+            tl.store(Sums + C + c, total_gx, in_block)
+            if DB is not None:
+                tl.store(DB + c, total_g.to(DB.dtype.element_ty), in_block)
+            if DW is not None:
+                dw = total_gx * tl.reshape(rstd, (BLOCK_C,))
+                tl.store(DW + c, dw.to(DW.dtype.element_ty), in_block)
+
+
+@triton.jit
+def bn_apply_bwd_kernel(
+    DY,  # pointer to the output's gradient
+    X,  # pointer to the input
+    R,  # pointer to the residual, where the activation's gradient needs it, or None
+    Mask,  # pointer to the packed signs of the activation's argument, or None
+    W,  # pointer to the weight, or None
+    B,  # pointer to the bias, or None
+    Mean,  # pointer to the mean
+    Rstd,  # pointer to 1 / sqrt(var + eps)
+    Sums,  # pointer to (2, C): sum(g), sum(g * (x - mean))
+    DX,  # pointer to the input's gradient, or None
+    DR,  # pointer to the residual's gradient, or None
+    N,
+    C,
+    S,
+    param: "fp64",
+    ALIGN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """One tile a program, last tiles first: the sums left those in the L2 cache."""
+    C, S = extents(C, S, ALIGN, BLOCK_S)
+    acc = Mean.dtype.element_ty
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    n0, c0, s0 = position(tile, N, C, S, BLOCK_N, BLOCK_C, BLOCK_S)
+    mean = per_channel(Mean, c0, C, acc, BLOCK_C)
+    rstd = per_channel(Rstd, c0, C, acc, BLOCK_C)
+    scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
+
+    offsets, inside, g, centred = load_gradient(
+        DY, X, R, Mask, mean, scale, bias, tl.full((), param, acc), N, C, S, n0, c0, s0,
+        ACTIVATION, BLOCK_N, BLOCK_C, BLOCK_S,
+    )  # fmt: skip
+    if DX is not None:
+        count = (tl.cast(N, tl.int64) * S).to(acc)
+        mean_g = per_channel(Sums, c0, C, acc, BLOCK_C) / count
+        mean_gx = per_channel(Sums + C, c0, C, acc, BLOCK_C) / count
+        x_hat = centred * rstd
+        dx = scale * (g - mean_g - x_hat * (rstd * mean_gx))
+        tl.store(DX + offsets, dx.to(DX.dtype.element_ty), inside)
+    if DR is not None:
+        tl.store(DR + offsets, g.to(DR.dtype.element_ty), inside)

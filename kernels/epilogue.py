@@ -1,0 +1,178 @@
+"""What happens to a normalised value: residual, activation, their derivatives."""
+
+import triton
+import triton.language as tl
+
+from .plan import MASK_BITS
+from .tile import box
+
+_BITS = tl.constexpr(MASK_BITS)
+_SQRT_HALF = tl.constexpr(0.7071067811865476)
+_SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+_GELU_CUBIC = tl.constexpr(0.044715)
+
+
+@triton.jit
+def normalise(x, mean, scale, bias):
+    """(x - mean) * (rstd * weight) + bias; forward and backward both call this.
+
+    Folding the mean into the bias would save a subtraction and lose every
+    digit where |mean| is much larger than the standard deviation.
+    """
+    return (x - mean) * scale + bias
+
+
+@triton.jit
+def scale_and_bias(W, B, rstd, c0, C, BLOCK_C: tl.constexpr):
+    """rstd * weight and bias, each of which may be left out."""
+    c = c0 + tl.arange(0, BLOCK_C)
+    scale = rstd
+    bias = tl.zeros_like(rstd)
+    if W is not None:
+        scale *= tl.load(W + c, c < C, other=0.0).to(rstd.dtype)[None, :, None]
+    if B is not None:
+        bias += tl.load(B + c, c < C, other=0.0).to(rstd.dtype)[None, :, None]
+    return scale, bias
+
+
+@triton.jit
+def tanh(z):
+    """From exp(-2|z|), which can't overflow.
+
+    Near zero that cancels: there the Taylor series serves in fp32 (remainder
+    below 1e-7 of the result for |z| < 0.3).
+    """
+    e = tl.exp(-2.0 * tl.abs(z))
+    t = (1.0 - e) / (1.0 + e)
+    t = tl.where(z < 0, -t, t)
+    if z.dtype == tl.float32:
+        q = z * z
+        series = z * (1.0 + q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835)))))
+        t = tl.where(tl.abs(z) < 0.3, series, t)
+    return t
+
+
+@triton.jit
+def sech2(z):
+    """tanh'(z) = 1 - tanh(z)^2, without the cancellation where tanh is near 1."""
+    e = tl.exp(-2.0 * tl.abs(z))
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def expm1(z):
+    """exp(z) - 1 for z <= 0, without the cancellation near zero."""
+    t = tanh(0.5 * z)
+    return 2.0 * t / (1.0 - t)
+
+
+@triton.jit
+def activate(z, param, ACTIVATION: tl.constexpr):
+    """The activation. Comparisons are written so that NaN stays NaN."""
+    if ACTIVATION == "relu":
+        z = tl.where(z <= 0, 0.0, z)
+    elif ACTIVATION == "leaky_relu":
+        z = tl.where(z <= 0, z * param, z)
+    elif ACTIVATION == "silu":
+        z = z / (1.0 + tl.exp(-z))
+    elif ACTIVATION == "gelu":
+        z = 0.5 * z * (1.0 + tl.erf(z * _SQRT_HALF))
+    elif ACTIVATION == "gelu_tanh":
+        inner = (z + z * z * z * _GELU_CUBIC) * _SQRT_2_OVER_PI
+        z = 0.5 * z * (1.0 + tanh(inner))
+    elif ACTIVATION == "hardswish":
+        z = z * tl.where(z <= -3, 0.0, tl.where(z >= 3, 1.0, z / 6 + 0.5))
+    elif ACTIVATION == "relu6":
+        z = tl.where(z <= 0, 0.0, tl.where(z >= 6, 6.0, z))
+    elif ACTIVATION == "elu":
+        z = tl.where(z > 0, z, param * expm1(tl.where(z > 0, 0.0, z)))
+    elif ACTIVATION == "sigmoid":
+        z = 1.0 / (1.0 + tl.exp(-z))
+    elif ACTIVATION == "tanh":
+        z = tanh(z)
+    else:
+        tl.static_assert(ACTIVATION == "none")
+    return z
+
+
+@triton.jit
+def activation_backward(dy, z, param, ACTIVATION: tl.constexpr):
+    """dy times the activation's derivative at z.
+
+    At the kinks it takes PyTorch's side: 0 at 0 (ReLU, ReLU6), the negative
+    slope at 0 (leaky ReLU), 0 at 6 (ReLU6).
+    """
+    g = dy
+    if ACTIVATION == "relu":
+        g = tl.where(z <= 0, 0.0, dy)
+    elif ACTIVATION == "leaky_relu":
+        g = tl.where(z <= 0, dy * param, dy)
+    elif ACTIVATION == "silu":
+        sigmoid = 1.0 / (1.0 + tl.exp(-z))
+        g = dy * sigmoid * (1.0 + z * (1.0 - sigmoid))
+    elif ACTIVATION == "gelu":
+        # d/dz z P(z) = P(z) + z p(z), with the normal distribution's P and p.
+        density = tl.exp(-0.5 * z * z) * (0.5 * _SQRT_2_OVER_PI)
+        g = dy * (0.5 * (1.0 + tl.erf(z * _SQRT_HALF)) + z * density)
+    elif ACTIVATION == "gelu_tanh":
+        inner = (z + z * z * z * _GELU_CUBIC) * _SQRT_2_OVER_PI
+        slope = (1.0 + z * z * (3.0 * _GELU_CUBIC)) * _SQRT_2_OVER_PI
+        g = dy * (0.5 * (1.0 + tanh(inner)) + 0.5 * z * sech2(inner) * slope)
+    elif ACTIVATION == "hardswish":
+        g = tl.where(z <= -3, 0.0, tl.where(z >= 3, dy, dy * (z / 3 + 0.5)))
+    elif ACTIVATION == "relu6":
+        g = tl.where((z <= 0) | (z >= 6), 0.0, dy)
+    elif ACTIVATION == "elu":
+        g = tl.where(z > 0, dy, dy * param * tl.exp(tl.where(z > 0, 0.0, z)))
+    elif ACTIVATION == "sigmoid":
+        sigmoid = 1.0 / (1.0 + tl.exp(-z))
+        g = dy * sigmoid * (1.0 - sigmoid)
+    elif ACTIVATION == "tanh":
+        g = dy * sech2(z)
+    else:
+        tl.static_assert(ACTIVATION == "none")
+    return g
+
+
+@triton.jit
+def sign_backward(dy, positive, param, ACTIVATION: tl.constexpr):
+    """`activation_backward` where the argument's sign is all that counts."""
+    if ACTIVATION == "relu":
+        return tl.where(positive, dy, 0.0)
+    else:
+        tl.static_assert(ACTIVATION == "leaky_relu")
+        return tl.where(positive, dy, dy * param)
+
+
+@triton.jit
+def pack(positive, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Packs a tile of booleans, eight neighbours along the contiguous axis to a byte."""
+    bits = tl.reshape(positive.to(tl.int32), (BLOCK_N * BLOCK_C * BLOCK_S // _BITS, _BITS))
+    packed = tl.sum(bits << tl.arange(0, _BITS)[None, :], axis=1).to(tl.uint8)
+    if BLOCK_S == 1:
+        return tl.reshape(packed, (BLOCK_N, BLOCK_C // _BITS, 1))
+    else:
+        return tl.reshape(packed, (BLOCK_N, BLOCK_C, BLOCK_S // _BITS))
+
+
+@triton.jit
+def unpack(packed, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The inverse of `pack`."""
+    column = tl.reshape(packed.to(tl.int32), (BLOCK_N * BLOCK_C * BLOCK_S // _BITS, 1))
+    bits = (column >> tl.arange(0, _BITS)[None, :]) & 1
+    return tl.reshape(bits, (BLOCK_N, BLOCK_C, BLOCK_S)) != 0
+
+
+@triton.jit
+def mask_box(
+    N, C, S, n0, c0, s0, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    """`box` of the packed mask's bytes that belong to a tile of the input."""
+    if BLOCK_S == 1:
+        return box(
+            N, tl.cdiv(C, _BITS), 1, n0, c0 // _BITS, s0, BLOCK_N, BLOCK_C // _BITS, BLOCK_S
+        )
+    else:
+        return box(
+            N, C, tl.cdiv(S, _BITS), n0, c0, s0 // _BITS, BLOCK_N, BLOCK_C, BLOCK_S // _BITS
+        )

@@ -1,0 +1,149 @@
+"""Forward kernels: statistics of the batch, then normalisation.
+
+With M = N * S values x to a channel:
+
+    mean = sum(x) / M
+    var  = sum((x - mean)^2) / M
+    rstd = 1 / sqrt(var + eps)
+    y    = activation((x - mean) * rstd * weight + bias + residual)
+    running_mean <- (1 - momentum) * running_mean + momentum * mean
+    running_var  <- (1 - momentum) * running_var  + momentum * var * M / (M - 1)
+"""
+
+import triton
+import triton.language as tl
+
+from .epilogue import activate, mask_box, normalise, pack, scale_and_bias
+from .moments import last_to_arrive, merge, merge_partials, tile_moments
+from .tile import box, extents, per_channel, position
+
+
+@triton.jit
+def update_running(Running, batch, momentum, c, mask):
+    """running <- (1 - momentum) * running + momentum * batch."""
+    running = tl.load(Running + c, mask, other=0.0).to(batch.dtype)
+    running = (1.0 - momentum) * running + momentum * batch
+    tl.store(Running + c, running.to(Running.dtype.element_ty), mask)
+
+
+@triton.jit
+def bn_stats_fwd_kernel(
+    X,  # pointer to the input
+    Mean,  # pointer to the batch mean, written
+    Rstd,  # pointer to 1 / sqrt(var + eps), written
+    RunningMean,  # pointer to the running mean, updated, or None
+    RunningVar,  # pointer to the running variance, updated, or None
+    BatchesTracked,  # pointer to the batches before this one: cumulative average; or None
+    Partials,  # pointer to (2, splits, C) means and sums of squares, then (blocks, splits) counts
+    Arrivals,  # pointer to a zero for each channel block
+    N,
+    C,
+    S,
+    splits,
+    momentum: "fp64",
+    eps: "fp64",
+    ALIGN: tl.constexpr,
+    MERGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Program (split, channel block): moments of every splits-th tile of the block."""
+    C, S = extents(C, S, ALIGN, BLOCK_S)
+    acc = Mean.dtype.element_ty
+    blocks = tl.cdiv(C, BLOCK_C)
+    block = tl.program_id(0) % blocks
+    split = tl.program_id(0) // blocks
+    c0 = block * BLOCK_C
+    c = c0 + tl.arange(0, BLOCK_C)
+    in_block = c < C
+
+    # Moments are those of x - shift with the channel's first value as shift.
+    # No value is further than sqrt(M) standard deviations from the mean
+    # (Samuelson), so what is left to cancel is small, even at mean 1e6, std 1.
+    shift = tl.load(X + tl.cast(c, tl.int64) * S, in_block, other=0.0).to(acc)
+
+    s_tiles = tl.cdiv(S, BLOCK_S)
+    tiles = tl.cdiv(N, BLOCK_N) * s_tiles
+    count = tl.cast(0, acc)
+    mean = tl.zeros((BLOCK_C,), acc)
+    m2 = tl.zeros((BLOCK_C,), acc)
+    for tile in range(split, tiles, splits):
+        n0 = tl.cast(tile // s_tiles, tl.int64) * BLOCK_N
+        s0 = tl.cast(tile % s_tiles, tl.int64) * BLOCK_S
+        start, offsets, mask = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
+        x = tl.load(X + start + offsets, mask, other=0.0).to(acc) - shift[None, :, None]
+        tile_count = (tl.minimum(N - n0, BLOCK_N) * tl.minimum(S - s0, BLOCK_S)).to(acc)
+        tile_mean, tile_m2 = tile_moments(x, mask, tile_count)
+        count, mean, m2 = merge(count, mean, m2, tile_count, tile_mean, tile_m2)
+
+    M2s = Partials + splits * C
+    Counts = M2s + splits * C + block * splits
+    tl.store(Partials + split * C + c, mean, in_block)
+    tl.store(M2s + split * C + c, m2, in_block)
+    tl.store(Counts + split, count)
+    if last_to_arrive(Arrivals + block, splits):
+        count, mean, m2 = merge_partials(Partials, M2s, Counts, splits, C, c0, MERGE, BLOCK_C)
+        mean += shift
+        var = m2 / count
+        tl.store(Mean + c, mean, in_block)
+        tl.store(Rstd + c, 1.0 / tl.sqrt(var + tl.full((), eps, acc)), in_block)
+        factor = tl.full((), momentum, acc)
+        if BatchesTracked is not None:
+            factor = 1.0 / (tl.load(BatchesTracked) + 1).to(acc)
+        if RunningMean is not None:
+            update_running(RunningMean, mean, factor, c, in_block)
+        if RunningVar is not None:
+            update_running(RunningVar, m2 / (count - 1.0), factor, c, in_block)
+
+
+@triton.jit
+def bn_apply_fwd_kernel(
+    X,  # pointer to the input
+    R,  # pointer to the residual, or None
+    Y,  # pointer to the output
+    Mask,  # pointer to the packed signs of the activation's argument, or None
+    W,  # pointer to the weight, or None
+    B,  # pointer to the bias, or None
+    Mean,  # pointer to the mean
+    Rstd,  # pointer to 1 / sqrt(var + eps), or to var if FROZEN
+    BatchesTracked,  # pointer to the counter of batches, incremented, or None
+    N,
+    C,
+    S,
+    eps: "fp64",
+    param: "fp64",
+    ALIGN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    FROZEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """One tile a program, last tiles first: the statistics left those in the L2 cache."""
+    C, S = extents(C, S, ALIGN, BLOCK_S)
+    acc = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
+    pid = tl.program_id(0)
+    if BatchesTracked is not None and pid == 0:
+        # Here and not with the statistics, whose programs may still read it.
+        tl.store(BatchesTracked, tl.load(BatchesTracked) + 1)
+
+    tile = tl.num_programs(0) - 1 - pid
+    n0, c0, s0 = position(tile, N, C, S, BLOCK_N, BLOCK_C, BLOCK_S)
+    start, offsets, mask = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
+    mean = per_channel(Mean, c0, C, acc, BLOCK_C)
+    rstd = per_channel(Rstd, c0, C, acc, BLOCK_C)
+    if FROZEN:
+        rstd = 1.0 / tl.sqrt(rstd + tl.full((), eps, acc))
+    scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
+
+    x = tl.load(X + start + offsets, mask, other=0.0).to(acc)
+    z = normalise(x, mean, scale, bias)
+    if R is not None:
+        z += tl.load(R + start + offsets, mask, other=0.0).to(acc)
+    y = activate(z, tl.full((), param, acc), ACTIVATION)
+    tl.store(Y + start + offsets, y.to(Y.dtype.element_ty), mask)
+    if Mask is not None:
+        packed = pack((z > 0) | (z != z), BLOCK_N, BLOCK_C, BLOCK_S)
+        start, offsets, mask = mask_box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
+        tl.store(Mask + start + offsets, packed, mask)

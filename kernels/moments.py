@@ -1,0 +1,90 @@
+"""Mean and variance, and sums over programs, combined in a fixed order."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sum_rows(x):
+    """Sums a (BLOCK_N, BLOCK_C, BLOCK_S) tile to its channels."""
+    return tl.sum(tl.sum(x, axis=2), axis=0)
+
+
+@triton.jit
+def tile_moments(x, mask, count):
+    """Mean and centred sum of squares of a tile, two passes over registers."""
+    mean = sum_rows(tl.where(mask, x, 0.0)) / count
+    centred = tl.where(mask, x - mean[None, :, None], 0.0)
+    return mean, sum_rows(centred * centred)
+
+
+@triton.jit
+def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
+    """Chan, Golub and LeVeque (1983), eq. 2.1: the moments of two sets' union."""
+    count = count_a + count_b
+    delta = mean_b - mean_a
+    mean = mean_a + delta * (count_b / count)
+    m2 = m2_a + m2_b + delta * delta * (count_a * (count_b / count))
+    return count, mean, m2
+
+
+@triton.jit
+def last_to_arrive(Arrivals, splits):
+    """Whether this program is the last of its channel block to get here.
+
+    All threads' stores come before the barrier, the barrier before the release;
+    so whoever arrives last, and acquires, sees every partial result. The
+    counter goes back to zero for the next launch.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(Arrivals, 1, sem="acq_rel") == splits - 1
+    if last:
+        tl.store(Arrivals, 0)
+    return last
+
+
+@triton.jit
+def load_partials(P, first, splits, C, c0, MERGE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """MERGE rows of a (splits, C) table of partial results, and their mask."""
+    row = first + tl.arange(0, MERGE)[:, None]
+    c = c0 + tl.arange(0, BLOCK_C)[None, :]
+    mask = (row < splits) & (c < C)
+    # Past the first-level cache, which other multiprocessors don't write to.
+    return tl.load(P + row * C + c, mask, other=0.0, cache_modifier=".cg"), mask
+
+
+@triton.jit
+def sum_partials(P, splits, C, c0, MERGE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Column sums of a (splits, C) table."""
+    total = tl.zeros((BLOCK_C,), P.dtype.element_ty)
+    for first in range(0, splits, MERGE):
+        part, _ = load_partials(P, first, splits, C, c0, MERGE, BLOCK_C)
+        total += tl.sum(part, axis=0)
+    return total
+
+
+@triton.jit
+def merge_partials(Means, M2s, Counts, splits, C, c0, MERGE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Chan's formula for many sets at once.
+
+    mean = sum(count_i * mean_i) / count
+    m2   = sum(m2_i + count_i * (mean_i - mean)^2)
+    """
+    count = tl.sum(tl.zeros((MERGE,), Means.dtype.element_ty), axis=0)
+    weighted = tl.zeros((BLOCK_C,), Means.dtype.element_ty)
+    for first in range(0, splits, MERGE):
+        row = first + tl.arange(0, MERGE)
+        counts = tl.load(Counts + row, row < splits, other=0.0, cache_modifier=".cg")
+        means, _ = load_partials(Means, first, splits, C, c0, MERGE, BLOCK_C)
+        count += tl.sum(counts, axis=0)
+        weighted += tl.sum(counts[:, None] * means, axis=0)
+    mean = weighted / count
+    m2 = tl.zeros((BLOCK_C,), Means.dtype.element_ty)
+    for first in range(0, splits, MERGE):
+        row = first + tl.arange(0, MERGE)
+        counts = tl.load(Counts + row, row < splits, other=0.0, cache_modifier=".cg")
+        means, _ = load_partials(Means, first, splits, C, c0, MERGE, BLOCK_C)
+        m2s, mask = load_partials(M2s, first, splits, C, c0, MERGE, BLOCK_C)
+        centred = tl.where(mask, means - mean[None, :], 0.0)
+        m2 += tl.sum(m2s + counts[:, None] * centred * centred, axis=0)
+    return count, mean, m2

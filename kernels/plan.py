@@ -1,0 +1,230 @@
+"""Every launch decision, made before a launch and held in a frozen plan.
+
+Both memory layouts are one array (N, C, S) with S contiguous: a channels-first
+input is (batch, channels, positions); a channels-last input, or a matrix, is
+(rows, channels, 1). A tile is a box of that array, so one kernel serves both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .device import Device
+
+# Bytes of each input that one program reads at a time. 128 threads then have
+# four 16-byte loads in flight each, and four programs a multiprocessor have
+# 32 KiB, twice what latency times bandwidth asks for on an H100.
+TILE_BYTES = 8192
+WARPS = 4
+PROGRAMS_PER_SM = 4
+
+# Where an odd size narrows the accesses there are more of them, each with its
+# address and mask in registers: past eight a thread, three programs no longer fit.
+MAX_ACCESSES = 8
+
+# A row of a tile should be at least this long in memory: four 128-byte lines.
+ROW_BYTES = 512
+
+# The last program to arrive merges one partial result a split, alone.
+MAX_SPLITS = 1024
+MERGE_ELEMENTS = 2048
+
+ACCESS_BYTES = 16
+
+# The forward packs eight signs into a byte along the contiguous axis.
+MASK_BITS = 8
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a batch norm call asks for, as far as a launch depends on it.
+
+    Attributes:
+        n, c, s: the input's sizes, seen as (N, C, S) with S contiguous.
+        itemsize: bytes of one element of the input.
+        training: statistics are those of the batch, not given ones.
+        residual: another tensor is added before the activation.
+        saves: what the backward needs to know of the activation's argument:
+            None (it is recomputed from the input), "mask" (one bit an
+            element) or "residual" (recomputed from input and residual).
+    """
+
+    n: int
+    c: int
+    s: int
+    itemsize: int
+    training: bool = True
+    residual: bool = False
+    saves: str | None = None
+
+    @property
+    def layout(self) -> str:
+        return "channels-last" if self.s == 1 else "channels-first"
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of one unit of traffic: a tensor read or written once."""
+        return self.n * self.c * self.s * self.itemsize
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The box (n, c, s) that one program handles at once, and its warps."""
+
+    n: int
+    c: int
+    s: int
+    warps: int = WARPS
+
+    @property
+    def elements(self) -> int:
+        return self.n * self.c * self.s
+
+    def grid(self, problem: Problem) -> tuple[int, int, int]:
+        """How many tiles cover the problem along each axis."""
+        return (-(-problem.n // self.n), -(-problem.c // self.c), -(-problem.s // self.s))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over the data in one direction: a tile, and programs to a channel block."""
+
+    tile: Tile
+    splits: int
+    merge: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All launch decisions of one forward and its backward.
+
+    Attributes:
+        problem: what is planned for.
+        strategy: "two-pass" (statistics, then normalisation) or "one-pass"
+            (given statistics: nothing to wait for).
+        align: elements of the contiguous axis come in multiples of this.
+        access_bytes: bytes a thread moves at once; less than 16 where the
+            contiguous axis has an odd size, whose tiles are padded by mask.
+        forward_reduce, backward_reduce: the passes that reduce to a channel.
+        forward_apply, backward_apply: the tiles of the elementwise passes.
+        forward_launches, backward_launches: kernels launched.
+        forward_units, backward_units: tensors read or written, packed masks
+            counted as the fraction of a tensor that they are.
+    """
+
+    problem: Problem
+    strategy: str
+    align: int
+    access_bytes: int
+    forward_reduce: Pass
+    forward_apply: Tile
+    backward_reduce: Pass
+    backward_apply: Tile
+    forward_launches: int
+    backward_launches: int
+    forward_units: float
+    backward_units: float
+
+    @property
+    def mask_shape(self) -> tuple[int, int, int]:
+        """Shape of the packed mask, bytes along the contiguous axis."""
+        p = self.problem
+        if p.s == 1:
+            return p.n, -(-p.c // MASK_BITS), 1
+        return p.n, p.c, -(-p.s // MASK_BITS)
+
+
+@lru_cache(maxsize=4096)
+def make_plan(problem: Problem, device: Device) -> Plan:
+    """Plans both directions of a problem on a device."""
+    contiguous = problem.c if problem.s == 1 else problem.s
+    align = min(16, contiguous & -contiguous)
+    forward = _elements(problem, align, reads=1)
+    backward = _elements(problem, align, reads=2)
+    forward_units, backward_units = _units(problem)
+    return Plan(
+        problem=problem,
+        strategy="two-pass" if problem.training else "one-pass",
+        align=align,
+        access_bytes=min(ACCESS_BYTES, align * problem.itemsize),
+        forward_reduce=_reduce(problem, device, forward),
+        forward_apply=_apply_tile(problem, forward),
+        backward_reduce=_reduce(problem, device, backward),
+        backward_apply=_apply_tile(problem, backward),
+        forward_launches=2 if problem.training else 1,
+        backward_launches=2 if problem.training else 1,
+        forward_units=forward_units,
+        backward_units=backward_units,
+    )
+
+
+def _units(problem: Problem) -> tuple[float, float]:
+    mask = 1 / (MASK_BITS * problem.itemsize) if problem.saves == "mask" else 0
+    passes = 2 if problem.training else 1
+    forward = passes + 1 + problem.residual + mask
+    reads = 2 + (problem.saves == "residual") + mask
+    backward = passes * reads + 1 + (problem.saves is not None)
+    return forward, backward
+
+
+def _elements(problem: Problem, align: int, reads: int) -> int:
+    """Elements of a tile, when a program reads this many tensors side by side."""
+    most = MAX_ACCESSES * 32 * WARPS * align
+    return min(TILE_BYTES // problem.itemsize // reads, most)
+
+
+def _reduce(problem: Problem, device: Device, elements: int) -> Pass:
+    """Splits the rows of each channel block over enough programs to fill the device."""
+    tile = _reduce_tile(problem, elements)
+    n_tiles, channel_blocks, s_tiles = tile.grid(problem)
+    tiles = n_tiles * s_tiles
+    wanted = -(-PROGRAMS_PER_SM * device.sm_count // channel_blocks)
+    splits = min(tiles, wanted, MAX_SPLITS)
+    # Even shares: with 600 tiles, 300 programs of two each end sooner than
+    # 528 programs, most of one and some of two.
+    splits = -(-tiles // -(-tiles // splits))
+    return Pass(tile, splits, merge=min(_power_of_2(splits), max(1, MERGE_ELEMENTS // tile.c)))
+
+
+def _reduce_tile(problem: Problem, elements: int) -> Tile:
+    """A few channels and as many rows of them as fit."""
+    if problem.s == 1:
+        s = 1
+        c = _clamp(ACCESS_BYTES * MASK_BITS // problem.itemsize, problem.c, elements)
+    else:
+        s = _clamp(elements, problem.s, elements)
+        row = max(1, ROW_BYTES // (problem.s * problem.itemsize))
+        c = min(_power_of_2(row), _power_of_2(problem.c), elements // s)
+    n = min(elements // (c * s), _power_of_2(problem.n))
+    return _within_int32(problem, n, c, s)
+
+
+def _apply_tile(problem: Problem, elements: int) -> Tile:
+    """A stretch of memory as contiguous as can be."""
+    if problem.s == 1:
+        s = 1
+        c = _clamp(256, problem.c, elements)
+    else:
+        s = _clamp(elements, problem.s, elements)
+        c = min(elements // s, _power_of_2(problem.c))
+    n = min(elements // (c * s), _power_of_2(problem.n))
+    return _within_int32(problem, n, c, s)
+
+
+def _within_int32(problem: Problem, n: int, c: int, s: int) -> Tile:
+    """Kernels count from a tile's first element in 32 bits: it must not reach further."""
+    while n > 1 and n * problem.c * problem.s >= 2**31:
+        n //= 2
+    while c > 1 and c * problem.s >= 2**31:
+        c //= 2
+    return Tile(n, c, s)
+
+
+def _clamp(wanted: int, extent: int, most: int) -> int:
+    """A power of two that holds whole mask bytes and is no longer than needed."""
+    return max(MASK_BITS, min(_power_of_2(extent), wanted, most))
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,259 @@
+"""One call of batch norm three ways: fastbn, PyTorch, and exactly; and the one tolerance rule."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastbn
+from fastbn.functional import tracked_batch_norm
+from fastbn.reference import ACTIVATIONS, DEFAULT_PARAMS
+from fastbn.reference import batch_norm as reference
+
+# The rule: fastbn's error against float64 is at most twice that of PyTorch's
+# own operator on the same input, in the channel where that fares worst (how a
+# mean rounds is luck), plus this many units in the last place of the channel's
+# largest value, or of the terms that cancel in it. In float64 the oracle itself
+# is rounded.
+FLOOR_ULPS = {torch.float64: 32, torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
+EPSILON = {dtype: torch.finfo(dtype).eps for dtype in
+           (torch.float64, torch.float32, torch.float16, torch.bfloat16)}  # fmt: skip
+
+# Gradients are not compared where the activation's argument is this close to
+# a kink: there rounding decides which side it falls on.
+KINKS = (-3.0, 0.0, 3.0, 6.0)
+KINK_WIDTH = 0.05
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What to call batch norm with."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    param_dtype: torch.dtype | None = None
+    channels_last: bool = False
+    training: bool = True
+    activation: str = "none"
+    residual: bool = False
+    weight: bool = True
+    bias: bool = True
+    statistics: bool = True
+    momentum: float | None = 0.1
+    eps: float = 1e-5
+    mean: float = 0.7
+    std: float = 1.5
+
+
+@dataclass
+class Arguments:
+    """The tensors of a call; `named` lists those present."""
+
+    call: Call
+    input: Tensor
+    grad_output: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    counter: Tensor
+
+    def to(self, dtype: torch.dtype) -> Arguments:
+        """The same numbers in another dtype, in fresh memory."""
+
+        def convert(t):
+            return None if t is None else t.to(dtype, copy=True)
+
+        return replace(
+            self,
+            **{
+                name: convert(getattr(self, name))
+                for name in (
+                    "input", "grad_output", "weight", "bias", "residual", "running_mean",
+                    "running_var",
+                )
+            },
+            counter=self.counter.clone(),
+        )  # fmt: skip
+
+
+def make_arguments(call: Call, device: torch.device, counter: int = 3) -> Arguments:
+    """Random tensors for a call."""
+    c = call.shape[1]
+    half = call.dtype in (torch.float16, torch.bfloat16)
+    param_dtype = call.param_dtype or (torch.float32 if half else call.dtype)
+
+    def lay_out(t):
+        t = t.to(device, call.dtype)
+        if call.channels_last:
+            return t.contiguous(memory_format=CHANNELS_LAST[t.dim()])
+        return t
+
+    def parameter(t, wanted):
+        return t.to(device, param_dtype) if wanted else None
+
+    spread = torch.linspace(0.5, 2.0, c).reshape(1, c, *[1] * (len(call.shape) - 2))
+    arguments = Arguments(
+        call,
+        input=lay_out(torch.randn(call.shape) * call.std * spread + call.mean),
+        grad_output=lay_out(torch.randn(call.shape)),
+        weight=parameter(torch.rand(c) + 0.5, call.weight),
+        bias=parameter(torch.randn(c), call.bias),
+        residual=lay_out(torch.randn(call.shape)) if call.residual else None,
+        running_mean=parameter(torch.randn(c) * 0.1 + call.mean, call.statistics),
+        running_var=parameter((torch.rand(c) + 0.5) * call.std**2, call.statistics),
+        counter=torch.tensor(counter, device=device),
+    )
+    exact = _preactivation(arguments)
+    far = torch.ones_like(exact, dtype=torch.bool)
+    for kink in KINKS if call.activation != "none" else ():
+        far &= (exact - kink).abs() > KINK_WIDTH
+    arguments.grad_output *= far
+    return arguments
+
+
+@contextlib.contextmanager
+def poisoned():
+    """Uninitialised memory is NaN, so that an unwritten element shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def run_fastbn(arguments: Arguments) -> dict[str, Tensor]:
+    """Outputs, updated statistics and gradients of fastbn's kernels."""
+    call = arguments.call
+
+    def function(input, weight, bias, residual):
+        return tracked_batch_norm(
+            input, arguments.running_mean, arguments.running_var,
+            arguments.counter if call.training else None, weight, bias, call.training,
+            call.momentum, call.eps, call.activation, None, residual,
+        )  # fmt: skip
+
+    with fastbn.use_backend("triton"), poisoned():
+        return _results(arguments, function)
+
+
+def run_exact(arguments: Arguments) -> dict[str, Tensor]:
+    """The same of the reference, in float64."""
+    return _run_torch(arguments.to(torch.float64), reference)
+
+
+def run_native(arguments: Arguments) -> dict[str, Tensor]:
+    """The same of PyTorch's operators, in the arguments' dtype."""
+    return _run_torch(clone(arguments), F.batch_norm)
+
+
+def _run_torch(arguments: Arguments, batch_norm) -> dict[str, Tensor]:
+    call = arguments.call
+    momentum = call.momentum
+    if momentum is None:
+        momentum = 1 / (arguments.counter.item() + 1)
+    if call.training:
+        arguments.counter += 1
+
+    def function(input, weight, bias, residual):
+        z = batch_norm(
+            input, arguments.running_mean, arguments.running_var, weight, bias, call.training,
+            momentum, call.eps,
+        )  # fmt: skip
+        if residual is not None:
+            z = z + residual
+        return ACTIVATIONS[call.activation](z, DEFAULT_PARAMS.get(call.activation, 0.0))
+
+    return _results(arguments, function)
+
+
+def _preactivation(arguments: Arguments) -> Tensor:
+    call = arguments.call
+    none = replace(arguments, call=replace(call, activation="none"))
+    return run_exact(none)["output"]
+
+
+def _results(arguments: Arguments, function) -> dict[str, Tensor]:
+    names = ("input", "weight", "bias", "residual")
+    tensors = [getattr(arguments, name) for name in names]
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    output = function(*leaves)
+    present = [(name, leaf) for name, leaf in zip(names, leaves) if leaf is not None]
+    grads = torch.autograd.grad(output, [leaf for _, leaf in present], arguments.grad_output)
+    results = {"output": output.detach()}
+    results |= {f"grad_{name}": grad for (name, _), grad in zip(present, grads)}
+    if arguments.running_mean is not None:
+        results["running_mean"] = arguments.running_mean
+        results["running_var"] = arguments.running_var
+    results["counter"] = arguments.counter
+    return results
+
+
+def check(call: Call, device: torch.device) -> None:
+    """Runs a call three ways and holds fastbn to the rule, in all its results."""
+    compare(make_arguments(call, device))
+
+
+def compare(arguments: Arguments) -> None:
+    """`check` for given tensors."""
+    call = arguments.call
+    exact = run_exact(arguments)
+    native = run_native(arguments)
+    actual = run_fastbn(clone(arguments))
+    assert actual.keys() == exact.keys()
+    for name in actual:
+        assert actual[name].dtype == native[name].dtype, name
+        assert actual[name].shape == native[name].shape, name
+        if name == "counter":
+            assert actual[name].equal(native[name])
+            continue
+        if actual[name].shape == arguments.input.shape:
+            assert actual[name].stride() == native[name].stride(), name
+        scale = torch.maximum(_largest(exact[name]), _terms(name, arguments))
+        actual_error = _largest(actual[name].double() - exact[name])
+        native_error = _largest(native[name].double() - exact[name])
+        ulps = FLOOR_ULPS[actual[name].dtype] * EPSILON[actual[name].dtype]
+        allowed = (2 * (native_error / scale).max() + ulps) * scale
+        worst = (actual_error / allowed).max().item()
+        assert worst <= 1, f"{name} is {worst:.3g} times as far off as allowed: {call}"
+
+
+def _terms(name: str, arguments: Arguments) -> Tensor:
+    """Size of what a channel's result is a sum or difference of."""
+    x = arguments.input.double()
+    axes = [0, *range(2, x.dim())]
+    grad = _largest(arguments.grad_output.double())
+    if name == "running_mean":
+        return _largest(x)
+    if name in ("grad_weight", "grad_bias"):
+        # M terms of random sign.
+        return grad * (x.numel() / x.shape[1]) ** 0.5
+    if name == "grad_input":
+        weight = 1.0 if arguments.weight is None else arguments.weight.double().abs()
+        return grad * weight / (x.var(axes, correction=0) + arguments.call.eps).sqrt()
+    return torch.full_like(grad, torch.finfo(torch.float64).tiny)
+
+
+def _largest(t: Tensor) -> Tensor:
+    """Largest magnitude in each channel."""
+    return t.abs() if t.dim() == 1 else t.abs().amax([0, *range(2, t.dim())])
+
+
+def clone(arguments: Arguments) -> Arguments:
+    """The arguments in fresh memory, of the same strides."""
+    return replace(
+        arguments,
+        **{
+            name: t.clone()
+            for name, t in vars(arguments).items()
+            if isinstance(t, Tensor)
+        },
+    )

@@ -1,0 +1,76 @@
+"""The house of the code: who may import whom, and where kernels are launched."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Each module of fastbn and the siblings that it may import: only ones below it.
+BELOW = {
+    "layout": set(),
+    "reference": set(),
+    "backend": set(),
+    "launch": {"kernels"},
+    "ops": {"kernels", "launch", "layout"},
+    "autograd": {"kernels", "ops", "reference", "layout"},
+    "functional": {"autograd", "backend", "reference"},
+    "modules": {"functional"},
+    "explain": {"kernels", "backend", "launch", "ops", "autograd", "modules"},
+    "__init__": {"backend", "explain", "functional", "modules"},
+}
+
+
+def imports(path):
+    """Names of all modules that a file imports; relative ones with their dots."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            if module.strip("."):
+                yield module
+            else:
+                yield from (module + alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "fastbn").glob("*.py")), ids=lambda p: p.stem)
+def test_imports_go_downward(path):
+    siblings = {name[1:].split(".")[0] for name in imports(path) if name.startswith(".")}
+    assert siblings <= BELOW[path.stem]
+
+
+def test_nothing_is_above_itself():
+    done = set()
+    for name, below in BELOW.items():
+        assert below <= done | {"kernels"}, name
+        done.add(name)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.stem)
+def test_kernels_know_triton_and_nothing_else(path):
+    allowed = {"triton", "__future__", "dataclasses", "functools"}
+    for name in imports(path):
+        assert name.startswith(".") or name.split(".")[0] in allowed, name
+        assert not name.startswith("..")
+
+
+@pytest.mark.parametrize("name", ["plan", "device", "__init__"])
+def test_the_planner_needs_no_triton(name):
+    assert not any("triton" in module for module in imports(ROOT / "kernels" / f"{name}.py"))
+
+
+def test_kernels_are_launched_in_ops_alone():
+    for path in (ROOT / "fastbn").glob("*.py"):
+        launches = "_kernel[" in path.read_text()
+        assert launches == (path.stem == "ops"), path
+
+
+@pytest.mark.parametrize("folder", ["examples", "benchmarks"])
+def test_examples_and_benchmarks_use_the_public_api(folder):
+    private = {"ops", "autograd", "backend", "launch", "layout", "modules", "reference"}
+    for path in (ROOT / folder).rglob("*.py"):
+        for name in imports(path):
+            parts = name.split(".")
+            assert parts[0] != "fastbn" or not private & set(parts), f"{path}: {name}"

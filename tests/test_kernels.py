@@ -1,0 +1,227 @@
+"""Kernels against float64, by the rule of `oracle.py`."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastbn.reference import ACTIVATIONS
+
+from .oracle import Call, check, clone, compare, make_arguments, run_fastbn
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+# Every kind of extent: one channel, one row, odd planes, more than a tile.
+SHAPES = [
+    (6, 3),
+    (70, 130),
+    (4, 5, 9),
+    (2, 1, 7, 5),
+    (1, 6, 5, 5),
+    (3, 20, 7, 7),
+    (2, 3, 48, 48),
+    (2, 64, 4, 4),
+    (5, 7, 1, 1),
+    (2, 3, 3, 4, 5),
+]
+NAMES = ["x".join(map(str, shape)) for shape in SHAPES]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=NAMES)
+def test_shapes_and_dtypes(shape, dtype, training, device):
+    check(Call(shape, dtype, training=training, activation="relu"), device)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if len(s) >= 4])
+def test_channels_last(shape, dtype, training, device):
+    call = Call(shape, dtype, channels_last=True, training=training, activation="relu")
+    check(call, device)
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("shape", [(3, 20, 7, 7), (5, 3, 12, 9), (4, 40, 4, 4), (2, 1, 19, 19)])
+def test_many_tiles_and_splits(shape, channels_last, training, device):
+    call = Call(shape, torch.float32, None, channels_last, training, "relu", residual=True)
+    check(call, device)
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["", "add"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_epilogues(activation, dtype, channels_last, residual, device):
+    call = Call((3, 10, 5, 3), dtype, None, channels_last, True, activation, residual)
+    check(call, device)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_epilogues_with_frozen_statistics(activation, device):
+    check(Call((3, 10, 5, 3), training=False, activation=activation, residual=True), device)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 2, 2), (2, 3, 1, 3), (3, 13, 3, 3), (5, 9, 1, 1)])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+def test_mask_of_few_bits(shape, channels_last, device):
+    check(Call(shape, channels_last=channels_last, activation="relu", residual=True), device)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
+@pytest.mark.parametrize("weight", [True, False], ids=["weight", ""])
+def test_optional_parameters(weight, bias, training, device):
+    check(Call((4, 6, 5), weight=weight, bias=bias, training=training, activation="silu"), device)
+
+
+def test_without_statistics(device):
+    check(Call((4, 6, 5), statistics=False), device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_parameters_in_half_precision(dtype, training, device):
+    check(Call((4, 6, 5, 5), dtype, param_dtype=dtype, training=training), device)
+
+
+@pytest.mark.parametrize("counter", [0, 1, 999])
+@pytest.mark.parametrize("momentum", [None, 0.0, 0.01, 1.0])
+def test_momentum(momentum, counter, device):
+    compare(make_arguments(Call((8, 3, 4), momentum=momentum), device, counter))
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-3, 1.0])
+def test_eps(eps, device):
+    check(Call((8, 3, 4), eps=eps), device)
+    check(Call((8, 3, 4), eps=eps, training=False), device)
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize(
+    ("dtype", "mean", "std"),
+    [
+        (torch.float32, 1e6, 1.0),
+        (torch.float32, -1e6, 1.0),
+        (torch.float32, 1.0, 1e-4),
+        (torch.float32, 0.0, 1e-8),
+        (torch.float32, 0.0, 1e17),
+        (torch.float32, 1e18, 1e14),
+        (torch.float64, 1e6, 1.0),
+        (torch.bfloat16, 0.0, 1e17),
+        (torch.bfloat16, 300.0, 1.0),
+        (torch.float16, 60000.0, 500.0),
+        (torch.float16, 0.0, 1e-6),
+    ],
+)
+def test_hostile_scales(dtype, mean, std, channels_last, device):
+    check(Call((4, 5, 8, 8), dtype, channels_last=channels_last, mean=mean, std=std), device)
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+def test_first_value_far_from_the_others(device):
+    """The moments are taken about each channel's first value: it must not matter which."""
+    arguments = make_arguments(Call((4, 5, 8, 8), mean=100.0), device)
+    arguments.input[0, :, 0, 0] = torch.tensor([0.0, -1e4, 1e5, 1e-30, 3e4])
+    compare(arguments)
+
+
+@pytest.mark.parametrize("value", [0.0, 5.0, -3e4])
+def test_constant_channels(value, device):
+    arguments = make_arguments(Call((4, 3, 8, 8)), device)
+    arguments.input[:, 1] = value
+    compare(arguments)
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["input", "grad_output", "residual"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+def test_nan_and_inf_stay_in_their_channel(channels_last, where, value, device):
+    call = Call(
+        (3, 9, 5, 5), channels_last=channels_last, activation="relu", residual=where == "residual"
+    )
+    arguments = make_arguments(call, device)
+    clean = run_fastbn(clone(arguments))
+    getattr(arguments, where)[1, 4, 2, 2] = value
+    dirty = run_fastbn(arguments)
+    others = [c for c in range(9) if c != 4]
+    for name, result in dirty.items():
+        if name == "counter":
+            continue
+        axis = 0 if result.dim() == 1 else 1
+        index = torch.tensor(others, device=device)
+        assert result.index_select(axis, index).equal(clean[name].index_select(axis, index)), name
+    if where == "input":
+        assert dirty["output"][:, 4].isnan().all()
+        assert dirty["running_var"][4].isnan()
+    elif where == "residual" and value != -float("inf"):
+        assert not dirty["output"][1, 4, 2, 2].isfinite()
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+def test_bitwise_reproducible(channels_last, device):
+    call = Call((3, 12, 7, 7), channels_last=channels_last, activation="gelu", residual=True)
+    arguments = make_arguments(call, device)
+    first, second = run_fastbn(clone(arguments)), run_fastbn(clone(arguments))
+    for name in first:
+        assert first[name].equal(second[name]), name
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_shape(data):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rank = data.draw(st.integers(0, 3))
+    shape = (
+        data.draw(st.integers(2, 9)),
+        data.draw(st.integers(1, 40)),
+        *data.draw(st.lists(st.integers(1, 11), min_size=rank, max_size=rank)),
+    )
+    check(
+        Call(
+            shape,
+            dtype=data.draw(st.sampled_from(DTYPES)),
+            channels_last=rank >= 2 and data.draw(st.booleans()),
+            training=data.draw(st.booleans()),
+            activation=data.draw(st.sampled_from(["none", "relu", "silu"])),
+            residual=data.draw(st.booleans()),
+        ),
+        device,
+    )
+
+
+LAYOUTS = {
+    "sliced": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "sliced channels-last": lambda x: x.repeat_interleave(2, -1)
+    .contiguous(memory_format=torch.channels_last)[..., ::2],
+    "sliced channels": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "permuted": lambda x: x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1),
+    "offset": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "flipped rows": lambda x: x.flip(2).contiguous(memory_format=torch.channels_last).flip(2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("residual", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(layout, residual, training, device):
+    """Input, residual and the output's gradient, each of its own strides."""
+    call = Call((3, 6, 4, 5), activation="relu", residual=True, training=training)
+    arguments = make_arguments(call, device)
+    arguments.input = LAYOUTS[layout](arguments.input)
+    arguments.residual = LAYOUTS[residual](arguments.residual)
+    arguments.grad_output = LAYOUTS["permuted"](arguments.grad_output)
+    compare(arguments)
+
+
+def test_expanded(device):
+    arguments = make_arguments(Call((4, 6, 3, 5)), device)
+    arguments.input = arguments.input[:, :, :1].expand(4, 6, 3, 5)
+    arguments.grad_output = torch.randn(4, 6, 1, 1, device=device).expand(4, 6, 3, 5)
+    compare(arguments)

@@ -1,0 +1,338 @@
+"""Whatever `nn.BatchNorm*d` does, the fused modules do: held against the installed torch."""
+
+import copy
+import inspect
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn as nn
+
+import fastbn
+from fastbn import FusedBatchNorm1d, FusedBatchNorm2d, FusedBatchNorm3d
+
+PAIRS = {
+    "1d": (FusedBatchNorm1d, nn.BatchNorm1d, (4, 3, 5)),
+    "1d matrix": (FusedBatchNorm1d, nn.BatchNorm1d, (8, 3)),
+    "2d": (FusedBatchNorm2d, nn.BatchNorm2d, (4, 3, 5, 5)),
+    "3d": (FusedBatchNorm3d, nn.BatchNorm3d, (4, 3, 2, 5, 3)),
+}
+
+
+@pytest.fixture(params=["auto", "torch"], autouse=True)
+def backend(request):
+    """Both what the kernels serve and what goes to PyTorch."""
+    with fastbn.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=PAIRS)
+def pair(request, device):
+    fused, native, shape = PAIRS[request.param]
+
+    def make(**kwargs):
+        ours, theirs = fused(3, **kwargs).to(device), native(3, **kwargs).to(device)
+        if ours.weight is not None:
+            nn.init.normal_(theirs.weight)
+            ours.load_state_dict(theirs.state_dict())
+        return ours, theirs, torch.randn(shape, device=device)
+
+    return make
+
+
+def assert_same(ours, theirs, x):
+    """Same output, gradients and buffers."""
+    x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y1, y2 = ours(x1), theirs(x2)
+    torch.testing.assert_close(y1, y2)
+    assert y1.is_contiguous() == y2.is_contiguous()
+    grad = torch.randn_like(y2)
+    y1.backward(grad)
+    y2.backward(grad)
+    torch.testing.assert_close(x1.grad, x2.grad)
+    assert_same_state(ours, theirs)
+    for p1, p2 in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(p1.grad, p2.grad)
+
+
+def assert_same_state(ours, theirs):
+    s1, s2 = ours.state_dict(), theirs.state_dict()
+    assert list(s1) == list(s2)
+    assert s1._metadata == s2._metadata
+    for name in s1:
+        assert s1[name].dtype == s2[name].dtype
+        torch.testing.assert_close(s1[name], s2[name])
+
+
+def outcome(function, *args):
+    """What a call returns, or the type and text of what it raises."""
+    try:
+        return function(*args)
+    except Exception as error:
+        return type(error), str(error)
+
+
+def assert_same_outcome(ours, theirs, *args):
+    a, b = outcome(ours, *args), outcome(theirs, *args)
+    if isinstance(b, torch.Tensor):
+        torch.testing.assert_close(a, b)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("fused", [p[:2] for p in PAIRS.values()])
+def test_constructor(fused):
+    ours, theirs = fused
+    assert inspect.signature(ours.__init__) == inspect.signature(theirs.__init__)
+    assert isinstance(ours(3), theirs)
+    assert issubclass(ours, nn.modules.batchnorm._BatchNorm)
+    assert ours(3).extra_repr() == theirs(3).extra_repr()
+
+
+@pytest.mark.skipif(
+    "bias" not in inspect.signature(nn.BatchNorm2d.__init__).parameters,
+    reason="this torch's BatchNorm has no bias argument",
+)
+def test_constructor_without_bias(pair):
+    ours, theirs, x = pair(bias=False)
+    assert ours.bias is None
+    assert_same(ours, theirs, x)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"affine": False},
+        {"track_running_stats": False},
+        {"momentum": None},
+        {"momentum": 0.3, "eps": 1e-3},
+        {"momentum": None, "track_running_stats": False},
+        {"momentum": None, "affine": False},
+    ],
+    ids=str,
+)
+def test_training_and_eval(pair, kwargs):
+    ours, theirs, x = pair(**kwargs)
+    for _ in range(3):
+        assert_same(ours, theirs, x * 2 + 1)
+    ours.eval(), theirs.eval()
+    assert_same(ours, theirs, x)
+    ours.train(), theirs.train()
+    assert_same(ours, theirs, x)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("flag", [True, False])
+def test_track_running_stats_flipped(pair, flag, training):
+    ours, theirs, x = pair(track_running_stats=not flag)
+    for module in (ours, theirs):
+        module.track_running_stats = flag
+        module.train(training)
+    assert_same(ours, theirs, x)
+
+
+@pytest.mark.parametrize("missing", ["running_mean", "running_var"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_one_statistic_missing(pair, missing, training):
+    ours, theirs, x = pair()
+    for module in (ours, theirs):
+        setattr(module, missing, None)
+        module.train(training)
+    assert_same_outcome(ours, theirs, x)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_one_value_per_channel(pair, training, device):
+    ours, theirs, x = pair()
+    x = x[:1][(..., *[slice(0, 1)] * (x.dim() - 2))]
+    ours.train(training), theirs.train(training)
+    before = copy.deepcopy(ours.state_dict())
+    assert_same_outcome(ours, theirs, x)
+    if training:
+        assert outcome(ours, x)[0] is ValueError
+    # Nothing was written, not even the counter.
+    for name, value in ours.state_dict().items():
+        assert value.equal(before[name]), name
+
+
+def test_empty_batch(pair):
+    ours, theirs, x = pair()
+    assert_same(ours, theirs, x[:0])
+    assert ours.num_batches_tracked == 1
+    assert ours.running_mean.equal(torch.zeros_like(ours.running_mean))
+    assert ours.weight.grad.equal(torch.zeros_like(ours.weight))
+    ours.eval(), theirs.eval()
+    assert_same(ours, theirs, x[:0])
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 4, 5, 5), (2, 3, 5), (2, 4), (2, 3, 2, 2, 2, 2), (0,)])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_wrong_shapes(pair, shape, training, device):
+    ours, theirs, _ = pair()
+    ours.train(training), theirs.train(training)
+    assert_same_outcome(ours, theirs, torch.randn(shape, device=device))
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.complex64]
+
+
+@pytest.mark.parametrize("statistics", [None, *DTYPES[:4]], ids=str)
+@pytest.mark.parametrize("parameters", [None, *DTYPES[:4]], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mixed_dtypes(dtype, parameters, statistics, device):
+    """The mixes that torch takes work alike, those that it refuses are refused alike."""
+    x = torch.randn(4, 3, 5, device=device).to(dtype)
+    w = None if parameters is None else torch.rand(3, device=device).to(parameters)
+
+    def arguments():
+        if statistics is None:
+            return x, None, None, w, w, True
+        mean = torch.zeros(3, dtype=statistics, device=device)
+        return x, mean, torch.ones_like(mean), w, w, True
+
+    ours, theirs = arguments(), arguments()
+    a = outcome(fastbn.batch_norm, *ours)
+    b = outcome(nn.functional.batch_norm, *theirs)
+    if isinstance(b, torch.Tensor):
+        tolerances = {"rtol": 2e-2, "atol": 2e-2} if dtype.itemsize == 2 else {}
+        torch.testing.assert_close(a, b, **tolerances)
+        assert a.dtype == b.dtype
+    else:
+        assert a == b
+    if statistics is not None:
+        torch.testing.assert_close(ours[1], theirs[1])
+        torch.testing.assert_close(ours[2], theirs[2])
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"weight": torch.ones(2)},
+        {"bias": torch.ones(4)},
+        {"weight": torch.ones(3, 1)},
+        {"running_mean": torch.zeros(2)},
+        {"running_mean": None},
+        {"running_mean": None, "running_var": None, "training": False},
+        {"running_var": torch.ones(3)[::1].expand(2, 3)},
+        {"eps": 0.0, "training": True},
+        {"eps": -1.0},
+        {"momentum": None, "training": True},
+        {"momentum": 7.0, "training": True},
+        {"weight": torch.ones(3, device="meta")},
+        {"input": torch.randn(4, 3, 5).to_sparse()},
+    ],
+    ids=str,
+)
+def test_functional_refuses_alike(kwargs):
+    arguments = {
+        "input": torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0)),
+        "running_mean": torch.zeros(3),
+        "running_var": torch.ones(3),
+    } | kwargs
+    copies = [
+        {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        for _ in range(2)
+    ]
+    assert_same_outcome(
+        lambda: fastbn.batch_norm(**copies[0]),
+        lambda: nn.functional.batch_norm(**copies[1]),
+    )
+
+
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+STRIDES = {
+    "contiguous": lambda x: x,
+    "channels-last": lambda x: x.contiguous(memory_format=FORMATS[x.dim()]),
+    "sliced": lambda x: x[..., ::2],
+    "sliced channels-last": lambda x: x.contiguous(memory_format=FORMATS[x.dim()])[..., ::2],
+    "permuted": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "expanded": lambda x: x[:1].expand_as(x),
+    "one position": lambda x: x.flatten(2)[..., :1].reshape(*x.shape[:2], *[1] * (x.dim() - 2)),
+    "one row": lambda x: x[:1].contiguous(memory_format=FORMATS[x.dim()]),
+}
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+@pytest.mark.parametrize("dim", ["2d", "3d"])
+def test_memory_format(dim, strides, device):
+    fused, native, shape = PAIRS[dim]
+    x = STRIDES[strides](torch.randn(shape, device=device))
+    x1, x2 = x.detach().requires_grad_(), x.detach().requires_grad_()
+    y1, y2 = fused(3).to(device)(x1), native(3).to(device)(x2)
+    assert y1.stride() == y2.stride()
+    torch.testing.assert_close(y1, y2)
+    grad = torch.randn(shape, device=device)[: len(y1), ..., : y1.shape[-1]]
+    grad = grad.expand_as(y1) if strides != "one position" else torch.randn_like(y1)
+    (g1,), (g2,) = torch.autograd.grad(y1, x1, grad), torch.autograd.grad(y2, x2, grad)
+    assert g1.stride() == g2.stride()
+    torch.testing.assert_close(g1, g2)
+
+
+def test_state_dict_both_ways(pair):
+    ours, theirs, x = pair()
+    theirs(x), theirs(x + 1)
+    ours.load_state_dict(theirs.state_dict())
+    assert_same(ours, theirs, x)
+    theirs.load_state_dict(ours.state_dict())
+    assert ours.state_dict()._metadata[""]["version"] == 2
+    assert ours.num_batches_tracked.dtype == torch.int64
+
+
+def test_state_dict_of_version_1(pair):
+    ours, theirs, _ = pair()
+    state = theirs.state_dict()
+    del state["num_batches_tracked"]
+    state._metadata[""]["version"] = 1
+    ours.num_batches_tracked += 5
+    ours.load_state_dict(copy.deepcopy(state))
+    theirs.num_batches_tracked += 5
+    theirs.load_state_dict(copy.deepcopy(state))
+    assert_same_state(ours, theirs)
+
+
+def test_pickle_deepcopy_and_save(pair):
+    ours, theirs, x = pair()
+    ours(x), theirs(x)
+    file = io.BytesIO()
+    torch.save(ours, file)
+    file.seek(0)
+    for clone in (
+        pickle.loads(pickle.dumps(ours)),
+        copy.deepcopy(ours),
+        torch.load(file, weights_only=False),
+    ):
+        assert type(clone) is type(ours)
+        assert_same(clone, copy.deepcopy(theirs), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_module_to_dtype(pair, dtype):
+    ours, theirs, x = pair()
+    ours, theirs, x = ours.to(dtype), theirs.to(dtype), x.to(dtype)
+    assert ours.num_batches_tracked.dtype == torch.int64
+    for _ in range(2):
+        ours(x), theirs(x)
+    tolerances = {"rtol": 2e-2, "atol": 2e-2} if dtype.itemsize == 2 else {}
+    torch.testing.assert_close(ours(x), theirs(x), **tolerances)
+    torch.testing.assert_close(ours.running_var, theirs.running_var, **tolerances)
+    assert ours.num_batches_tracked == 3
+
+
+def test_hooks_and_reset(pair):
+    ours, _, x = pair()
+    seen = []
+    ours.register_forward_hook(lambda module, args, output: seen.append(output))
+    y = ours(x)
+    assert seen[0] is y
+    ours.reset_running_stats()
+    assert ours.num_batches_tracked == 0
+
+
+def test_counter_that_is_not_int64_still_counts(pair):
+    ours, theirs, x = pair()
+    for module in (ours, theirs):
+        module.num_batches_tracked = module.num_batches_tracked.float()
+    assert_same(ours, theirs, x)
+    assert ours.num_batches_tracked == 1
