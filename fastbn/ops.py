@@ -111,7 +111,8 @@ def _forward_train(
     plan = _plan(x, training=True)
     x = _like(x, x)
     c = x.shape[1]
-    mean, rstd = torch.empty((2, c), dtype=_statistics_dtype(x), device=x.device).unbind()
+    mean = torch.empty(c, dtype=_statistics_dtype(x), device=x.device)
+    rstd = torch.empty_like(mean)
     tile, splits = plan.forward_reduce.tile, plan.forward_reduce.splits
     blocks = tile.grid(plan.problem)[1]
     partials = torch.empty(splits * (2 * c + blocks), dtype=mean.dtype, device=x.device)

@@ -236,9 +236,13 @@ def _terms(name: str, arguments: Arguments) -> Tensor:
     if name in ("grad_weight", "grad_bias"):
         # M terms of random sign.
         return grad * (x.numel() / x.shape[1]) ** 0.5
+    scale = (x.var(axes, correction=0) + arguments.call.eps).rsqrt()
+    if arguments.weight is not None:
+        scale *= arguments.weight.double().abs()
     if name == "grad_input":
-        weight = 1.0 if arguments.weight is None else arguments.weight.double().abs()
-        return grad * weight / (x.var(axes, correction=0) + arguments.call.eps).sqrt()
+        return grad * scale
+    if name == "output":
+        return _largest(x - x.mean(axes, keepdim=True)) * scale
     return torch.full_like(grad, torch.finfo(torch.float64).tiny)
 
 

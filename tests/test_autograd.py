@@ -1,0 +1,220 @@
+"""Gradients of all orders and kinds."""
+
+import pytest
+import torch
+import torch.autograd.forward_ad as fwAD
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+
+import fastbn
+from fastbn.functional import batch_norm
+from fastbn.reference import ACTIVATIONS, DEFAULT_PARAMS
+
+pytestmark = pytest.mark.usefixtures("kernels_only")
+
+
+@pytest.fixture
+def kernels_only():
+    with fastbn.use_backend("triton"):
+        yield
+
+
+def leaves(*shape, device, residual=True):
+    """Input, weight, bias and residual, in double precision, away from kinks."""
+    c = shape[1]
+
+    def leaf(*size, scale=1.0):
+        return (torch.randn(size, dtype=torch.double, device=device) * scale).requires_grad_()
+
+    return leaf(*shape), leaf(c), leaf(c), leaf(*shape) if residual else None
+
+
+def call(activation="none", training=True):
+    def function(x, weight, bias, residual=None):
+        c = x.shape[1]
+        mean = var = None
+        if not training:
+            mean = torch.linspace(-0.5, 0.5, c, dtype=x.dtype, device=x.device)
+            var = torch.linspace(0.5, 1.5, c, dtype=x.dtype, device=x.device)
+        return batch_norm(
+            x, mean, var, weight, bias, training, activation=activation, residual=residual
+        )
+
+    return function
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("residual", [True, False], ids=["add", ""])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck_and_gradgradcheck(activation, residual, training, device):
+    inputs = leaves(3, 2, 3, device=device, residual=residual)
+    inputs = inputs if residual else inputs[:3]
+    assert gradcheck(call(activation, training), inputs, fast_mode=True)
+    assert gradgradcheck(call(activation, training), inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_gradcheck_of_every_element(activation, device):
+    inputs = leaves(3, 2, 2, device=device)
+    assert gradcheck(call(activation), inputs)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+def test_second_order_agrees_with_pytorch(activation, channels_last, device):
+    """A gradient penalty: backward of a function of the gradient."""
+    x, w, b, r = leaves(4, 11, 3, 3, device=device)
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    x, r = (t.detach().contiguous(memory_format=format).requires_grad_() for t in (x, r))
+
+    def penalty(function):
+        y = function(x, w, b, r)
+        grads = torch.autograd.grad(y.pow(2).sum(), (x, w, b, r), create_graph=True)
+        return torch.autograd.grad(sum(g.pow(2).sum() for g in grads), (x, w, b, r))
+
+    def native(x, w, b, r):
+        z = F.batch_norm(x, None, None, w, b, True) + r
+        return ACTIVATIONS[activation](z, DEFAULT_PARAMS.get(activation, 0.0))
+
+    for ours, theirs in zip(penalty(call(activation)), penalty(native)):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+@pytest.mark.parametrize("wanted", range(1, 16))
+def test_gradients_only_where_asked_for(wanted, activation, training, device):
+    tensors = [t.detach() for t in leaves(3, 4, 5, device=device)]
+    asked = [bool(wanted >> i & 1) for i in range(4)]
+    full = [t.clone().requires_grad_() for t in tensors]
+    some = [t.clone().requires_grad_(a) for t, a in zip(tensors, asked)]
+    function = call(activation, training)
+    grad = torch.randn(3, 4, 5, dtype=torch.double, device=device)
+    function(*full).backward(grad)
+    function(*some).backward(grad)
+    for t, s, a in zip(full, some, asked):
+        assert (s.grad is not None) == a
+        assert not a or s.grad.equal(t.grad)
+
+
+def test_no_graph_without_gradients(device):
+    x, w, b, _ = leaves(3, 4, 5, device=device)
+    with torch.no_grad():
+        assert not call()(x, w, b).requires_grad
+    assert not call()(x.detach(), w.detach(), b.detach()).requires_grad
+
+
+def test_inference_mode(device):
+    bn = fastbn.FusedBatchNorm1d(4).to(device)
+    x = torch.randn(3, 4, 5, device=device)
+    with torch.inference_mode():
+        bn(x)
+    assert bn.num_batches_tracked == 1
+    with torch.inference_mode():
+        inner = fastbn.FusedBatchNorm1d(4).to(device)
+        inner(x)
+        assert inner.num_batches_tracked == 1
+
+
+def test_saved_tensors_that_change_are_noticed(device):
+    """As in PyTorch: backward refuses to run on what was overwritten since."""
+    x, w, b, _ = leaves(3, 4, 5, device=device)
+    y = call("relu")(x, w, b)
+    with torch.no_grad():
+        w.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_statistics_that_change_are_noticed(device):
+    """A training step between an eval forward and its backward."""
+    bn = fastbn.FusedBatchNorm1d(4).to(device).eval()
+    x = torch.randn(3, 4, 5, device=device, requires_grad=True)
+    y = bn(x)
+    bn.train()(x.detach())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_backward_twice_needs_retain_graph(device):
+    x, w, b, _ = leaves(3, 4, 5, device=device)
+    y = call()(x, w, b).sum()
+    y.backward(retain_graph=True)
+    first = x.grad.clone()
+    y.backward()
+    assert x.grad.equal(2 * first)
+    with pytest.raises(RuntimeError, match="second time"):
+        y.backward()
+
+
+def test_backward_does_not_touch_statistics(device):
+    bn = fastbn.FusedBatchNorm1d(4).to(device)
+    x = torch.randn(3, 4, 5, device=device, requires_grad=True)
+    y = bn(x)
+    before = {name: t.clone() for name, t in bn.state_dict().items()}
+    torch.autograd.grad(y.sum(), x, retain_graph=True)
+    torch.autograd.grad(y.sum(), x, create_graph=True)
+    for name, t in bn.state_dict().items():
+        assert t.equal(before[name]), name
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+def test_forward_mode(activation, training, device):
+    x, w, b, r = leaves(3, 4, 5, device=device)
+    tangent = torch.randn_like(x)
+    function = call(activation, training)
+    _, tangent_out = torch.func.jvp(lambda x: function(x, w, b, r), (x,), (tangent,))
+    with fwAD.dual_level():
+        dual = fwAD.unpack_dual(function(fwAD.make_dual(x, tangent), w, b, r))
+    torch.testing.assert_close(dual.tangent, tangent_out)
+    # <J t, g> = <t, J' g>
+    grad = torch.randn_like(x)
+    (pulled,) = torch.autograd.grad(function(x, w, b, r), x, grad)
+    torch.testing.assert_close((tangent_out * grad).sum(), (tangent * pulled).sum())
+
+
+def test_vmap_in_eval(device):
+    bn = fastbn.FusedBatchNormAct2d(4).to(device).eval()
+    torch.nn.init.normal_(bn.running_mean)
+    x = torch.randn(5, 3, 4, 6, 6, device=device)
+    torch.testing.assert_close(torch.vmap(bn)(x), torch.stack([bn(part) for part in x]))
+
+
+def test_per_sample_gradients(device):
+    bn = fastbn.FusedBatchNorm2d(4).to(device).eval()
+    parameters = dict(bn.named_parameters())
+    x = torch.randn(5, 4, 6, 6, device=device)
+
+    def loss(parameters, sample):
+        y = torch.func.functional_call(bn, parameters, (sample[None],))
+        return y.pow(2).sum()
+
+    grads = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for i, sample in enumerate(x):
+        bn.zero_grad()
+        bn(sample[None]).pow(2).sum().backward()
+        torch.testing.assert_close(grads["weight"][i], bn.weight.grad)
+        torch.testing.assert_close(grads["bias"][i], bn.bias.grad)
+
+
+def test_vmap_in_training_is_refused_as_in_pytorch(device):
+    x = torch.randn(5, 3, 4, 6, 6, device=device)
+    messages = []
+    for module in (fastbn.FusedBatchNorm2d(4), torch.nn.BatchNorm2d(4)):
+        module.to(device).num_batches_tracked = None
+        with pytest.raises(RuntimeError) as error:
+            torch.vmap(module)(x)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+def test_checkpointing_recomputes_the_same(device):
+    """Activation checkpointing runs forward twice; statistics off, results equal."""
+    from torch.utils.checkpoint import checkpoint
+
+    bn = fastbn.FusedBatchNormAct1d(4, track_running_stats=False).to(device)
+    x = torch.randn(3, 4, 5, device=device, requires_grad=True)
+    (plain,) = torch.autograd.grad(bn(x).pow(2).sum(), x)
+    (again,) = torch.autograd.grad(checkpoint(bn, x, use_reentrant=False).pow(2).sum(), x)
+    assert plain.equal(again)

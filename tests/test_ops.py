@@ -1,0 +1,120 @@
+"""The operators as `torch.library` sees them, and under `torch.compile`."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+
+import fastbn
+from fastbn import FusedBatchNorm2d, FusedBatchNormAct2d, ops
+
+TESTS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
+
+
+def tensors(device, dtype=torch.float32, channels_last=False, statistics=True):
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    x, r, dy = (
+        torch.randn(3, 9, 4, 5, device=device).to(dtype).contiguous(memory_format=format)
+        for _ in range(3)
+    )
+    w, b, mean = torch.randn(3, 9, device=device).unbind()
+    var = torch.rand(9, device=device) + 0.5
+    counter = torch.tensor(3, device=device)
+    if not statistics:
+        return x, r, dy, w, b, None, None, None
+    return x, r, dy, w, b, mean.clone(), var, counter
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_opcheck_forward_train(channels_last, momentum, statistics, device):
+    x, r, _, w, b, mean, var, counter = tensors(device, torch.bfloat16, channels_last, statistics)
+    if momentum is None and counter is None:
+        momentum = 0.0
+    args = (x, r, w, b, mean, var, counter, momentum, 1e-5, "relu", 0.0, True)
+    torch.library.opcheck(ops.forward_train, args, test_utils=TESTS)
+    args = (x, None, None, None, mean, var, counter, momentum, 1e-5, "gelu", 0.0, False)
+    torch.library.opcheck(ops.forward_train, args, test_utils=TESTS)
+
+
+@pytest.mark.parametrize("save_mask", [True, False])
+def test_opcheck_forward_eval(save_mask, device):
+    x, r, _, w, b, mean, var, _ = tensors(device)
+    args = (x, r, w, b, mean, var, 1e-5, "leaky_relu", 0.1, save_mask)
+    torch.library.opcheck(ops.forward_eval, args, test_utils=TESTS)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("wanted", [[True] * 4, [False, True, False, True], [True, False, True, False]])
+def test_opcheck_backward(wanted, frozen, device):
+    x, r, dy, w, b, mean, var, _ = tensors(device)
+    none = torch.empty(0, dtype=torch.uint8, device=device)
+    args = (dy, x, r, none, w, b, mean, var, 1e-5, "silu", 0.0, frozen, wanted)
+    torch.library.opcheck(ops.backward, args, test_utils=TESTS)
+
+
+def model(norm, act):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), norm(8), nn.Conv2d(8, 12, 3, bias=False), act(12),
+        nn.Flatten(), nn.Linear(12 * 16, 5),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_compile_without_graph_breaks(training, device):
+    torch._dynamo.reset()
+    eager = model(FusedBatchNorm2d, FusedBatchNormAct2d).to(device).train(training)
+    other = copy.deepcopy(eager)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        x = torch.randn(4, 3, 8, 8, device=device)
+        with fastbn.use_backend("triton"):
+            y1, y2 = eager(x), compiled(x)
+            torch.testing.assert_close(y1, y2)
+            y1.pow(2).sum().backward()
+            y2.pow(2).sum().backward()
+    for (name, p1), p2 in zip(eager.named_parameters(), other.parameters()):
+        torch.testing.assert_close(p1.grad, p2.grad, msg=name)
+    for (name, b1), b2 in zip(eager.named_buffers(), other.buffers()):
+        torch.testing.assert_close(b1, b2, msg=name)
+    assert other[1].num_batches_tracked == (2 if training else 0)
+
+
+def test_compiled_backward_runs_the_kernels(device):
+    """Not the differentiable reference, which second derivatives take."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    compiled = torch.compile(FusedBatchNorm2d(4).to(device), fullgraph=True, backend=backend)
+    x = torch.randn(2, 4, 5, 5, device=device, requires_grad=True)
+    with fastbn.use_backend("triton"):
+        compiled(x).sum().backward()
+    forward, backward = ({str(node.target) for node in graph.graph.nodes} for graph in graphs)
+    assert "fastbn.backward.default" in backward
+    assert not any("var" in name or "rsqrt" in name for name in forward | backward)
+
+
+def test_export(device):
+    bn = FusedBatchNorm2d(4).to(device).eval()
+    x = torch.randn(2, 4, 5, 5, device=device)
+    exported = torch.export.export(bn, (x,)).module()
+    torch.testing.assert_close(exported(x), bn(x))
+
+
+def test_functionalized_mutation_is_visible(device):
+    bn = FusedBatchNorm2d(4).to(device)
+    before = bn.running_mean.clone()
+    version = bn.running_mean._version
+    bn(torch.randn(2, 4, 5, 5, device=device) + 3)
+    assert not bn.running_mean.equal(before)
+    assert bn.running_mean._version > version
+    assert bn.num_batches_tracked._version > 0
