@@ -2,10 +2,10 @@
 
     python -m tests.compile_kernels [--json FILE]
 
-No GPU is needed. The launches are the operators' own: they run on meta tensors
-of real sizes with an H100's facts, and what they would launch is recorded.
-Prints for each kernel and target its registers, spills, shared memory and the
-widest global accesses.
+No GPU is needed. The launches are the operators' own: they run on tensors
+without memory, of real sizes and with an H100's facts, and each kernel is
+compiled as Triton would for that launch. Prints for each its registers, bytes
+of spills and of shared memory, and the bytes of its widest loads and stores.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from fastbn import ops
 from fastbn.kernels import backward, forward
@@ -45,12 +46,6 @@ KERNELS = {
         (backward, "bn_apply_bwd_kernel"),
     )
 }
-_POINTEES = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
-    torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
-}  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Case:
     """One call of forward and backward, whose launches are to be compiled."""
@@ -87,116 +82,95 @@ CASES = [
 ]
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A kernel with all that its compilation depends on."""
+class _Driver:
+    """A driver with no device behind it: Triton compiles for its target, as for a real one."""
 
-    case: Case
-    kernel: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, object], ...]
-    aligned: tuple[int, ...]
-    options: tuple[tuple[str, object], ...]
-    access_bytes: int
+    def __init__(self, name: str) -> None:
+        self.target = TARGETS[name]
+        # A number of its own: Triton keeps what it compiled by device.
+        self.device = list(TARGETS).index(name)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
 
 
-class _Recorder:
-    """Stands in for a kernel and records its launches instead of launching."""
+class _Compiler:
+    """Stands in for a kernel: compiles for each launch what Triton would, and launches nothing."""
 
-    def __init__(self, name: str, case: Case, launches: list[Launch]) -> None:
-        self.name, self.case, self.launches = name, case, launches
+    def __init__(self, name: str, compiled: list) -> None:
+        self.kernel, self.compiled = KERNELS[name], compiled
 
     def __getitem__(self, grid):
-        return self._record
+        return lambda *args, **kwargs: self._compile(grid, args, kwargs)
 
-    def _record(self, *args, **kwargs) -> None:
-        kernel = KERNELS[self.name]
-        options = {k: kwargs.pop(k) for k in ("num_warps", "enable_fp_fusion")}
-        arguments = dict(zip(kernel.arg_names, args)) | kwargs
-        constexprs = {p.name for p in kernel.params if p.is_constexpr}
-        signature, constants, aligned = {}, {}, []
-        for index, name in enumerate(kernel.arg_names):
-            value = arguments[name]
-            if name in constexprs or value is None or (type(value) is int and value == 1):
-                signature[name], constants[name] = "constexpr", value
-            elif isinstance(value, torch.Tensor):
-                signature[name] = "*" + _POINTEES[value.dtype]
-                aligned.append(index)
-            elif isinstance(value, float):
-                signature[name] = "fp64"
-            else:
-                signature[name] = "i32" if value < 2**31 else "i64"
-                if value % 16 == 0:
-                    aligned.append(index)
-        x = arguments["X"]
-        inner = arguments["ALIGN"] * x.element_size()
-        self.launches.append(
-            Launch(
-                self.case, self.name, tuple(signature.items()), tuple(constants.items()),
-                tuple(aligned), tuple(options.items()), min(16, inner),
-            )  # fmt: skip
+    def _compile(self, grid, args, kwargs) -> None:
+        arguments = dict(zip(self.kernel.arg_names, args)) | kwargs
+        compiled = self.kernel.warmup(*args, grid=grid, **kwargs)
+        self.compiled.append((compiled, arguments))
+
+
+def compile_case(case: Case, target_name: str) -> list[dict]:
+    """Compiles all launches of a case for one target and reports their resources."""
+    target = TARGETS[target_name]
+    compiled: list = []
+    compilers = {name: _Compiler(name, compiled) for name in KERNELS}
+    driver.set_active(_Driver(target_name))
+    with mock.patch.multiple(ops, device_facts=lambda device: H100, **compilers):
+        _call(case)
+    rows = []
+    for kernel, arguments in compiled:
+        resources = _amd_resources if target.backend == "hip" else _nvidia_resources
+        tile = arguments["BLOCK_N"] * arguments["BLOCK_C"] * arguments["BLOCK_S"]
+        itemsize = arguments["X"].element_size()
+        threads = kernel.metadata.num_warps * target.warp_size
+        rows.append(
+            {
+                "case": str(case),
+                "kernel": kernel.metadata.name,
+                "target": target_name,
+                "threads": threads,
+                "shared": kernel.metadata.shared,
+                # What a thread moves of one tensor's tile, and how wide it can be moved.
+                "thread_bytes": tile * itemsize // threads,
+                "access_bytes": min(16, arguments["ALIGN"] * itemsize, tile * itemsize // threads),
+                **resources(kernel),
+            }
         )
+    return rows
 
 
-def record(case: Case) -> list[Launch]:
-    """The launches of a case on an H100, without one."""
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}.get(
-        case.dtype, torch.float64
-    )
+def _call(case: Case) -> None:
+    """Forward and backward on tensors without memory."""
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    dtype = dtypes.get(case.dtype, torch.float64)
     x = torch.empty(case.shape, dtype=dtype, device="meta")
     if case.channels_last:
-        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-        x = x.contiguous(memory_format=formats[x.dim()])
-    c = case.shape[1]
+        x = x.contiguous(memory_format=torch.channels_last)
     stats = torch.float64 if dtype == torch.float64 else torch.float32
-    weight, bias, mean, var = torch.empty(4, c, dtype=stats, device="meta").unbind()
+    weight, bias, mean, var = torch.empty(4, x.shape[1], dtype=stats, device="meta").unbind()
     counter = torch.empty((), dtype=torch.int64, device="meta")
     residual = torch.empty_like(x) if case.residual else None
     signs = case.residual and case.activation in ("relu", "leaky_relu")
-    launches: list[Launch] = []
-    recorders = {name: _Recorder(name, case, launches) for name in KERNELS}
-    with mock.patch.multiple(ops, device_facts=lambda device: H100, **recorders):
-        if case.training:
-            _, mean, rstd, mask = ops._forward_train(
-                x, residual, weight, bias, mean, var, counter, 0.1, 1e-5, case.activation, 0.01,
-                signs,
-            )  # fmt: skip
-        else:
-            rstd = var
-            _, mask = ops._forward_eval(
-                x, residual, weight, bias, mean, var, 1e-5, case.activation, 0.01, signs
-            )
-        ops._backward(
-            x, x, None if signs else residual, mask, weight, bias, mean, rstd, 1e-5,
-            case.activation, 0.01, not case.training, [True, True, True, case.residual],
-        )  # fmt: skip
-    return launches
-
-
-def compile_launch(launch: Launch, target_name: str) -> dict:
-    """Compiles one launch for one target and reports its resources."""
-    kernel, target = KERNELS[launch.kernel], TARGETS[target_name]
-    index = kernel.arg_names.index
-    source = ASTSource(
-        kernel,
-        signature=dict(launch.signature),
-        constexprs={(index(name),): value for name, value in launch.constants},
-        attrs={(i,): [["tt.divisibility", 16]] for i in launch.aligned},
-    )
-    compiled = triton.compile(source, target=target, options=dict(launch.options))
-    resources = (
-        _amd_resources(compiled) if target.backend == "hip" else _nvidia_resources(compiled)
-    )
-    return {
-        "case": str(launch.case),
-        "kernel": launch.kernel,
-        "target": target_name,
-        "warps": compiled.metadata.num_warps,
-        "threads": compiled.metadata.num_warps * target.warp_size,
-        "shared": compiled.metadata.shared,
-        "access_bytes": launch.access_bytes,
-        **resources,
-    }
+    epilogue = (1e-5, case.activation, 0.01)
+    if case.training:
+        _, mean, var, mask = ops._forward_train(
+            x, residual, weight, bias, mean, var, counter, 0.1, *epilogue, signs
+        )
+    else:
+        _, mask = ops._forward_eval(x, residual, weight, bias, mean, var, *epilogue, signs)
+    ops._backward(
+        x, x, None if signs else residual, mask, weight, bias, mean, var, *epilogue,
+        not case.training, [True, True, True, case.residual],
+    )  # fmt: skip
 
 
 def _nvidia_resources(compiled) -> dict:
@@ -210,33 +184,42 @@ def _nvidia_resources(compiled) -> dict:
         sass = subprocess.run(
             [bin / "cuobjdump", "-sass", cubin.name], capture_output=True, text=True
         ).stdout
-    widths = {"LDG": 0, "STG": 0}
-    for kind, suffixes in re.findall(r"\b(LDG|STG)\.([A-Z0-9.]+)", sass):
-        bits = re.search(r"(?:^|\.)(?:U|S)?(8|16|64|128|256)(?:\.|$)", suffixes)
-        widths[kind] = max(widths[kind], int(bits[1]) // 8 if bits else 4)
+    loads, stores = (
+        Counter(_sass_bytes(suffixes) for suffixes in re.findall(rf"\b{kind}\.([A-Z0-9.]+)", sass))
+        for kind in ("LDG", "STG")
+    )
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spills": int(re.search(r"STACK:(\d+)", usage)[1])
         + int(re.search(r"LOCAL:(\d+)", usage)[1]),
-        "load_bytes": widths["LDG"],
-        "store_bytes": widths["STG"],
+        "loads": loads,
+        "stores": stores,
     }
+
+
+def _sass_bytes(suffixes: str) -> int:
+    """Bytes that a load or store of these suffixes moves for each thread."""
+    bits = re.search(r"(?:^|\.)[US]?(8|16|64|128|256)(?:\.|$)", suffixes)
+    return int(bits[1]) // 8 if bits else 4
 
 
 def _amd_resources(compiled) -> dict:
     text = compiled.asm["amdgcn"]
 
-    def widest(kind: str) -> int:
-        found = re.findall(rf"(?:global|buffer)_{kind}_(\w+)", text)
-        bytes = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "ushort": 2}
-        return max((bytes.get(width, 1) for width in found), default=0)
-
+    widths = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "b32": 4, "b64": 8}
+    loads, stores = (
+        Counter(
+            widths.get(width, 2 if "short" in width else 1)
+            for width in re.findall(rf"(?:global|buffer)_{kind}_(\w+)", text)
+        )
+        for kind in ("load", "store")
+    )
     return {
         "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]),
         "spills": int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
         + int(re.search(r"\.sgpr_spill_count:\s+(\d+)", text)[1]),
-        "load_bytes": widest("load"),
-        "store_bytes": widest("store"),
+        "loads": loads,
+        "stores": stores,
     }
 
 
@@ -244,15 +227,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compile every kernel for real GPU targets.")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the table here")
     arguments = parser.parse_args()
-    launches = [launch for case in CASES for launch in record(case)]
-    jobs = [(launch, target) for launch in launches for target in TARGETS]
+    jobs = [(case, target) for target in TARGETS for case in CASES]
     with ProcessPoolExecutor() as pool:
-        rows = list(pool.map(compile_launch, *zip(*jobs)))
-    print(f"{'target':7} {'registers':>9} {'spills':>6} {'shared':>6} {'load':>4} {'store':>5}  what")
+        rows = [row for rows in pool.map(compile_case, *zip(*jobs)) for row in rows]
+    print("target  registers spills shared load store  kernel")
     for row in rows:
         print(
             f"{row['target']:7} {row['registers']:9} {row['spills']:6} {row['shared']:6}"
-            f" {row['load_bytes']:4} {row['store_bytes']:5}  {row['kernel']} of {row['case']}"
+            f" {max(row['loads']):4} {max(row['stores']):5}  {row['kernel']} of {row['case']}"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))

@@ -1,0 +1,64 @@
+"""What compilers for real GPUs make of the kernels; see `compile_kernels.py`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastbn.kernels.plan import PROGRAMS_PER_SM
+
+REGISTERS = 65536  # of a multiprocessor, sm_80 to sm_100
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    # In a process of its own: here the kernels may be the interpreter's.
+    path = tmp_path_factory.mktemp("compiled") / "rows.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.compile_kernels", "--json", path],
+        cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    return json.loads(path.read_text())
+
+
+def test_every_kernel_on_every_target(rows):
+    kernels = {"bn_stats_fwd_kernel", "bn_apply_fwd_kernel", "bn_reduce_bwd_kernel"}
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        compiled = {row["kernel"] for row in rows if row["target"] == target}
+        assert compiled == kernels | {"bn_apply_bwd_kernel"}
+
+
+def test_nothing_spills(rows):
+    assert [row for row in rows if row["spills"]] == []
+
+
+def test_accesses_are_as_wide_as_the_layout_allows(rows):
+    """The tile of the input, at least, is loaded in accesses of the planned width."""
+    for row in rows:
+        wide = sum(
+            int(bytes) * count
+            for bytes, count in row["loads"].items()
+            if int(bytes) >= row["access_bytes"]
+        )
+        tensors = 2 if "bwd" in row["kernel"] else 1
+        assert wide >= tensors * row["thread_bytes"], row
+
+
+def test_outputs_are_stored_wide(rows):
+    for row in rows:
+        if "apply" in row["kernel"]:
+            assert max(map(int, row["stores"])) >= row["access_bytes"], row
+
+
+def test_as_many_programs_fit_as_planned(rows):
+    """Registers and shared memory leave room for the programs that the splits count on."""
+    for row in rows:
+        if row["target"] == "sm_90":
+            assert row["registers"] * row["threads"] * PROGRAMS_PER_SM <= REGISTERS, row
+            assert row["shared"] * PROGRAMS_PER_SM <= 227 * 1024, row
