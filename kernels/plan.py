@@ -139,9 +139,10 @@ class Plan:
 def make_plan(problem: Problem, device: Device) -> Plan:
     """Plans both directions of a problem on a device."""
     contiguous = problem.c if problem.s == 1 else problem.s
-    align = min(16, contiguous & -contiguous)
-    forward = _elements(problem, align, reads=1)
-    backward = _elements(problem, align, reads=2)
+    # Kernels multiply the extent by its alignment in 32 bits.
+    align = min(16, contiguous & -contiguous) if contiguous < 2**31 else 1
+    forward = _elements(problem, device, align, reads=1)
+    backward = _elements(problem, device, align, reads=2)
     forward_units, backward_units = _units(problem)
     return Plan(
         problem=problem,
@@ -168,10 +169,17 @@ def _units(problem: Problem) -> tuple[float, float]:
     return forward, backward
 
 
-def _elements(problem: Problem, align: int, reads: int) -> int:
-    """Elements of a tile, when a program reads this many tensors side by side."""
-    most = MAX_ACCESSES * 32 * WARPS * align
-    return min(TILE_BYTES // problem.itemsize // reads, most)
+def _elements(problem: Problem, device: Device, align: int, reads: int) -> int:
+    """Elements of a tile, when a program reads this many tensors side by side.
+
+    Small problems get small tiles, two for each program that fits the device,
+    down to one access a thread.
+    """
+    threads = 32 * WARPS
+    most = min(TILE_BYTES // problem.itemsize // reads, MAX_ACCESSES * threads * align)
+    least = min(threads * ACCESS_BYTES // problem.itemsize, most)
+    share = problem.n * problem.c * problem.s // (2 * PROGRAMS_PER_SM * device.sm_count)
+    return min(most, max(least, 1 << share.bit_length() >> 1))
 
 
 def _reduce(problem: Problem, device: Device, elements: int) -> Pass:

@@ -1,0 +1,195 @@
+"""Images for train_cifar.py: CIFAR-10, a folder of images, or the procedural stand-in.
+
+A data set of 32x32 images fits in memory as bytes. Decoded once and kept on the device, it is cut
+into batches, augmented and normalised there, a whole batch at a time.
+"""
+
+import math
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from cifar_options import UserError
+from cifar_procedural import CLASSES, LABEL, SIZE, draw
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets import CIFAR10, ImageFolder
+from tqdm import tqdm
+
+DOWNLOAD_FOLDER = Path("data")
+BATCHES = CIFAR10.base_folder  # the folder's name, cifar-10-batches-py
+PROCEDURAL_SIZES = 6_000, 2_000
+
+Split = tuple[Tensor, Tensor]  # images, uint8 (N, 3, 32, 32), and labels, int64 (N,)
+
+
+@dataclass(frozen=True)
+class Data:
+    label: str
+    classes: list[str]
+    train: Split
+    val: Split
+
+    def to(self, device: torch.device) -> "Data":
+        train, val = (tuple(part.to(device) for part in split) for split in (self.train, self.val))
+        return replace(self, train=train, val=val)
+
+    def __str__(self) -> str:
+        train, val = len(self.train[1]), len(self.val[1])
+        return f"{self.label}: {train:,} training and {val:,} validation images"
+
+
+def load_data(path: Path | None, workers: int, max_train_samples: int | None) -> Data:
+    """The data that ``--data-path`` asks for, on the CPU."""
+    data = load_path(path, workers) if path else download() or procedural()
+    # Always the same images, and not the first ones, since folders are sorted by class.
+    order = torch.randperm(len(data.train[1]), generator=torch.Generator().manual_seed(0))
+    chosen = order[:max_train_samples]
+    return replace(data, train=(data.train[0][chosen], data.train[1][chosen]))
+
+
+def load_path(path: Path, workers: int) -> Data:
+    if (path / BATCHES).is_dir():
+        try:
+            return read_cifar10(UncheckedCIFAR10, path)
+        except Exception as error:  # unpickling a damaged file may raise anything
+            raise UserError(f"--data-path: cannot read {path / BATCHES}: {error}") from None
+    if not ((path / "train").is_dir() and (path / "test").is_dir()):
+        raise UserError(f"--data-path: expected {path} to hold {BATCHES}, or train and test")
+    classes, train = read_folder(path / "train", workers)
+    test_classes, val = read_folder(path / "test", workers)
+    if classes != test_classes:
+        odd = ", ".join(sorted(set(classes) ^ set(test_classes)))
+        raise UserError(f"--data-path: expected the same classes in train and test, not so: {odd}")
+    return Data(f"image folder {path.name}", classes, train, val)
+
+
+def read_folder(folder: Path, workers: int) -> tuple[list[str], Split]:
+    """Every image below ``folder/<class>/``, brought to 32x32."""
+    try:
+        dataset = ImageFolder(folder)
+    except FileNotFoundError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--data-path: expected images in {folder}/<class>: {reason}") from None
+    paths, labels = zip(*dataset.samples, strict=True)
+    progress = {"desc": f"reading {folder.name}", "unit": "img", "leave": False, "disable": None}
+    with ThreadPool(max(workers, 1)) as pool:
+        images = list(tqdm(pool.imap(decode, paths, chunksize=64), total=len(paths), **progress))
+    return dataset.classes, (to_channels_first(np.stack(images)), torch.tensor(labels))
+
+
+def decode(path: str) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            # A palette may hold transparency, which Pillow won't drop on the way to RGB.
+            image = image.convert("RGBA") if image.mode == "P" else image
+            return np.asarray(image.convert("RGB").resize((SIZE, SIZE)))
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises for a damaged file
+        raise UserError(f"--data-path: expected an image in {path}") from None
+
+
+def to_channels_first(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+class UncheckedCIFAR10(CIFAR10):
+    """torchvision's CIFAR10 without the MD5 sums, so that a subset in the same format loads too."""
+
+    train_list = [[name, None] for name, _ in CIFAR10.train_list]  # noqa: RUF012
+    test_list = [[name, None] for name, _ in CIFAR10.test_list]  # noqa: RUF012
+    meta = CIFAR10.meta | {"md5": None}
+
+
+def read_cifar10(dataset: type[CIFAR10], root: Path, fetch: bool = False) -> Data:
+    train, val = (dataset(str(root), train=train, download=fetch) for train in (True, False))
+    splits = ((to_channels_first(part.data), torch.tensor(part.targets)) for part in (train, val))
+    return Data("CIFAR-10", train.classes, *splits)
+
+
+def download() -> Data | None:
+    """CIFAR-10 from an earlier download or from the network; None where there is neither."""
+    try:
+        return read_cifar10(CIFAR10, DOWNLOAD_FOLDER)
+    except RuntimeError:  # not there, or incomplete
+        pass
+    try:
+        probe(CIFAR10.url)
+        return read_cifar10(CIFAR10, DOWNLOAD_FOLDER, fetch=True)
+    except (OSError, RuntimeError) as error:
+        print(f"CIFAR-10 cannot be downloaded from {CIFAR10.url}: {error}")
+        print(f"Using the {LABEL}. --data-path takes a folder of real images.")
+        return None
+
+
+def probe(url: str, seconds: float = 3) -> None:
+    """Raises OSError unless the server answers soon; through a proxy where one is set."""
+    request = urllib.request.Request(url, method="HEAD")
+    outcome: list[Exception | None] = [TimeoutError(f"no answer within {seconds} s")]
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(request, timeout=seconds):
+                outcome[0] = None
+        except OSError as error:
+            outcome[0] = error
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
+
+    # In a thread, because the timeout doesn't cover looking up the host's name.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if outcome[0]:
+        raise outcome[0]
+
+
+def procedural() -> Data:
+    train, val = (draw(count, seed) for seed, count in enumerate(PROCEDURAL_SIZES))
+    return Data(LABEL, list(CLASSES), train, val)
+
+
+def train_batches(split: Split, size: int, seed: int, augmented: bool) -> Iterator[Split]:
+    """One epoch in random order, batches of ``size``; a smaller rest is left out.
+
+    Order and augmentation come from a generator of their own on the CPU: the same for every norm
+    and on every device, whatever else draws random numbers.
+    """
+    images, labels = split
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator).to(labels.device)
+    for chosen in order[: len(order) // size * size or None].split(size):
+        batch = normalise(images[chosen])
+        yield augment(batch, generator) if augmented else batch, labels[chosen]
+
+
+def val_batches(split: Split, size: int) -> Iterator[Split]:
+    for images, labels in zip(*(part.split(size) for part in split), strict=True):
+        yield normalise(images), labels
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Bytes to floats of about mean 0 and standard deviation 1; CIFAR-10's are 0.47 and 0.25."""
+    return (images.float() / 255 - 0.5) / 0.25
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Flips half of the images, turns by up to 36 degrees, crops with up to 4 pixels of shift."""
+    count = len(images)
+    flip = 1 - 2 * torch.randint(2, (count,), generator=generator)
+    angle = (2 * torch.rand(count, generator=generator) - 1) * math.pi / 5
+    shift = (2 * torch.rand(count, 2, generator=generator) - 1) * 4 / (SIZE / 2)
+    # Where each output pixel comes from, in one sampling step: coordinates run from -1 to 1.
+    rows = [
+        torch.stack([angle.cos() * flip, -angle.sin(), shift[:, 0]], dim=1),
+        torch.stack([angle.sin() * flip, angle.cos(), shift[:, 1]], dim=1),
+    ]
+    source = torch.stack(rows, dim=1).to(images.device)
+    grid = F.affine_grid(source, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)

@@ -1,0 +1,120 @@
+"""The results of train_cifar.py: a table, metrics.json and a picture."""
+
+import json
+import math
+from argparse import Namespace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from cifar_data import Data
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+History = list[dict[str, float]]  # one dict an epoch
+
+LABELS = {"none": "no batch norm", "torch": "nn.BatchNorm", "fused": "FusedBatchNorm"}
+# The torch and fused curves should coincide: a thin line over a broad one shows both.
+LINES = {
+    "none": {"color": "dimgray"},
+    "torch": {"color": "tab:green", "linewidth": 6, "markersize": 9, "alpha": 0.4},
+    "fused": {"color": "tab:purple", "zorder": 3},
+}
+
+
+def best(history: History) -> float:
+    return max(row["val_accuracy"] for row in history)
+
+
+def epochs_to_reach(history: History, accuracy: float) -> int | None:
+    return next((row["epoch"] for row in history if row["val_accuracy"] >= accuracy), None)
+
+
+def summarise(histories: dict[str, History], memory: dict[str, int | None]) -> dict[str, Any]:
+    """What the table shows and metrics.json holds, for each norm."""
+    return {
+        norm: {
+            "best_val_accuracy": best(history),
+            "final_val_accuracy": history[-1]["val_accuracy"],
+            "epochs_to_reach_best_of": {
+                other: epochs_to_reach(history, best(histories[other]))
+                for other in histories
+                if other != norm
+            },
+            # The median, because the first epoch may include compilation.
+            "seconds_per_epoch": median(row["seconds"] for row in history),
+            "peak_memory_bytes": memory[norm],
+            "history": history,
+        }
+        for norm, history in histories.items()
+    }
+
+
+def table(norms: dict[str, Any]) -> str:
+    rows = [("norm", "best", "final", "epochs to the best of", "s/epoch", "peak memory")]
+    for norm, result in norms.items():
+        reached = result["epochs_to_reach_best_of"].items()
+        memory = result["peak_memory_bytes"]
+        rows.append(
+            (
+                norm,
+                f"{result['best_val_accuracy']:.1%}",
+                f"{result['final_val_accuracy']:.1%}",
+                ", ".join(f"{other}: {epochs or 'never'}" for other, epochs in reached) or "-",
+                f"{result['seconds_per_epoch']:.1f}",
+                "-" if memory is None else f"{memory / 2**20:,.0f} MiB",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def write_metrics(path: Path, options: Namespace, data: Data, norms: dict[str, Any]) -> None:
+    plain = int, float, str, list, type(None)
+    metrics = {
+        "data": data.label,
+        "train_images": len(data.train[1]),
+        "val_images": len(data.val[1]),
+        "options": {k: v if isinstance(v, plain) else str(v) for k, v in vars(options).items()},
+        "device": device_name(options.device),
+        "torch": torch.__version__,
+        "norms": norms,
+    }
+    path.write_text(json.dumps(without_nan(metrics), indent=1, allow_nan=False) + "\n")
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no NaN or infinity, which the loss of a diverged network may be: null instead."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def draw(path: Path, model: str, data: Data, histories: dict[str, History]) -> None:
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure.suptitle(f"{model} on {data}")
+    accuracy, loss = figure.subplots(1, 2)
+    for norm, history in histories.items():
+        epochs = [row["epoch"] for row in history]
+        style = {"marker": "o", "markersize": 4, "label": LABELS[norm], **LINES[norm]}
+        accuracy.plot(epochs, [row["val_accuracy"] for row in history], **style)
+        loss.plot(epochs, [row["train_loss"] for row in history], **style)
+    accuracy.set(title="validation accuracy", xlabel="epoch")
+    accuracy.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    loss.set(title="training loss", xlabel="epoch", ylim=(0, None))
+    for axes in (accuracy, loss):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+    accuracy.legend(frameon=False)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,212 @@
+"""CIFAR-10 with batch norm and without: what it does for accuracy, speed and memory.
+
+    python examples/train_cifar.py                               # no norm against fastbn
+    python examples/train_cifar.py --norm none torch fused       # and PyTorch's own batch norm
+    python examples/train_cifar.py --model gap --augment         # another network; resnet18 too
+    python examples/train_cifar.py --data-path pictures          # train/<class>/, test/<class>/
+    python examples/train_cifar.py --resume runs/cifar --epochs 20
+    python examples/train_cifar.py --resume runs/cifar/fused.pt --norm fused --test-only
+
+Without --data-path it looks for CIFAR-10 in data/ or downloads it there; with no network it trains
+on a procedural stand-in and says so. Every network starts from the same weights and sees the same
+batches, with the same augmentation, in the same order: only the norm differs. Writes a checkpoint
+per norm, metrics.json and curves.png to --output-dir.
+"""
+
+import gc
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+import cifar_checkpoint
+import cifar_report
+import torch
+import torch.nn.functional as F
+from cifar_data import Data, Split, load_data, train_batches, val_batches
+from cifar_models import build_model
+from cifar_options import UserError, parse_options
+from torch import nn
+from tqdm import tqdm
+
+AMP_DTYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def autocast(options: Namespace) -> torch.autocast:
+    dtype = AMP_DTYPES[options.amp]
+    return torch.autocast(options.device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def layout(options: Namespace) -> torch.memory_format:
+    return torch.channels_last if options.channels_last else torch.contiguous_format
+
+
+def train_one_epoch(
+    net: nn.Module,
+    split: Split,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    options: Namespace,
+    title: str,
+    epoch: int,
+) -> dict[str, float]:
+    net.train()
+    total, seen, start = torch.zeros((), device=options.device), 0, time.perf_counter()
+    # The seed depends on the epoch, so a resumed run sees what an uninterrupted one would have.
+    seed = options.seed * 1_000_000 + epoch
+    batches = train_batches(split, options.batch_size, seed, options.augment)
+    with tqdm(total=len(split[1]), desc=title, unit="img", leave=False, disable=None) as bar:
+        for step, (images, labels) in enumerate(batches):
+            images = images.contiguous(memory_format=layout(options))
+            with autocast(options):
+                loss = F.cross_entropy(net(images), labels)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+            total += loss.detach() * len(labels)
+            seen += len(labels)
+            bar.update(len(labels))
+            if step % 20 == 0:  # seldom, because reading the loss waits for the GPU
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+    train_loss = total.item() / seen  # waits for the GPU, so the clock stops after the last step
+    seconds = time.perf_counter() - start
+    return {"train_loss": train_loss, "seconds": seconds, "images_per_second": seen / seconds}
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, split: Split, options: Namespace) -> dict[str, float]:
+    net.eval()
+    loss = torch.zeros((), device=options.device)
+    right = torch.zeros((), device=options.device)
+    for images, labels in val_batches(split, options.batch_size):
+        images = images.contiguous(memory_format=layout(options))
+        with autocast(options):
+            logits = net(images)
+        loss += F.cross_entropy(logits.float(), labels, reduction="sum")
+        right += (logits.argmax(dim=1) == labels).sum()
+    count = len(split[1])
+    return {"val_loss": loss.item() / count, "val_accuracy": right.item() / count}
+
+
+def prepare_model(norm: str, classes: int, options: Namespace) -> nn.Module:
+    model = build_model(options.model, norm, classes, options.seed)
+    return model.to(options.device, memory_format=layout(options))
+
+
+def train(
+    norm: str, data: Data, options: Namespace, checkpoint: dict[str, Any] | None
+) -> cifar_report.History:
+    """Trains one network to the end, and saves it after each epoch."""
+    model = prepare_model(norm, len(data.classes), options)
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
+    # fp16 can't hold small gradients: the scaler multiplies the loss, and divides in its step.
+    scaler = torch.amp.GradScaler(options.device.type, enabled=options.amp == "fp16")
+    history: cifar_report.History = []
+    if checkpoint:
+        model.load_state_dict(checkpoint["weights"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        optimizer.param_groups[0]["lr"] = options.lr  # --lr counts, not what was saved
+        if checkpoint["scaler"]:  # empty without fp16
+            scaler.load_state_dict(checkpoint["scaler"])
+        history = checkpoint["history"]
+
+    net = torch.compile(model) if options.compile else model
+    for epoch in range(len(history) + 1, options.epochs + 1):
+        title = f"{norm} {epoch}/{options.epochs}"
+        row = train_one_epoch(net, data.train, optimizer, scaler, options, title, epoch)
+        history.append({"epoch": epoch, **row, **evaluate(net, data.val, options)})
+        path = options.output_dir / f"{norm}.pt"
+        cifar_checkpoint.save(path, options, norm, data.classes, history, model, optimizer, scaler)
+        print(
+            "{0:<12} loss {train_loss:.3f}, validation {val_loss:.3f} and {val_accuracy:.1%},"
+            " {images_per_second:,.0f} images/s".format(title, **history[-1]),
+            flush=True,
+        )
+    return history
+
+
+def check_saved(norm: str, data: Data, options: Namespace, expected: float) -> None:
+    """Loads the checkpoint into a new network, which must score what the trained one did."""
+    path = options.output_dir / f"{norm}.pt"
+    accuracy = validate(norm, data, options, cifar_checkpoint.load(path))["val_accuracy"]
+    # Not always equal to the last digit: the GPU or the compiler may choose other kernels.
+    if abs(accuracy - expected) > 0.005:
+        raise RuntimeError(f"{path} scores {accuracy:.1%} instead of {expected:.1%}")
+    print(f"{path}: loaded again, {accuracy:.1%}")
+
+
+def validate(
+    norm: str, data: Data, options: Namespace, checkpoint: dict[str, Any]
+) -> dict[str, float]:
+    model = prepare_model(norm, len(data.classes), options)
+    model.load_state_dict(checkpoint["weights"])
+    return evaluate(model, data.val, options)
+
+
+def start_measuring_memory(device: torch.device) -> None:
+    gc.collect()  # what is left of the network before must not count for the next
+    torch.compiler.reset()
+    if device.type in ("cuda", "xpu"):
+        torch.accelerator.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    on_gpu = device.type in ("cuda", "xpu")
+    return torch.accelerator.max_memory_allocated(device) if on_gpu else None
+
+
+def prepare(options: Namespace) -> tuple[dict[str, Any], Data]:
+    """All that the user can get wrong, before anything is written."""
+    checkpoints = cifar_checkpoint.load_all(options)
+    data = load_data(options.data_path, options.workers, options.max_train_samples)
+    for norm, checkpoint in checkpoints.items():
+        if checkpoint["classes"] != data.classes:
+            raise UserError(
+                f"--resume: the {norm} network was trained on the classes"
+                f" {', '.join(checkpoint['classes'])}; expected {', '.join(data.classes)}"
+            )
+    if not options.test_only:
+        try:
+            options.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = f"{options.output_dir}: {error.strerror}"
+            raise UserError(f"--output-dir: expected a folder, not {reason}") from None
+    return checkpoints, data
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_options(argv, __doc__)
+    try:
+        checkpoints, data = prepare(options)
+    except UserError as error:
+        print(f"train_cifar.py: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.model} on {data}, {options.device}")
+    data = data.to(options.device)
+
+    if options.test_only:
+        for norm, checkpoint in checkpoints.items():
+            scores = validate(norm, data, options, checkpoint)
+            print("{:<6} loss {val_loss:.3f}, accuracy {val_accuracy:.1%}".format(norm, **scores))
+        return 0
+
+    histories, memory = {}, {}
+    for norm in options.norm:
+        start_measuring_memory(options.device)
+        histories[norm] = train(norm, data, options, checkpoints.get(norm))
+        memory[norm] = peak_memory(options.device)
+        check_saved(norm, data, options, histories[norm][-1]["val_accuracy"])
+    norms = cifar_report.summarise(histories, memory)
+    cifar_report.write_metrics(options.output_dir / "metrics.json", options, data, norms)
+    cifar_report.draw(options.output_dir / "curves.png", options.model, data, histories)
+    print(f"\nValidation accuracy, {options.model} on {data}")
+    print(cifar_report.table(norms))
+    print(f"metrics.json, curves.png and the checkpoints are in {options.output_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

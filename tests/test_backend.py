@@ -1,0 +1,224 @@
+"""Choice of the backend, refusals, and `explain`."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastbn
+from fastbn import FusedBatchNorm2d, FusedBatchNormAct2d, backend, batch_norm, explain
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    before = fastbn.get_backend()
+    yield
+    fastbn.set_backend(before)
+
+
+def run(code, **environment):
+    """Runs Python code in a process of its own."""
+    inherited = {
+        k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTBN_BACKEND")
+    }
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=inherited | environment, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_set_and_use_backend():
+    assert fastbn.get_backend() == "auto"
+    fastbn.set_backend("torch")
+    with fastbn.use_backend("triton"):
+        assert fastbn.get_backend() == "triton"
+        with fastbn.use_backend("auto"):
+            assert fastbn.get_backend() == "auto"
+    assert fastbn.get_backend() == "torch"
+    with pytest.raises(ZeroDivisionError), fastbn.use_backend("auto"):
+        _ = 1 / 0
+    assert fastbn.get_backend() == "torch"
+
+
+@pytest.mark.parametrize("name", ["cuda", "", "Triton", None])
+def test_unknown_backend(name):
+    with pytest.raises(ValueError, match="backend must be one of auto, triton, torch, but got"):
+        fastbn.set_backend(name)
+    with pytest.raises(ValueError, match="backend must be one of"), fastbn.use_backend(name):
+        pass
+    assert fastbn.get_backend() == "auto"
+
+
+def test_environment_variable():
+    code = "import fastbn; print(fastbn.get_backend())"
+    assert run(code, FASTBN_BACKEND="torch").stdout == "torch\n"
+    assert run(code).stdout == "auto\n"
+    wrong = run(code, FASTBN_BACKEND="gpu")
+    assert wrong.returncode != 0
+    assert "FASTBN_BACKEND must be one of auto, triton, torch, but got 'gpu'" in wrong.stderr
+
+
+def test_cpu_tensors_go_to_pytorch_unless_interpreted():
+    code = (
+        "import torch, fastbn;"
+        "print(fastbn.explain(None, torch.randn(2, 3)).backend, torch.cuda.is_initialized())"
+    )
+    assert run(code).stdout == "torch False\n"
+    assert run(code, TRITON_INTERPRET="1").stdout == "triton False\n"
+
+
+def test_triton_on_a_cpu_tensor_says_why():
+    done = run(
+        "import torch, fastbn; fastbn.FusedBatchNorm2d(3)(torch.randn(2, 3, 4, 4))",
+        FASTBN_BACKEND="triton",
+    )
+    assert "RuntimeError: backend 'triton' can't serve this call because" in done.stderr
+    assert "TRITON_INTERPRET=1" in done.stderr
+
+
+def test_without_triton_pytorch_serves():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import importlib.util; find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name: None if name == 'triton' else find(name)\n"
+        "import torch, fastbn\n"
+        "y = fastbn.FusedBatchNormAct2d(3)(torch.randn(2, 3, 4, 4)); print(y.min().item())\n"
+        "print(fastbn.explain(None, torch.randn(2, 3)).reason)"
+    )
+    done = run(code)
+    assert done.stdout == "0.0\nTriton is not installed\n", done.stderr
+
+
+def served(**kwargs):
+    arguments = {"input": torch.randn(4, 3, 5), "running_mean": None, "running_var": None}
+    with fastbn.use_backend("triton"):
+        return batch_norm(**arguments | kwargs, training=True)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "why"),
+    [
+        ({"input": torch.randn(4, 3, 5).int()}, "dtype is torch.int32"),
+        ({"input": torch.randn(0, 3, 5)}, "empty"),
+        ({"input": torch.eye(3).to_sparse()}, "layout is torch.sparse_coo"),
+        ({"weight": torch.ones(3).half()}, "of torch.float16 don't go with an input of"),
+        ({"weight": torch.ones(3, 1)}, "more than one dimension"),
+        ({"residual": torch.randn(4, 3, 5).double()}, "residual's dtype is torch.float64"),
+        ({"weight": torch.ones(3, device="meta")}, "different devices"),
+        (
+            {"running_mean": torch.zeros(6)[::2], "running_var": torch.ones(3)},
+            "statistics are not contiguous",
+        ),
+        ({"input": torch.randn(4, 3, 5, device="meta")}, "device type 'meta'"),
+    ],
+)
+def test_triton_refuses_what_it_cannot_serve(kwargs, why):
+    with pytest.raises(RuntimeError, match=f"backend 'triton' can't serve this call because .*{why}"):
+        served(**kwargs)
+
+
+def test_subclasses_go_to_pytorch():
+    class Tagged(torch.Tensor):
+        pass
+
+    x = torch.randn(4, 3, 5).as_subclass(Tagged)
+    with pytest.raises(RuntimeError, match="subclass"):
+        served(input=x)
+    y = batch_norm(x, None, None, training=True)
+    assert type(y) is Tagged
+    torch.testing.assert_close(
+        y.as_subclass(torch.Tensor), batch_norm(x.as_subclass(torch.Tensor), None, None, training=True)
+    )
+
+
+def test_falling_back_warns_once_a_reason(monkeypatch):
+    monkeypatch.setattr(backend, "_warned", set())
+    with pytest.warns(RuntimeWarning, match="falls back to PyTorch's batch norm because it rains"):
+        backend.warn_slow("it rains")
+    backend.warn_slow("it rains")
+    with pytest.warns(RuntimeWarning, match="because it snows"):
+        backend.warn_slow("it snows")
+
+
+def test_noncontiguous_statistics_are_updated_all_the_same():
+    mean, var = torch.zeros(6)[::2], torch.ones(6)[::2]
+    x = torch.randn(8, 3) + 2
+    batch_norm(x, mean, var, training=True)
+    torch.testing.assert_close(mean, 0.1 * x.mean(0))
+
+
+@pytest.mark.parametrize("name", ["triton", "torch"])
+class TestBadEpilogues:
+    """Refused before anything is written."""
+
+    @pytest.fixture
+    def bn(self, name):
+        fastbn.set_backend(name)
+        bn = FusedBatchNormAct2d(3)
+        before = {k: v.clone() for k, v in bn.state_dict().items()}
+        yield bn
+        for k, v in bn.state_dict().items():
+            assert v.equal(before[k])
+
+    def test_residual_of_another_shape(self, bn):
+        with pytest.raises(
+            ValueError, match=r"residual must have the input's shape \(2, 3, 4, 4\), but got \(3,"
+        ):
+            bn(torch.randn(2, 3, 4, 4), torch.randn(3, 1, 1))
+
+    def test_unknown_activation(self, bn):
+        with pytest.raises(ValueError, match="activation must be None or one of none, relu, .*'mish'"):
+            batch_norm(
+                torch.randn(2, 3), bn.running_mean, bn.running_var, training=True, activation="mish"
+            )
+
+    def test_parameter_for_an_activation_without(self, bn):
+        with pytest.raises(ValueError, match="activation_param must be None for activation 'relu'"):
+            batch_norm(
+                torch.randn(2, 3), bn.running_mean, bn.running_var,
+                training=True, activation="relu", activation_param=0.1,
+            )  # fmt: skip
+
+
+def test_explain_in_words(device):
+    text = str(explain(FusedBatchNormAct2d(6).to(device), torch.randn(2, 6, 8, 8, device=device)))
+    assert "Triton kernels serve this call" in text
+    assert "channels-first, seen as (N, C, S) = (2, 6, 64); 16-byte accesses" in text
+    assert "Forward:  2 launches, 3 units of traffic = 0.01 MB" in text
+    assert "Backward: 2 launches, 5 units of traffic = 0.02 MB" in text
+
+
+def test_explain_counts_what_the_call_moves(device):
+    x = torch.randn(2, 6, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
+    bn = FusedBatchNormAct2d(6).to(device)
+    found = explain(bn, x, x)
+    assert found.backend == "triton"
+    assert found.plan.problem.layout == "channels-last"
+    assert found.forward_bytes == round((4 + 1 / 32) * x.nbytes)
+    assert found.backward_bytes == round((6 + 2 / 32) * x.nbytes)
+    found = explain(bn.eval(), x)
+    assert found.plan.strategy == "one-pass"
+    assert found.forward_bytes == 2 * x.nbytes
+
+
+def test_explain_what_pytorch_serves():
+    x = torch.randn(2, 6, 8, 8)
+    fastbn.set_backend("torch")
+    assert str(explain(FusedBatchNorm2d(6), x)) == (
+        "PyTorch's own batch norm serves this call: the backend is set to 'torch'."
+    )
+    fastbn.set_backend("auto")
+    assert "is empty" in explain(None, x[:0]).reason
+
+
+def test_predicted_time(monkeypatch):
+    from fastbn import explain as _
+    from fastbn.kernels.device import H100
+
+    module = sys.modules["fastbn.explain"]
+    monkeypatch.setattr(module, "device_facts", lambda device: H100)
+    found = explain(None, torch.randn(8, 64, 56, 56))
+    assert found.forward_seconds == found.forward_bytes / H100.bandwidth
+    assert "at least 5.8 us" in str(found)

@@ -1,0 +1,177 @@
+"""The forms with an activation: `bn(x)`, residual and activation in one module."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import fastbn
+from fastbn import FusedBatchNormAct1d, FusedBatchNormAct2d, FusedBatchNormAct3d
+
+FORMS = {
+    FusedBatchNormAct1d: (nn.BatchNorm1d, (4, 3, 7)),
+    FusedBatchNormAct2d: (nn.BatchNorm2d, (4, 3, 5, 5)),
+    FusedBatchNormAct3d: (nn.BatchNorm3d, (2, 3, 4, 3, 5)),
+}
+
+LAYERS = {
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "hard_swish": F.hardswish,
+    "hardswish": F.hardswish,
+    "relu6": F.relu6,
+    "elu": F.elu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    nn.ReLU: F.relu,
+    nn.SiLU: F.silu,
+    nn.Mish: F.mish,
+    None: lambda x: x,
+}
+
+
+@pytest.fixture(params=["auto", "torch"], autouse=True)
+def backend(request):
+    with fastbn.use_backend(request.param):
+        yield
+
+
+def assert_same(ours, bn, function, x, residual=None):
+    inputs = [x] if residual is None else [x, residual]
+    a = [t.clone().requires_grad_() for t in inputs]
+    b = [t.clone().requires_grad_() for t in inputs]
+    y1 = ours(*a)
+    y2 = bn(b[0])
+    y2 = function(y2 if residual is None else y2 + b[1])
+    torch.testing.assert_close(y1, y2)
+    grad = torch.randn_like(y2)
+    y1.backward(grad)
+    y2.backward(grad)
+    for t1, t2 in zip(a, b):
+        torch.testing.assert_close(t1.grad, t2.grad)
+    torch.testing.assert_close(ours.running_var, bn.running_var)
+    assert ours.num_batches_tracked == bn.num_batches_tracked
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["", "add"])
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_layers(layer, residual, device):
+    ours = FusedBatchNormAct2d(3, act_layer=layer).to(device)
+    bn = nn.BatchNorm2d(3).to(device)
+    x, r = torch.randn(2, 4, 3, 5, 5, device=device).unbind()
+    assert_same(ours, bn, LAYERS[layer], x, r if residual else None)
+    assert_same(ours.eval(), bn.eval(), LAYERS[layer], x, r if residual else None)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms(form, device):
+    native, shape = FORMS[form]
+    ours, bn = form(3, 1e-3, 0.2).to(device), native(3, 1e-3, 0.2).to(device)
+    assert isinstance(ours, native)
+    assert list(ours.state_dict()) == list(bn.state_dict())
+    bn.load_state_dict(ours.state_dict())
+    assert_same(ours, bn, F.relu, torch.randn(shape, device=device), torch.randn(shape, device=device))
+
+
+def test_arguments_of_the_layer(device):
+    ours = FusedBatchNormAct2d(
+        3, act_layer=nn.LeakyReLU, act_kwargs={"negative_slope": 0.3}, device=device
+    )
+    x = torch.randn(4, 3, 5, 5, device=device)
+    bn = nn.BatchNorm2d(3).to(device)
+    assert_same(ours, bn, lambda z: F.leaky_relu(z, 0.3), x)
+    ours = FusedBatchNormAct2d(3, act_layer="elu", act_kwargs={"alpha": 0.5}, device=device)
+    assert_same(ours, nn.BatchNorm2d(3).to(device), lambda z: F.elu(z, 0.5), x)
+
+
+def test_without_activation(device):
+    ours = FusedBatchNormAct2d(3, apply_act=False, device=device)
+    x = torch.randn(4, 3, 5, 5, device=device)
+    assert_same(ours, nn.BatchNorm2d(3).to(device), lambda z: z, x, torch.randn_like(x))
+
+
+def test_activation_exchanged_later(device):
+    ours = FusedBatchNormAct2d(3, device=device)
+    ours.act = nn.SiLU()
+    x = torch.randn(4, 3, 5, 5, device=device)
+    assert_same(ours, nn.BatchNorm2d(3).to(device), F.silu, x)
+
+
+def test_subclass_of_an_activation_is_not_mistaken_for_it(device):
+    class Shifted(nn.ReLU):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    ours = FusedBatchNormAct2d(3, act_layer=Shifted, device=device)
+    x = torch.randn(4, 3, 5, 5, device=device)
+    assert_same(ours, nn.BatchNorm2d(3).to(device), lambda z: F.relu(z) + 1, x)
+
+
+def test_activation_with_parameters(device):
+    ours = FusedBatchNormAct2d(3, act_layer=nn.PReLU, device=device).to(device)
+    assert "act.weight" in ours.state_dict()
+    x = torch.randn(4, 3, 5, 5, device=device)
+    ours(x).sum().backward()
+    assert ours.act.weight.grad is not None
+
+
+def test_drop_layer(device):
+    class Halve(nn.Module):
+        def forward(self, x):
+            return x / 2
+
+    ours = FusedBatchNormAct2d(3, drop_layer=Halve, device=device)
+    bn = nn.BatchNorm2d(3).to(device)
+    x, r = torch.randn(2, 4, 3, 5, 5, device=device).unbind()
+    torch.testing.assert_close(ours(x, r), F.relu(bn(x) / 2 + r))
+
+
+def test_unknown_layer():
+    with pytest.raises(ValueError, match=r"act_layer must be a module class or one of relu.*'rellu'"):
+        FusedBatchNormAct2d(3, act_layer="rellu")
+
+
+def test_copies(device):
+    ours = FusedBatchNormAct2d(3, act_layer="silu", device=device)
+    x = torch.randn(4, 3, 5, 5, device=device)
+    ours(x)
+    torch.testing.assert_close(copy.deepcopy(ours)(x), ours(x))
+
+
+def test_backbone_with_channels_last_and_amp(device):
+    """A residual block as a network has it, in bfloat16 autocast."""
+
+    class Block(nn.Module):
+        def __init__(self, norm, act):
+            super().__init__()
+            self.conv1, self.conv2 = (nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2))
+            self.bn1, self.bn2, self.act = norm(8), norm(8), act
+
+        def forward(self, x):
+            if self.act is None:
+                return self.bn2(self.conv2(self.bn1(self.conv1(x))), x)
+            return self.act(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x))))) + x)
+
+    torch.manual_seed(1)
+    native = Block(nn.BatchNorm2d, nn.ReLU()).to(device, memory_format=torch.channels_last)
+    fused = Block(FusedBatchNormAct2d, None).to(device, memory_format=torch.channels_last)
+    fused.load_state_dict(native.state_dict())
+    x = torch.randn(4, 8, 6, 6, device=device).contiguous(memory_format=torch.channels_last)
+    losses = []
+    for block in (native, fused):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            y = block(x.bfloat16())
+        assert y.dtype == torch.bfloat16
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        losses.append(y.float().pow(2).mean())
+        losses[-1].backward()
+    torch.testing.assert_close(*losses, rtol=2e-2, atol=0)
+    for p1, p2 in zip(native.parameters(), fused.parameters()):
+        difference = (p1.grad - p2.grad).norm() / p1.grad.norm()
+        assert difference < 0.05

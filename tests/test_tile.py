@@ -1,0 +1,87 @@
+"""Addresses, also past 2^31 elements, against Python's integers."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fastbn.kernels.device import H100
+from fastbn.kernels.plan import MASK_BITS, Problem, make_plan
+from fastbn.kernels.tile import box, extents, position
+
+@triton.jit
+def locate(
+    Out, N, C, S, tile, ALIGN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Writes each element's offset, or -1 outside the array."""
+    C, S = extents(C, S, ALIGN, BLOCK_S)
+    n0, c0, s0 = position(tile, N, C, S, BLOCK_N, BLOCK_C, BLOCK_S)
+    start, offsets, mask = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
+    n = tl.arange(0, BLOCK_N)[:, None, None]
+    c = tl.arange(0, BLOCK_C)[None, :, None]
+    s = tl.arange(0, BLOCK_S)[None, None, :]
+    tl.store(Out + (n * BLOCK_C + c) * BLOCK_S + s, tl.where(mask, start + offsets, -1))
+
+
+def expected(n, c, s, tile, block):
+    """The same in plain Python."""
+    bn, bc, bs = block
+    s_tiles, c_tiles = -(-s // bs), -(-c // bc)
+    n0, c0, s0 = tile // (s_tiles * c_tiles) * bn, tile // s_tiles % c_tiles * bc, tile % s_tiles * bs
+    return [
+        [
+            [
+                (i * c + j) * s + k if i < n and j < c and k < s else -1
+                for k in range(s0, s0 + bs)
+            ]
+            for j in range(c0, c0 + bc)
+        ]
+        for i in range(n0, n0 + bn)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "s"),
+    [
+        (3, 5, 9),
+        (2, 4, 16),
+        (70_000, 64, 1024),
+        (3, 5, 2**30 + 8),
+        (2**31 // 40, 7, 24),
+        (1, 1, 2**32 + 16),
+        (5, 300_000, 12_345),
+    ],
+)
+def test_offsets(n, c, s, device):
+    # Elements of 64 bytes, for small tiles: the planner shapes them by reach all the same.
+    plan = make_plan(Problem(n, c, s, itemsize=64), H100)
+    block = bn, bc, bs = (plan.forward_apply.n, plan.forward_apply.c, plan.forward_apply.s)
+    tiles = -(-n // bn) * -(-c // bc) * -(-s // bs)
+    align = plan.align
+    for tile in {0, tiles // 3, tiles // 2, max(0, tiles - 2), tiles - 1}:
+        out = torch.full(block, -2, dtype=torch.int64, device=device)
+        locate[(1,)](out, n, c, s // align, tile, align, *block)
+        assert out.tolist() == expected(n, c, s, tile, block), tile
+
+
+def test_mask_bits_are_a_byte():
+    assert MASK_BITS == torch.iinfo(torch.uint8).bits
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+def test_more_than_2_31_elements(channels_last):
+    """The end of the tensor is normalised, and no statistic wraps around."""
+    import fastbn
+
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(33, 64, 1024, 1024, device="cuda", dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=format)
+    bn = fastbn.FusedBatchNorm2d(64).cuda()
+    with torch.no_grad():
+        y = bn(x)
+    for channel in (0, 63):
+        exact = x[:, channel].double()
+        exact = (exact - exact.mean()) / exact.std(correction=0)
+        assert (y[:, channel].double() - exact).abs().max() < 2**-6
