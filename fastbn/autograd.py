@@ -54,7 +54,7 @@ class BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        input, weight, bias, residual, *_, training, momentum, eps, activation, param = args
+        input, weight, bias, residual, *_, training, _, eps, activation, param = args
         saved = saved_for(activation, residual is not None)
         output, mean, rstd, mask = forward(*args, save_mask=saved == "mask")
         ctx.save_for_backward(

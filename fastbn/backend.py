@@ -70,7 +70,7 @@ def unserved(
     num_batches_tracked: Tensor | None,
     residual: Tensor | None,
 ) -> str | None:
-    """Why the kernels can't serve a call, in words that complete "because ..."; None if they can."""
+    """Why the kernels can't serve a call ("because ..."), or None if they can."""
     if not HAS_TRITON:
         return "Triton is not installed"
     if input.device.type not in _DEVICES:

@@ -169,10 +169,6 @@ def mask_box(
 ):
     """`box` of the packed mask's bytes that belong to a tile of the input."""
     if BLOCK_S == 1:
-        return box(
-            N, tl.cdiv(C, _BITS), 1, n0, c0 // _BITS, s0, BLOCK_N, BLOCK_C // _BITS, BLOCK_S
-        )
+        return box(N, tl.cdiv(C, _BITS), 1, n0, c0 // _BITS, s0, BLOCK_N, BLOCK_C // _BITS, BLOCK_S)
     else:
-        return box(
-            N, C, tl.cdiv(S, _BITS), n0, c0, s0 // _BITS, BLOCK_N, BLOCK_C, BLOCK_S // _BITS
-        )
+        return box(N, C, tl.cdiv(S, _BITS), n0, c0, s0 // _BITS, BLOCK_N, BLOCK_C, BLOCK_S // _BITS)

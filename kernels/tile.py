@@ -18,9 +18,7 @@ def extents(C, S, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def box(
-    N, C, S, n0, c0, s0, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr
-):
+def box(N, C, S, n0, c0, s0, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
     """The tile whose first element is (n0, c0, s0).
 
     Returns its start as a 64-bit scalar, the offsets from there as a
@@ -37,9 +35,7 @@ def box(
 
 
 @triton.jit
-def position(
-    tile, N, C, S, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr
-):
+def position(tile, N, C, S, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
     """First element (n0, c0, s0) of a tile, tiles numbered in the order of memory."""
     s_tiles = tl.cdiv(S, BLOCK_S)
     c_tiles = tl.cdiv(C, BLOCK_C)

@@ -46,6 +46,8 @@ KERNELS = {
         (backward, "bn_apply_bwd_kernel"),
     )
 }
+
+
 @dataclass(frozen=True)
 class Case:
     """One call of forward and backward, whose launches are to be compiled."""

@@ -255,9 +255,5 @@ def clone(arguments: Arguments) -> Arguments:
     """The arguments in fresh memory, of the same strides."""
     return replace(
         arguments,
-        **{
-            name: t.clone()
-            for name, t in vars(arguments).items()
-            if isinstance(t, Tensor)
-        },
+        **{name: t.clone() for name, t in vars(arguments).items() if isinstance(t, Tensor)},
     )

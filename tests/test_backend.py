@@ -115,7 +115,7 @@ def served(**kwargs):
     ],
 )
 def test_triton_refuses_what_it_cannot_serve(kwargs, why):
-    with pytest.raises(RuntimeError, match=f"backend 'triton' can't serve this call because .*{why}"):
+    with pytest.raises(RuntimeError, match=f"'triton' can't serve this call because .*{why}"):
         served(**kwargs)
 
 
@@ -128,9 +128,8 @@ def test_subclasses_go_to_pytorch():
         served(input=x)
     y = batch_norm(x, None, None, training=True)
     assert type(y) is Tagged
-    torch.testing.assert_close(
-        y.as_subclass(torch.Tensor), batch_norm(x.as_subclass(torch.Tensor), None, None, training=True)
-    )
+    plain = batch_norm(x.as_subclass(torch.Tensor), None, None, training=True)
+    torch.testing.assert_close(y.as_subclass(torch.Tensor), plain)
 
 
 def test_falling_back_warns_once_a_reason(monkeypatch):
@@ -169,7 +168,7 @@ class TestBadEpilogues:
             bn(torch.randn(2, 3, 4, 4), torch.randn(3, 1, 1))
 
     def test_unknown_activation(self, bn):
-        with pytest.raises(ValueError, match="activation must be None or one of none, relu, .*'mish'"):
+        with pytest.raises(ValueError, match=r"activation must be None or one of none.*'mish'"):
             batch_norm(
                 torch.randn(2, 3), bn.running_mean, bn.running_var, training=True, activation="mish"
             )
@@ -214,7 +213,6 @@ def test_explain_what_pytorch_serves():
 
 
 def test_predicted_time(monkeypatch):
-    from fastbn import explain as _
     from fastbn.kernels.device import H100
 
     module = sys.modules["fastbn.explain"]

@@ -76,7 +76,8 @@ def test_forms(form, device):
     assert isinstance(ours, native)
     assert list(ours.state_dict()) == list(bn.state_dict())
     bn.load_state_dict(ours.state_dict())
-    assert_same(ours, bn, F.relu, torch.randn(shape, device=device), torch.randn(shape, device=device))
+    x, residual = torch.randn(2, *shape, device=device).unbind()
+    assert_same(ours, bn, F.relu, x, residual)
 
 
 def test_arguments_of_the_layer(device):
@@ -133,7 +134,7 @@ def test_drop_layer(device):
 
 
 def test_unknown_layer():
-    with pytest.raises(ValueError, match=r"act_layer must be a module class or one of relu.*'rellu'"):
+    with pytest.raises(ValueError, match=r"act_layer must be a module class or one of .*'rellu'"):
         FusedBatchNormAct2d(3, act_layer="rellu")
 
 

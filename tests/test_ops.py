@@ -11,7 +11,13 @@ from torch._dynamo.backends.common import aot_autograd
 import fastbn
 from fastbn import FusedBatchNorm2d, FusedBatchNormAct2d, ops
 
-TESTS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
+TESTS = (
+    "test_schema",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+    "test_autograd_registration",
+)
+WANTED = [[True] * 4, [False, True, False, True], [True, False, True, False]]
 
 
 def tensors(device, dtype=torch.float32, channels_last=False, statistics=True):
@@ -49,7 +55,7 @@ def test_opcheck_forward_eval(save_mask, device):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("wanted", [[True] * 4, [False, True, False, True], [True, False, True, False]])
+@pytest.mark.parametrize("wanted", WANTED)
 def test_opcheck_backward(wanted, frozen, device):
     x, r, dy, w, b, mean, var, _ = tensors(device)
     none = torch.empty(0, dtype=torch.uint8, device=device)

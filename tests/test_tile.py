@@ -9,6 +9,7 @@ from fastbn.kernels.device import H100
 from fastbn.kernels.plan import MASK_BITS, Problem, make_plan
 from fastbn.kernels.tile import box, extents, position
 
+
 @triton.jit
 def locate(
     Out, N, C, S, tile, ALIGN: tl.constexpr,
@@ -28,7 +29,8 @@ def expected(n, c, s, tile, block):
     """The same in plain Python."""
     bn, bc, bs = block
     s_tiles, c_tiles = -(-s // bs), -(-c // bc)
-    n0, c0, s0 = tile // (s_tiles * c_tiles) * bn, tile // s_tiles % c_tiles * bc, tile % s_tiles * bs
+    n0, c0 = tile // (s_tiles * c_tiles) * bn, tile // s_tiles % c_tiles * bc
+    s0 = tile % s_tiles * bs
     return [
         [
             [
@@ -66,7 +68,7 @@ def test_offsets(n, c, s, device):
 
 
 def test_mask_bits_are_a_byte():
-    assert MASK_BITS == torch.iinfo(torch.uint8).bits
+    assert torch.iinfo(torch.uint8).bits == MASK_BITS
 
 
 @pytest.mark.gpu

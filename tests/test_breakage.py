@@ -1,0 +1,115 @@
+"""Kernels broken on purpose: the tests must notice each time."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# what breaks: (file, what is there, what to put, tests that must fail)
+BREAKAGES = {
+    "mask dropped from the moments": (
+        "kernels/moments.py",
+        "centred = tl.where(mask, x - mean[None, :, None], 0.0)",
+        "centred = x - mean[None, :, None]",
+        "tests/test_kernels.py::test_shapes_and_dtypes",
+    ),
+    "mask dropped from the output": (
+        "kernels/forward.py",
+        "y.to(Y.dtype.element_ty), mask)",
+        "y.to(Y.dtype.element_ty))",
+        "tests/test_kernels.py::test_shapes_and_dtypes",
+    ),
+    "mean and running mean swapped": (
+        "kernels/forward.py",
+        "tl.store(Mean + c, mean, in_block)",
+        "tl.store(Mean + c, tl.load(RunningMean + c, in_block).to(acc), in_block)",
+        "tests/test_kernels.py::test_momentum",
+    ),
+    "no Bessel's correction": (
+        "kernels/forward.py",
+        "m2 / (count - 1.0)",
+        "var",
+        "tests/test_kernels.py::test_momentum",
+    ),
+    "offsets of 32 bits": (
+        "kernels/tile.py",
+        "(tl.cast(n0, tl.int64) * C + c0) * S + s0",
+        "(tl.cast(n0, tl.int32) * C + c0) * S + tl.cast(s0, tl.int32)",
+        "tests/test_tile.py::test_offsets",
+    ),
+    "splits merged without the distance of their means": (
+        "kernels/moments.py",
+        "m2s + counts[:, None] * centred * centred",
+        "m2s",
+        "tests/test_kernels.py::test_many_tiles_and_splits",
+    ),
+    "counter left behind": (
+        "kernels/moments.py",
+        "tl.store(Arrivals, 0)",
+        "tl.store(Arrivals, 1)",
+        "tests/test_kernels.py::test_bitwise_reproducible",
+    ),
+    "mean's gradient forgotten": (
+        "kernels/backward.py",
+        "scale * (g - mean_g - x_hat",
+        "scale * (g - x_hat",
+        "tests/test_kernels.py::test_optional_parameters",
+    ),
+    "sign bits in the wrong order": (
+        "kernels/epilogue.py",
+        "bits << tl.arange(0, _BITS)[None, :]",
+        "bits << (7 - tl.arange(0, _BITS)[None, :])",
+        "tests/test_kernels.py::test_mask_of_few_bits",
+    ),
+    "variance as a difference of squares": (
+        "kernels/moments.py",
+        "return mean, sum_rows(centred * centred)",
+        "return mean, sum_rows(tl.where(mask, x * x, 0.0)) - count * mean * mean",
+        "tests/test_kernels.py::test_first_value_far_from_the_others",
+    ),
+    "moments about zero": (
+        "kernels/forward.py",
+        "shift = tl.load(X + tl.cast(c, tl.int64) * S, in_block, other=0.0).to(acc)",
+        "shift = tl.zeros((BLOCK_C,), acc)",
+        "tests/test_kernels.py::test_hostile_scales",
+    ),
+}
+
+
+def run(tmp_path, file, there, put, tests):
+    """Runs tests on a copy of the project in which a line was exchanged."""
+    for name in ("kernels", "fastbn", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    # The copy is imported from its folder, where `fastbn.kernels` is a plain subfolder.
+    shutil.move(tmp_path / "kernels", tmp_path / "fastbn" / "kernels")
+    path = tmp_path / "fastbn" / file
+    source = path.read_text()
+    assert source.count(there) == 1, "the line to break is gone: adapt this test"
+    path.write_text(source.replace(there, put))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", tests],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_breaking_a_kernel_turns_the_tests_red(breakage, tmp_path):
+    done = run(tmp_path, *BREAKAGES[breakage])
+    # A write out of bounds may end the whole process.
+    crashed = done.returncode < 0
+    assert crashed or done.returncode == 1, done.stdout
+    assert crashed or "AssertionError" in done.stdout
+
+
+def test_leaving_it_whole_keeps_them_green(tmp_path):
+    line = "    offsets = (n * C + c) * S + s"
+    done = run(tmp_path, "kernels/tile.py", line, line, "tests/test_tile.py")
+    assert done.returncode == 0, done.stdout
