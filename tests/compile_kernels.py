@@ -81,6 +81,12 @@ CASES = [
     Case((2, 32, 128, 128, 128), False, "bf16", "leaky_relu"),
     Case((1024, 4096), False, "bf16", "relu"),
     Case((1024, 4096), False, "fp64", "none"),
+    # Sizes and splits of 1, which Triton compiles in as constants.
+    Case((16, 1, 64, 64), False, "bf16", "relu"),
+    Case((2, 3, 4, 4), False, "fp32", "gelu_tanh", residual=True),
+    Case((1, 16, 1, 1, 5), False, "fp16", "elu", training=False),
+    Case((1, 16), False, "fp32", "tanh", training=False),
+    Case((32, 16), False, "bf16", "hardswish", residual=True),
 ]
 
 

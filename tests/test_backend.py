@@ -69,6 +69,24 @@ def test_cpu_tensors_go_to_pytorch_unless_interpreted():
     assert run(code, TRITON_INTERPRET="1").stdout == "triton False\n"
 
 
+def test_cost_on_cpu_tensors():
+    """At most 5 % over nn.BatchNorm2d at (32, 64, 56, 56): what a call costs on top is constant."""
+    code = """
+from timeit import repeat
+import torch
+from fastbn import FusedBatchNorm2d
+
+def seconds(norm, x, number):
+    return min(repeat(lambda: norm(x), number=number, repeat=5)) / number
+
+small = torch.randn(2, 64, 1, 1)
+on_top = seconds(FusedBatchNorm2d(64), small, 100) - seconds(torch.nn.BatchNorm2d(64), small, 100)
+print(on_top / seconds(torch.nn.BatchNorm2d(64), torch.randn(32, 64, 56, 56), 1))
+"""
+    done = run(code)
+    assert float(done.stdout) < 0.05, done.stderr
+
+
 def test_triton_on_a_cpu_tensor_says_why():
     done = run(
         "import torch, fastbn; fastbn.FusedBatchNorm2d(3)(torch.randn(2, 3, 4, 4))",
