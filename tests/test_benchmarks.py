@@ -45,10 +45,10 @@ SMALL = [
 
 def run_module(*command, **env):
     """A subprocess on the CPU, free of this suite's interpreter."""
-    env = {
-        **os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-        **env,
-    }  # fmt: skip
+    # Nor does a worker of this suite count as one of the subprocess's.
+    inherited = {name: v for name, v in os.environ.items() if not name.startswith("PYTEST_")}
+    plain = {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = {**inherited, **plain, **env}
     command = [sys.executable, *map(str, command)]
     return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
 

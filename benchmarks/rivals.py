@@ -1,0 +1,127 @@
+"""Three implementations of one case, called alike: PyTorch's, the same compiled, and fastbn."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastbn
+
+from .inputs import Inputs, make_inputs
+from .shapes import Case
+
+
+@dataclass(frozen=True)
+class Rival:
+    """An implementation in training mode.
+
+    Attributes:
+        norm: the module that holds parameters and running statistics.
+        call: (x, residual or None) -> y.
+    """
+
+    norm: nn.Module
+    call: Callable[[Tensor, Tensor | None], Tensor]
+
+
+def _initialised(norm: nn.Module) -> nn.Module:
+    """With parameters at which every term of the formulas counts."""
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.normal_(norm.bias, std=0.5)
+    return norm
+
+
+def _dimensions(case: Case) -> str:
+    return f"{max(1, len(case.size) - 2)}d"
+
+
+def eager(case: Case, device: torch.device) -> Rival:
+    """`nn.BatchNorm*d`, then `+ residual`, then `F.relu`."""
+    norm = getattr(nn, f"BatchNorm{_dimensions(case)}")(case.size[1], device=device)
+    relu = case.epilogue.relu
+
+    def call(x: Tensor, residual: Tensor | None) -> Tensor:
+        y = norm(x)
+        if residual is not None:
+            y = y + residual
+        return F.relu(y) if relu else y
+
+    return Rival(_initialised(norm), call)
+
+
+def compiled(case: Case, device: torch.device) -> Rival:
+    """`eager` under `torch.compile`, compiled in both directions."""
+    # One function is compiled for eight shapes and then, silently, no more.
+    torch.compiler.reset()
+    plain = eager(case, device)
+    rival = Rival(plain.norm, torch.compile(plain.call, fullgraph=True, dynamic=False))
+    with warnings.catch_warnings():
+        # The compiler warns of its own code and of options that play no part here.
+        warnings.simplefilter("ignore")
+        forward_backward(rival, make_inputs(case, device))
+    return rival
+
+
+def fused(case: Case, device: torch.device) -> Rival:
+    """`FusedBatchNorm*d`, or `FusedBatchNormAct*d` where anything follows."""
+    act = "Act" if case.epilogue.relu else ""
+    layer = getattr(fastbn, f"FusedBatchNorm{act}{_dimensions(case)}")
+    norm = _initialised(layer(case.size[1], device=device))
+    return Rival(norm, norm if act else lambda x, residual: norm(x))
+
+
+RIVALS: dict[str, Callable[[Case, torch.device], Rival]] = {
+    "eager": eager,
+    "compile": compiled,
+    "fastbn": fused,
+}
+
+
+def forward(rival: Rival, inputs: Inputs) -> Tensor:
+    """As in training: what the backward needs is kept."""
+    return rival.call(inputs.x, inputs.residual)
+
+
+def gradients(rival: Rival, inputs: Inputs, y: Tensor) -> tuple[Tensor, ...]:
+    """Those of the input, the residual if there is one, weight and bias."""
+    wanted = (*inputs.leaves, rival.norm.weight, rival.norm.bias)
+    return torch.autograd.grad(y, wanted, inputs.dy)
+
+
+def forward_backward(rival: Rival, inputs: Inputs) -> tuple[Tensor, ...]:
+    """One training step of the layer."""
+    return gradients(rival, inputs, forward(rival, inputs))
+
+
+DIRECTIONS: dict[str, Callable[[Rival, Inputs], object]] = {
+    "forward": forward,
+    "forward+backward": forward_backward,
+}
+
+
+def in_one_line(problem: Exception) -> str:
+    """An exception's type and the first line of what it says."""
+    return f"{type(problem).__name__}: {(str(problem).strip() or 'no message').splitlines()[0]}"
+
+
+def no_compiler(device: torch.device) -> str | None:
+    """Why `torch.compile` can't be used on this machine; None if it can."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.compile(torch.relu)(torch.ones(2, device=device))
+    except Exception as problem:
+        return in_one_line(problem)
+    return None
+
+
+def kernels_only(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """On a GPU a call that the kernels don't serve is an error, not a slower figure."""
+    return fastbn.use_backend("triton" if device.type == "cuda" else "torch")

@@ -1,0 +1,66 @@
+"""`pytest benchmarks --benchmark-only`: eager, torch.compile and fastbn side by side."""
+
+from functools import lru_cache, partial
+from itertools import cycle
+from time import perf_counter
+
+import pytest
+import torch
+
+from . import rivals
+from .check import worst_error
+from .inputs import input_sets
+from .shapes import cases
+from .timing import copy_bandwidth
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GPU = DEVICE.type == "cuda"
+WHERE = "" if GPU else "CPU run of small shapes, no statement about any GPU: "
+ROUNDS = 20
+
+measured_copy_bandwidth = lru_cache(partial(copy_bandwidth, DEVICE))
+no_compiler = lru_cache(partial(rivals.no_compiler, DEVICE))
+
+
+def synchronised() -> float:
+    """Seconds, when all work given to the device is done."""
+    if GPU:
+        torch.cuda.synchronize()
+    return perf_counter()
+
+
+@lru_cache(maxsize=1)
+def sets_of(case):
+    return input_sets(case, DEVICE)
+
+
+@lru_cache(maxsize=1)
+def checked(case, name):
+    """A rival that is right: its first call compiles, its result is compared."""
+    rival = rivals.RIVALS[name](case, DEVICE)
+    assert worst_error(case, rival, sets_of(case)[0]) <= 1
+    return rival
+
+
+@pytest.fixture(autouse=True)
+def _kernels_only():
+    with rivals.kernels_only(DEVICE):
+        yield
+
+
+@pytest.mark.benchmark(timer=synchronised)
+@pytest.mark.parametrize("direction", rivals.DIRECTIONS)
+@pytest.mark.parametrize("name", rivals.RIVALS)
+@pytest.mark.parametrize("case", cases(GPU, quick=False), ids=str)
+def test_batch_norm(case, name, direction, benchmark):
+    if name == "compile" and no_compiler():
+        pytest.skip(f"torch.compile does not work here: {no_compiler()}")
+    rival, sets = checked(case, name), sets_of(case)
+    step, inputs = rivals.DIRECTIONS[direction], cycle(sets)
+    benchmark.group = f"{WHERE}{direction}, {case}"
+    benchmark.pedantic(
+        lambda: step(rival, next(inputs)), rounds=ROUNDS, warmup_rounds=2, iterations=len(sets)
+    )
+    rate = case.floor_bytes(direction) / benchmark.stats.stats.median
+    benchmark.extra_info["gb_per_s"] = rate / 1e9
+    benchmark.extra_info["fraction_of_copy"] = rate / measured_copy_bandwidth()
