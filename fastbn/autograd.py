@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .kernels.plan import MASK_BITS
-from .layout import memory_format, sizes
+from .layout import memory_format, unpack_mask
 
 # Activations whose derivative is the sign's: with a residual one bit is saved.
 SIGN_ACTIVATIONS = ("relu", "leaky_relu")
@@ -60,6 +59,8 @@ class BatchNorm(torch.autograd.Function):
         ctx.save_for_backward(
             input, weight, bias, residual if saved == "residual" else None, mask, mean, rstd
         )
+        # Hooks on saved tensors may change strides, and the mask's bits follow these.
+        ctx.format = memory_format(input)
         ctx.frozen, ctx.eps, ctx.activation, ctx.param = not training, eps, activation, param
         return output
 
@@ -75,6 +76,7 @@ class BatchNorm(torch.autograd.Function):
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of input, weight, bias and residual, each where asked for."""
     input, weight, bias, residual, mask, mean, rstd = ctx.saved_tensors
+    input = input.contiguous(memory_format=ctx.format)
     want_dx, want_dw, want_db, want_dr = ctx.needs_input_grad[:4]
     # With no activation the residual's gradient is the output's: no copy.
     compute_dr = want_dr and ctx.activation != "none"
@@ -92,7 +94,11 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """The same gradients through the reference, for second derivatives (`create_graph`)."""
-    input, weight, bias, residual, mask, mean, rstd = ctx.saved_tensors
+    *inputs, mask, mean, rstd = ctx.saved_tensors
+    # Views, so that a path from one input to another, or one tensor in two
+    # places, is left to the engine and not counted twice.
+    inputs = [None if t is None else t.view_as(t) for t in inputs]
+    input, weight, bias, residual = inputs
     statistics = (mean, rstd) if ctx.frozen else (None, None)
 
     def normalised(activation: str, residual: Tensor | None) -> Tensor:
@@ -105,7 +111,8 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
         # The residual was not kept, but where the argument is positive was,
         # and that is all that the derivatives depend on.
         slope = ctx.param if ctx.activation == "leaky_relu" else 0.0
-        grad_residual = torch.where(_unpack(mask, input), grad_output, grad_output * slope)
+        positive = unpack_mask(mask, input.contiguous(memory_format=ctx.format))
+        grad_residual = torch.where(positive, grad_output, grad_output * slope)
         output, grad_output = normalised("none", None), grad_residual
     elif ctx.needs_input_grad[3] and residual is None:
         grad_residual = grad_output
@@ -114,7 +121,6 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
         grad_residual = None
         output = normalised(ctx.activation, residual)
 
-    inputs = (input, weight, bias, residual)
     wanted = [needed and t is not None for needed, t in zip(ctx.needs_input_grad, inputs)]
     grads = iter(
         torch.autograd.grad(
@@ -128,15 +134,3 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     )
     dx, dw, db, dr = (next(grads) if needed else None for needed in wanted)
     return dx, dw, db, grad_residual if ctx.needs_input_grad[3] and dr is None else dr
-
-
-def _unpack(mask: Tensor, x: Tensor) -> Tensor:
-    """The packed mask as booleans of the shape of `x`."""
-    format = memory_format(x)
-    n, c, s = sizes(x, format)
-    rows, length = (n, c) if s == 1 else (n * c, s)
-    bits = mask.view(rows, -1, 1) >> torch.arange(MASK_BITS, device=mask.device)
-    bits = (bits & 1).bool().flatten(1)[:, :length]
-    if format == torch.contiguous_format:
-        return bits.reshape(x.shape)
-    return bits.reshape(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)

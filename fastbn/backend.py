@@ -14,7 +14,11 @@ from torch import Tensor
 BACKENDS = ("auto", "triton", "torch")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+INTERPRETING = False
+if HAS_TRITON:
+    from triton import knobs
+
+    INTERPRETING = knobs.runtime.interpret
 
 _DEVICES = ("cuda", "xpu", "cpu") if INTERPRETING else ("cuda", "xpu")
 _HALVES = (torch.float16, torch.bfloat16)
@@ -52,7 +56,7 @@ def set_backend(name: str) -> None:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """`set_backend` for the length of a `with` block."""
+    """`set_backend` for the length of a `with` block, in all threads."""
     before = _backend
     set_backend(name)
     try:
@@ -70,7 +74,7 @@ def unserved(
     num_batches_tracked: Tensor | None,
     residual: Tensor | None,
 ) -> str | None:
-    """Why the kernels can't serve a call ("because ..."), or None if they can."""
+    """Why the kernels can't serve a call that PyTorch can; None if they can."""
     if not HAS_TRITON:
         return "Triton is not installed"
     if input.device.type not in _DEVICES:
@@ -90,11 +94,12 @@ def unserved(
         names = ", ".join(sorted(str(dtype) for dtype in dtypes))
         return f"parameters and statistics of {names} don't go with an input of {input.dtype}"
     if any(t.dim() != 1 for t in parameters):
-        return "a parameter or running statistic has more than one dimension"
+        return "a parameter or running statistic is not one-dimensional"
     if any(t is not None and not t.is_contiguous() for t in statistics):
         return "the running statistics are not contiguous"
-    if num_batches_tracked is not None and num_batches_tracked.dtype != torch.int64:
-        return f"num_batches_tracked has the dtype {num_batches_tracked.dtype}"
+    counter = num_batches_tracked
+    if counter is not None and (counter.dtype != torch.int64 or counter.numel() != 1):
+        return "num_batches_tracked is not a single int64"
     if residual is not None and residual.dtype != input.dtype:
         return f"the residual's dtype is {residual.dtype}, the input's {input.dtype}"
     tensors = [input, *parameters]
@@ -106,14 +111,11 @@ def unserved(
     return None
 
 
-def transformed(*tensors: Tensor | None) -> bool:
+def transformed() -> bool:
     """Whether `torch.func` transforms or forward-mode AD are at work."""
-    if torch.compiler.is_compiling():
-        return False
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
 
 
 _warned: set[str] = set()

@@ -8,6 +8,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from . import backend
+from .functional import left_to_pytorch
 from .modules import fused_activation
 
 if backend.HAS_TRITON:
@@ -82,22 +83,23 @@ def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = N
 
     Returns:
         A dataclass that prints as plain words. Bytes count each tensor of the
-        input's size once for every time that it is read or written, statistics
-        and parameters not at all.
+        input's size once for every time that the kernels read or write it; not
+        statistics, parameters, or the copy that other strides need first.
     """
-    chosen = backend.get_backend()
-    if chosen == "torch":
-        return Explanation("torch", "the backend is set to 'torch'")
-    tensors: list[Tensor | None] = [None] * 5
-    training, activation = True, "none"
+    weight = bias = running_mean = running_var = counter = None
+    training, eps, activation = True, 1e-5, "none"
     if module is not None:
-        tensors = [
-            module.weight, module.bias, module.running_mean, module.running_var,
-            module.num_batches_tracked,
-        ]  # fmt: skip
+        weight, bias, eps = module.weight, module.bias, module.eps
         training = module.training or module.running_mean is None
-        activation = fused_activation(module)[0]
-    reason = backend.unserved(input, *tensors, residual)
+        if not module.training or module.track_running_stats:
+            running_mean, running_var = module.running_mean, module.running_var
+            counter = module.num_batches_tracked
+        fused = fused_activation(module)
+        activation = "none" if fused is None else fused[0]
+        residual = None if fused is None else residual
+    reason = left_to_pytorch(
+        input, running_mean, running_var, counter, weight, bias, training, 0.1, eps
+    ) or backend.unserved(input, weight, bias, running_mean, running_var, counter, residual)
     if reason is not None:
         return Explanation("torch", reason)
 

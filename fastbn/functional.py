@@ -28,8 +28,8 @@ def batch_norm(
 ) -> Tensor:
     """activation((input - mean) / sqrt(var + eps) * weight + bias + residual).
 
-    As `torch.nn.functional.batch_norm` (Ioffe and Szegedy, 2015), in as few
-    passes over memory as can be.
+    As `torch.nn.functional.batch_norm` (Ioffe and Szegedy, 2015), with
+    activation and residual in the same kernels.
 
     Args:
         input: shape (N, C) or (N, C, ...), of dtype float16, bfloat16, float32
@@ -92,6 +92,11 @@ def tracked_batch_norm(
     if _goes_to_kernels(
         input, *statistics, num_batches_tracked, weight, bias, training, momentum, eps, residual
     ):
+        # `torch.compile` refuses one tensor in two places of a Function.
+        if residual is input:
+            residual = input.view_as(input)
+        if bias is weight and bias is not None:
+            bias = bias.view_as(bias)
         args = (
             input, weight, bias, residual, *statistics, num_batches_tracked, training, momentum,
             eps, activation, param,
@@ -132,22 +137,35 @@ def _goes_to_kernels(
     residual,
 ) -> bool:  # fmt: skip
     """Whether the kernels take a call; PyTorch gets the others, to serve or to refuse."""
-    chosen = backend.get_backend()
-    if chosen == "torch" or backend.transformed():
-        return False
     statistics = (running_mean, running_var)
-    if not _well_formed(
+    reason = left_to_pytorch(
         input, *statistics, num_batches_tracked, weight, bias, training, momentum, eps
-    ):
+    )
+    if reason is not None:
         return False
     reason = backend.unserved(input, weight, bias, *statistics, num_batches_tracked, residual)
     if reason is None:
         return True
-    if chosen == "triton":
+    if backend.get_backend() == "triton":
         raise RuntimeError(f"backend 'triton' can't serve this call because {reason}")
     if input.device.type in ("cuda", "xpu") and input.numel() and not torch.compiler.is_compiling():
         backend.warn_slow(reason)
     return False
+
+
+def left_to_pytorch(
+    input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps
+) -> str | None:
+    """Why a call is PyTorch's whether or not the kernels could serve it, or None."""
+    if backend.get_backend() == "torch":
+        return "the backend is set to 'torch'"
+    if backend.transformed():
+        return "torch.func or forward-mode AD is at work"
+    if not _well_formed(
+        input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps
+    ):
+        return "PyTorch refuses it"
+    return None
 
 
 def _well_formed(
@@ -160,6 +178,8 @@ def _well_formed(
     if any(
         t is not None and t.numel() != channels for t in (running_mean, running_var, weight, bias)
     ):
+        return False
+    if any(t is not None and t.requires_grad for t in (running_mean, running_var)):
         return False
     if training:
         known_momentum = momentum is not None or num_batches_tracked is not None

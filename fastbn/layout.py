@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .kernels.plan import MASK_BITS
+
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -35,3 +37,21 @@ def sizes(x: Tensor, format: torch.memory_format) -> tuple[int, int, int]:
     if format != torch.contiguous_format:
         return n * s, c, 1
     return n, c, s
+
+
+def mask_sizes(x: Tensor) -> tuple[int, int]:
+    """(rows, bytes a row) of the packed mask of `x`; bits run along the contiguous axis."""
+    n, c, s = sizes(x, memory_format(x))
+    rows, length = (n, c) if s == 1 else (n * c, s)
+    return rows, (length + MASK_BITS - 1) // MASK_BITS
+
+
+def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """The packed mask of `x` as booleans of its shape."""
+    format = memory_format(x)
+    bits = mask.view(*mask_sizes(x), 1) >> torch.arange(MASK_BITS, device=mask.device)
+    _, c, s = sizes(x, format)
+    bits = (bits & 1).bool().flatten(1)[:, : c if s == 1 else s]
+    if format == torch.contiguous_format:
+        return bits.reshape(x.shape)
+    return bits.reshape(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)

@@ -80,10 +80,20 @@ _FUSIBLE: dict[type, Callable[[Any], tuple[str, float | None]]] = {
 }
 
 
-def fused_activation(module: nn.Module) -> tuple[str, float | None]:
-    """The activation that a module has its kernels compute, and its parameter."""
+def fused_activation(module: nn.Module) -> tuple[str, float | None] | None:
+    """The activation that the kernels compute, and its parameter.
+
+    None if there is something that they can't compute: another activation, a
+    hook on it, a drop layer. It then comes after them, and so does the residual.
+    """
     act = getattr(module, "act", None)
-    return _FUSIBLE[type(act)](act) if type(act) in _FUSIBLE else ("none", None)
+    if act is None:
+        return "none", None
+    if type(act) not in _FUSIBLE or type(module.drop) is not nn.Identity:
+        return None
+    if act._forward_hooks or act._forward_pre_hooks:
+        return None
+    return _FUSIBLE[type(act)](act)
 
 
 _LAYERS: dict[str, type[nn.Module]] = {
@@ -135,9 +145,9 @@ class _FusedAct(_Fused):
         self.act = _make_activation(act_layer if apply_act else None, act_kwargs or {})
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        fusible = type(self.act) in _FUSIBLE and type(self.drop) is nn.Identity
-        if fusible:
-            return self._normalise(input, *fused_activation(self), residual)
+        fused = fused_activation(self)
+        if fused is not None:
+            return self._normalise(input, *fused, residual)
         output = self.drop(self._normalise(input))
         return self.act(output if residual is None else output + residual)
 

@@ -7,14 +7,16 @@ operator schemas have no optional results.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .kernels.backward import bn_apply_bwd_kernel, bn_reduce_bwd_kernel
 from .kernels.forward import bn_apply_fwd_kernel, bn_stats_fwd_kernel
-from .kernels.plan import MASK_BITS, Plan, Problem, Tile, make_plan
-from .launch import arrival_counters, device_facts, on_device
-from .layout import memory_format, sizes
+from .kernels.plan import Plan, Problem, Tile, make_plan
+from .launch import device_facts, on_device
+from .layout import mask_sizes, memory_format, sizes
 
 # Multiplications and additions are not contracted, so that the backward finds
 # the activation's argument on the side of a kink where the forward left it.
@@ -56,10 +58,17 @@ def _empty_like(x: Tensor, wanted: bool = True) -> Tensor:
 
 
 def _empty_mask(x: Tensor, wanted: bool) -> Tensor:
-    n, c, s = sizes(x, memory_format(x))
-    row, length = (n, c) if s == 1 else (n * c, s)
-    bytes = row * ((length + MASK_BITS - 1) // MASK_BITS) if wanted else 0
-    return torch.empty(bytes, dtype=torch.uint8, device=x.device)
+    return torch.empty(math.prod(mask_sizes(x)) * wanted, dtype=torch.uint8, device=x.device)
+
+
+def _empty_parameter(parameter: Tensor | None, x: Tensor, wanted: bool) -> Tensor:
+    """For the gradient of a weight or bias."""
+    return (x if parameter is None else parameter).new_empty(x.shape[1] * wanted)
+
+
+def _arrivals(x: Tensor, blocks: int) -> Tensor:
+    """Counters of the programs that have arrived, for one launch."""
+    return torch.zeros(blocks, dtype=torch.int32, device=x.device)
 
 
 def _given(tensor: Tensor) -> Tensor | None:
@@ -90,43 +99,32 @@ def _written(*tensors: Tensor | None) -> None:
             torch.autograd.graph.increment_version(tensor)
 
 
-def _apply_forward(
-    plan, x, residual, weight, bias, mean, rstd, batches_tracked, eps, activation, param,
-    save_mask, frozen,
-):  # fmt: skip
-    y, mask = _empty_like(x), _empty_mask(x, save_mask)
-    tile = plan.forward_apply
-    bn_apply_fwd_kernel[_programs(tile, plan)](
-        _like(x, x), _like(residual, x), y, _given(mask), _dense(weight), _dense(bias), mean, rstd,
-        batches_tracked, *_extents(plan), eps, param,
-        ALIGN=plan.align, ACTIVATION=activation, FROZEN=frozen, **_blocks(tile),
-    )  # fmt: skip
-    return y, mask
-
-
 def _forward_train(
     x, residual, weight, bias, running_mean, running_var, batches_tracked, momentum, eps,
     activation, param, save_mask,
 ):  # fmt: skip
     plan = _plan(x, training=True)
-    x = _like(x, x)
     c = x.shape[1]
+    reduce, tile = plan.forward_reduce, plan.forward_apply
+    blocks = reduce.tile.grid(plan.problem)[1]
+    # All memory is there before anything is written: what runs out leaves no trace.
+    x, residual, weight, bias = _like(x, x), _like(residual, x), _dense(weight), _dense(bias)
+    y, mask = _empty_like(x), _empty_mask(x, save_mask)
     mean = torch.empty(c, dtype=_statistics_dtype(x), device=x.device)
     rstd = torch.empty_like(mean)
-    tile, splits = plan.forward_reduce.tile, plan.forward_reduce.splits
-    blocks = tile.grid(plan.problem)[1]
-    partials = torch.empty(splits * (2 * c + blocks), dtype=mean.dtype, device=x.device)
+    partials = torch.empty(reduce.splits * (2 * c + blocks), dtype=mean.dtype, device=x.device)
+    arrivals = _arrivals(x, blocks)
+    cumulative = momentum is None
     with on_device(x.device):
-        bn_stats_fwd_kernel[(splits * blocks,)](
-            x, mean, rstd, running_mean, running_var,
-            batches_tracked if momentum is None else None,
-            partials, arrival_counters(x.device, blocks), *_extents(plan), splits,
-            0.0 if momentum is None else momentum, eps,
-            ALIGN=plan.align, MERGE=plan.forward_reduce.merge, **_blocks(tile),
+        bn_stats_fwd_kernel[(reduce.splits * blocks,)](
+            x, mean, rstd, running_mean, running_var, batches_tracked if cumulative else None,
+            partials, arrivals, *_extents(plan), reduce.splits, 0.0 if cumulative else momentum,
+            eps, ALIGN=plan.align, MERGE=reduce.merge, **_blocks(reduce.tile),
         )  # fmt: skip
-        y, mask = _apply_forward(
-            plan, x, residual, weight, bias, mean, rstd, batches_tracked, eps, activation, param,
-            save_mask, frozen=False,
+        bn_apply_fwd_kernel[_programs(tile, plan)](
+            x, residual, y, _given(mask), weight, bias, mean, rstd, batches_tracked,
+            *_extents(plan), eps, param,
+            ALIGN=plan.align, ACTIVATION=activation, FROZEN=False, **_blocks(tile),
         )  # fmt: skip
     _written(running_mean, running_var, batches_tracked)
     return y, mean, rstd, mask
@@ -134,44 +132,47 @@ def _forward_train(
 
 def _forward_eval(x, residual, weight, bias, mean, var, eps, activation, param, save_mask):
     plan = _plan(x, training=False)
+    tile = plan.forward_apply
+    y, mask = _empty_like(x), _empty_mask(x, save_mask)
     with on_device(x.device):
-        return _apply_forward(
-            plan, x, residual, weight, bias, _dense(mean), _dense(var), None, eps, activation,
-            param, save_mask, frozen=True,
+        bn_apply_fwd_kernel[_programs(tile, plan)](
+            _like(x, x), _like(residual, x), y, _given(mask), _dense(weight), _dense(bias),
+            _dense(mean), _dense(var), None, *_extents(plan), eps, param,
+            ALIGN=plan.align, ACTIVATION=activation, FROZEN=True, **_blocks(tile),
         )  # fmt: skip
+    return y, mask
 
 
 def _backward(
     dy, x, residual, mask, weight, bias, mean, rstd, eps, activation, param, frozen, wanted
 ):
     plan = _plan(x, training=not frozen)
+    c = x.shape[1]
     want_dx, want_dw, want_db, want_dr = wanted
     dy, x, residual = _like(dy, x), _like(x, x), _like(residual, x)
     weight, bias, mean, rstd = _dense(weight), _dense(bias), _dense(mean), _dense(rstd)
     inputs = (dy, x, residual, _given(mask), weight, bias, mean, rstd)
-    c = x.shape[1]
     dx, dr = _empty_like(x, want_dx), _empty_like(x, want_dr)
-    dw = weight.new_empty(c if want_dw else 0) if weight is not None else x.new_empty(0)
-    db = bias.new_empty(c if want_db else 0) if bias is not None else x.new_empty(0)
-    tile, splits = plan.backward_reduce.tile, plan.backward_reduce.splits
-    blocks = tile.grid(plan.problem)[1]
+    dw, db = _empty_parameter(weight, x, want_dw), _empty_parameter(bias, x, want_db)
+    reduce, tile = plan.backward_reduce, plan.backward_apply
+    blocks = reduce.tile.grid(plan.problem)[1]
+    elementwise = want_dx or want_dr
     need_sums = want_dw or want_db or (want_dx and not frozen)
-    sums = partials = None
+    sums = partials = arrivals = None
     if need_sums:
-        dtype = _statistics_dtype(x)
-        sums = torch.empty(2 * c, dtype=dtype, device=x.device)
-        partials = torch.empty(2 * splits * c, dtype=dtype, device=x.device)
+        sums = torch.empty(2 * c, dtype=_statistics_dtype(x), device=x.device)
+        partials = torch.empty(2 * reduce.splits * c, dtype=sums.dtype, device=x.device)
+        arrivals = _arrivals(x, blocks)
     with on_device(x.device):
-        if need_sums or frozen:
-            bn_reduce_bwd_kernel[(splits * blocks,)](
+        if need_sums or (frozen and elementwise):
+            bn_reduce_bwd_kernel[(reduce.splits * blocks,)](
                 *inputs, _given(dw), _given(db), sums,
                 _given(dx) if frozen else None, _given(dr) if frozen else None,
-                partials, arrival_counters(x.device, blocks), *_extents(plan), splits, eps, param,
-                ALIGN=plan.align, MERGE=plan.backward_reduce.merge, ACTIVATION=activation,
-                FROZEN=frozen, **_blocks(tile),
+                partials, arrivals, *_extents(plan), reduce.splits, eps, param,
+                ALIGN=plan.align, MERGE=reduce.merge, ACTIVATION=activation, FROZEN=frozen,
+                **_blocks(reduce.tile),
             )  # fmt: skip
-        if not frozen and (want_dx or want_dr):
-            tile = plan.backward_apply
+        if elementwise and not frozen:
             bn_apply_bwd_kernel[_programs(tile, plan)](
                 *inputs, sums, _given(dx), _given(dr), *_extents(plan), param,
                 ALIGN=plan.align, ACTIVATION=activation, **_blocks(tile),
@@ -195,9 +196,7 @@ def _fake_backward(
     dy, x, residual, mask, weight, bias, mean, rstd, eps, activation, param, frozen, wanted
 ):
     want_dx, want_dw, want_db, want_dr = wanted
-    c = x.shape[1]
-    dw = weight.new_empty(c if want_dw else 0) if weight is not None else x.new_empty(0)
-    db = bias.new_empty(c if want_db else 0) if bias is not None else x.new_empty(0)
+    dw, db = _empty_parameter(weight, x, want_dw), _empty_parameter(bias, x, want_db)
     return _empty_like(x, want_dx), dw, db, _empty_like(x, want_dr)
 
 

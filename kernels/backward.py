@@ -21,7 +21,7 @@ from .epilogue import (
     unpack,
 )
 from .moments import last_to_arrive, sum_partials, sum_rows
-from .tile import box, extents, per_channel, position
+from .tile import blocks_of, box, extents, per_channel, position
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def bn_reduce_bwd_kernel(
     DX,  # pointer to the input's gradient, if FROZEN, or None
     DR,  # pointer to the residual's gradient, if FROZEN, or None
     Partials,  # pointer to (2, splits, C) sums
-    Arrivals,  # pointer to a zero for each channel block
+    Arrivals,  # pointer to a zero for each channel block; it counts programs
     N,
     C,
     S,
@@ -84,7 +84,7 @@ def bn_reduce_bwd_kernel(
     """
     C, S = extents(C, S, ALIGN, BLOCK_S)
     acc = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
-    blocks = tl.cdiv(C, BLOCK_C)
+    blocks = blocks_of(C, BLOCK_C)
     block = tl.program_id(0) % blocks
     split = tl.program_id(0) // blocks
     c0 = block * BLOCK_C
@@ -96,8 +96,8 @@ def bn_reduce_bwd_kernel(
         rstd = 1.0 / tl.sqrt(rstd + tl.full((), eps, acc))
     scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
 
-    s_tiles = tl.cdiv(S, BLOCK_S)
-    tiles = tl.cdiv(N, BLOCK_N) * s_tiles
+    s_tiles = blocks_of(S, BLOCK_S)
+    tiles = blocks_of(N, BLOCK_N) * s_tiles
     sum_g = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), acc)
     sum_gx = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), acc)
     for tile in range(split, tiles, splits):

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .plan import MASK_BITS
-from .tile import box
+from .tile import blocks_of, box
 
 _BITS = tl.constexpr(MASK_BITS)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -39,17 +39,16 @@ def scale_and_bias(W, B, rstd, c0, C, BLOCK_C: tl.constexpr):
 def tanh(z):
     """From exp(-2|z|), which can't overflow.
 
-    Near zero that cancels: there the Taylor series serves in fp32 (remainder
-    below 1e-7 of the result for |z| < 0.3).
+    Near zero that cancels: there the Taylor series serves, its remainder less
+    than the rounding of the result.
     """
     e = tl.exp(-2.0 * tl.abs(z))
     t = (1.0 - e) / (1.0 + e)
     t = tl.where(z < 0, -t, t)
-    if z.dtype == tl.float32:
-        q = z * z
-        series = z * (1.0 + q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835)))))
-        t = tl.where(tl.abs(z) < 0.3, series, t)
-    return t
+    q = z * z
+    series = z * (1.0 + q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835)))))
+    near = 0.02 if z.dtype == tl.float64 else 0.3
+    return tl.where(tl.abs(z) < near, series, t)
 
 
 @triton.jit
@@ -169,6 +168,10 @@ def mask_box(
 ):
     """`box` of the packed mask's bytes that belong to a tile of the input."""
     if BLOCK_S == 1:
-        return box(N, tl.cdiv(C, _BITS), 1, n0, c0 // _BITS, s0, BLOCK_N, BLOCK_C // _BITS, BLOCK_S)
+        return box(
+            N, blocks_of(C, _BITS), 1, n0, c0 // _BITS, s0, BLOCK_N, BLOCK_C // _BITS, BLOCK_S
+        )
     else:
-        return box(N, C, tl.cdiv(S, _BITS), n0, c0, s0 // _BITS, BLOCK_N, BLOCK_C, BLOCK_S // _BITS)
+        return box(
+            N, C, blocks_of(S, _BITS), n0, c0, s0 // _BITS, BLOCK_N, BLOCK_C, BLOCK_S // _BITS
+        )

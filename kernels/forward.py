@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from .epilogue import activate, mask_box, normalise, pack, scale_and_bias
-from .moments import last_to_arrive, merge, merge_partials, tile_moments
-from .tile import box, extents, per_channel, position
+from .moments import last_to_arrive, merge, merge_partials, sample_mean, tile_moments
+from .tile import blocks_of, box, extents, per_channel, position
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def bn_stats_fwd_kernel(
     RunningVar,  # pointer to the running variance, updated, or None
     BatchesTracked,  # pointer to the batches before this one: cumulative average; or None
     Partials,  # pointer to (2, splits, C) means and sums of squares, then (blocks, splits) counts
-    Arrivals,  # pointer to a zero for each channel block
+    Arrivals,  # pointer to a zero for each channel block; it counts programs
     N,
     C,
     S,
@@ -51,20 +51,19 @@ def bn_stats_fwd_kernel(
     """Program (split, channel block): moments of every splits-th tile of the block."""
     C, S = extents(C, S, ALIGN, BLOCK_S)
     acc = Mean.dtype.element_ty
-    blocks = tl.cdiv(C, BLOCK_C)
+    blocks = blocks_of(C, BLOCK_C)
     block = tl.program_id(0) % blocks
     split = tl.program_id(0) // blocks
     c0 = block * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
     in_block = c < C
 
-    # Moments are those of x - shift with the channel's first value as shift.
-    # No value is further than sqrt(M) standard deviations from the mean
-    # (Samuelson), so what is left to cancel is small, even at mean 1e6, std 1.
-    shift = tl.load(X + tl.cast(c, tl.int64) * S, in_block, other=0.0).to(acc)
+    SAMPLE_N: tl.constexpr = 16 if BLOCK_S == 1 else 1
+    SAMPLE_S: tl.constexpr = 1 if BLOCK_S == 1 else 16
+    shift = sample_mean(X, N, C, S, c0, acc, SAMPLE_N, BLOCK_C, SAMPLE_S)
 
-    s_tiles = tl.cdiv(S, BLOCK_S)
-    tiles = tl.cdiv(N, BLOCK_N) * s_tiles
+    s_tiles = blocks_of(S, BLOCK_S)
+    tiles = blocks_of(N, BLOCK_N) * s_tiles
     count = tl.cast(0, acc)
     mean = tl.zeros((BLOCK_C,), acc)
     m2 = tl.zeros((BLOCK_C,), acc)

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .tile import box
+
 
 @triton.jit
 def sum_rows(x):
@@ -16,6 +18,23 @@ def tile_moments(x, mask, count):
     mean = sum_rows(tl.where(mask, x, 0.0)) / count
     centred = tl.where(mask, x - mean[None, :, None], 0.0)
     return mean, sum_rows(centred * centred)
+
+
+@triton.jit
+def sample_mean(
+    X, N, C, S, c0, acc: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Mean of a few values at the start of each channel, the same in every program.
+
+    Moments are taken about it. It lies a fraction of a standard deviation from
+    the mean, unless there are outliers among the few, and then no further than
+    sqrt(M) standard deviations (Samuelson): little is left to cancel.
+    """
+    _, offsets, mask = box(N, C, S, 0, c0, 0, BLOCK_N, BLOCK_C, BLOCK_S)
+    x = tl.load(X + tl.cast(c0, tl.int64) * S + offsets, mask, other=0.0).to(acc)
+    count = tl.minimum(N, BLOCK_N) * tl.minimum(S, BLOCK_S)
+    return sum_rows(x) / tl.cast(count, acc)
 
 
 @triton.jit
@@ -33,14 +52,10 @@ def last_to_arrive(Arrivals, splits):
     """Whether this program is the last of its channel block to get here.
 
     All threads' stores come before the barrier, the barrier before the release;
-    so whoever arrives last, and acquires, sees every partial result. The
-    counter goes back to zero for the next launch.
+    so whoever arrives last, and acquires, sees every partial result.
     """
     tl.debug_barrier()
-    last = tl.atomic_add(Arrivals, 1, sem="acq_rel") == splits - 1
-    if last:
-        tl.store(Arrivals, 0)
-    return last
+    return tl.atomic_add(Arrivals, 1, sem="acq_rel") == splits - 1
 
 
 @triton.jit

@@ -108,7 +108,8 @@ class Plan:
             contiguous axis has an odd size, whose tiles are padded by mask.
         forward_reduce, backward_reduce: the passes that reduce to a channel.
         forward_apply, backward_apply: the tiles of the elementwise passes.
-        forward_launches, backward_launches: kernels launched.
+        forward_launches, backward_launches: kernels launched, not counting
+            the fill of a few counters.
         forward_units, backward_units: tensors read or written, packed masks
             counted as the fraction of a tensor that they are.
     """
@@ -125,14 +126,6 @@ class Plan:
     backward_launches: int
     forward_units: float
     backward_units: float
-
-    @property
-    def mask_shape(self) -> tuple[int, int, int]:
-        """Shape of the packed mask, bytes along the contiguous axis."""
-        p = self.problem
-        if p.s == 1:
-            return p.n, -(-p.c // MASK_BITS), 1
-        return p.n, p.c, -(-p.s // MASK_BITS)
 
 
 @lru_cache(maxsize=4096)

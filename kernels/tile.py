@@ -18,6 +18,12 @@ def extents(C, S, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
+def blocks_of(extent, BLOCK: tl.constexpr):
+    """How many blocks cover an extent; `tl.cdiv` overflows just below 2^31."""
+    return (extent - 1) // BLOCK + 1
+
+
+@triton.jit
 def box(N, C, S, n0, c0, s0, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
     """The tile whose first element is (n0, c0, s0).
 
@@ -37,8 +43,8 @@ def box(N, C, S, n0, c0, s0, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK
 @triton.jit
 def position(tile, N, C, S, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
     """First element (n0, c0, s0) of a tile, tiles numbered in the order of memory."""
-    s_tiles = tl.cdiv(S, BLOCK_S)
-    c_tiles = tl.cdiv(C, BLOCK_C)
+    s_tiles = blocks_of(S, BLOCK_S)
+    c_tiles = blocks_of(C, BLOCK_C)
     n0 = tl.cast(tile // (s_tiles * c_tiles), tl.int64) * BLOCK_N
     c0 = tile // s_tiles % c_tiles * BLOCK_C
     s0 = tl.cast(tile % s_tiles, tl.int64) * BLOCK_S

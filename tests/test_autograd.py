@@ -218,3 +218,51 @@ def test_checkpointing_recomputes_the_same(device):
     (plain,) = torch.autograd.grad(bn(x).pow(2).sum(), x)
     (again,) = torch.autograd.grad(checkpoint(bn, x, use_reentrant=False).pow(2).sum(), x)
     assert plain.equal(again)
+
+
+RELATED = {
+    "residual is input": lambda x, w, b, r: (x, w, b, x),
+    "residual from input": lambda x, w, b, r: (x, w, b, (x * 2).sin()),
+    "input from residual": lambda x, w, b, r: (r.sin(), w, b, r),
+    "weight from input": lambda x, w, b, r: (x, x.mean((0, 2)), b, r),
+    "weight is bias": lambda x, w, b, r: (x, w, w, r),
+    "all from one": lambda x, w, b, r: (x.sin(), x[0, :, 0].exp(), x[0, :, 1], x * 2),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+@pytest.mark.parametrize("relation", RELATED)
+def test_inputs_that_depend_on_one_another(relation, activation, training, device):
+    """Each path counts once, whichever way the backward goes."""
+    tensors = leaves(3, 4, 5, device=device)
+    function = call(activation, training)
+    y = function(*RELATED[relation](*tensors))
+    grad = torch.randn_like(y)
+    kwargs = {"retain_graph": True, "allow_unused": True}
+    first = torch.autograd.grad(y, tensors, grad, **kwargs)
+    second = torch.autograd.grad(y, tensors, grad, create_graph=True, **kwargs)
+    for a, b in zip(first, second):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)
+    assert gradgradcheck(
+        lambda *t: function(*RELATED[relation](*t)), tensors, fast_mode=True, nondet_tol=1e-9
+    )
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("create_graph", [True, False])
+def test_saved_tensor_hooks_that_change_strides(create_graph, activation, device):
+    """As `save_on_cpu(pin_memory=True)` does: what comes back is contiguous."""
+    x, w, b, r = leaves(3, 11, 3, 3, device=device)
+    x, r = (
+        t.detach().contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, r)
+    )
+    grad = torch.randn_like(x)
+    plain = torch.autograd.grad(call(activation)(x, w, b, r), (x, w, b, r), grad)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t):
+        y = call(activation)(x, w, b, r)
+    packed = torch.autograd.grad(y, (x, w, b, r), grad, create_graph=create_graph)
+    for a, b in zip(plain, packed):
+        torch.testing.assert_close(a, b)

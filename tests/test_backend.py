@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def served(**kwargs):
         ({"input": torch.randn(0, 3, 5)}, "empty"),
         ({"input": torch.eye(3).to_sparse()}, "layout is torch.sparse_coo"),
         ({"weight": torch.ones(3).half()}, "of torch.float16 don't go with an input of"),
-        ({"weight": torch.ones(3, 1)}, "more than one dimension"),
+        ({"weight": torch.ones(3, 1)}, "not one-dimensional"),
         ({"residual": torch.randn(4, 3, 5).double()}, "residual's dtype is torch.float64"),
         ({"weight": torch.ones(3, device="meta")}, "different devices"),
         (
@@ -220,6 +221,23 @@ def test_explain_counts_what_the_call_moves(device):
     assert found.forward_bytes == 2 * x.nbytes
 
 
+def test_explain_agrees_with_what_happens_after_the_kernels(device):
+    x = torch.randn(2, 6, 8, 8, device=device)
+    for bn in (
+        FusedBatchNormAct2d(6, drop_layer=torch.nn.Dropout),
+        FusedBatchNormAct2d(6, act_layer=torch.nn.Mish),
+    ):
+        found = explain(bn.to(device), x, x)
+        assert found.plan.problem.saves is None
+        assert not found.plan.problem.residual
+
+
+def test_explain_what_pytorch_refuses(device):
+    bn = FusedBatchNorm2d(6).to(device)
+    for shape in ((1, 6, 1, 1), (2, 5, 4, 4), (6,)):
+        assert explain(bn, torch.randn(shape, device=device)).reason == "PyTorch refuses it"
+
+
 def test_explain_what_pytorch_serves():
     x = torch.randn(2, 6, 8, 8)
     fastbn.set_backend("torch")
@@ -238,3 +256,22 @@ def test_predicted_time(monkeypatch):
     found = explain(None, torch.randn(8, 64, 56, 56))
     assert found.forward_seconds == found.forward_bytes / H100.bandwidth
     assert "at least 5.8 us" in str(found)
+
+
+def test_threads(device):
+    """Calls of several threads don't disturb one another."""
+    x = torch.randn(4, 6, 5, 5, device=device)
+    expected = batch_norm(x, None, None, training=True)
+    results = [None] * 4
+
+    def work(i):
+        for _ in range(3):
+            results[i] = batch_norm(x, None, None, training=True)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        assert result.equal(expected)

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fastbn
 from fastbn.reference import ACTIVATIONS
 
-from .oracle import Call, check, clone, compare, make_arguments, run_fastbn
+from .oracle import Call, check, clone, compare, make_arguments, run_exact, run_fastbn
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
@@ -124,10 +125,21 @@ def test_hostile_scales(dtype, mean, std, channels_last, device):
 
 @pytest.mark.usefixtures("tiny_tiles")
 def test_first_value_far_from_the_others(device):
-    """The moments are taken about each channel's first value: it must not matter which."""
+    """The moments are taken about the mean of a few values: an outlier there must not matter."""
     arguments = make_arguments(Call((4, 5, 8, 8), mean=100.0), device)
     arguments.input[0, :, 0, 0] = torch.tensor([0.0, -1e4, 1e5, 1e-30, 3e4])
     compare(arguments)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+def test_one_outlier_among_very_many_values(channels_last, device):
+    """Errors of the ordinary values, which the outlier's size would hide in other tests."""
+    arguments = make_arguments(Call((2, 2, 256, 128), channels_last=channels_last), device)
+    arguments.input[0, :, 0, 0] = 500.0
+    exact, actual = run_exact(arguments)["output"], run_fastbn(clone(arguments))["output"]
+    difference = (actual - exact).abs()
+    difference[0, :, 0, 0] = 0
+    assert difference.max() < 4e-6
 
 
 @pytest.mark.parametrize("value", [0.0, 5.0, -3e4])
@@ -225,3 +237,28 @@ def test_expanded(device):
     arguments.input = arguments.input[:, :, :1].expand(4, 6, 3, 5)
     arguments.grad_output = torch.randn(4, 6, 1, 1, device=device).expand(4, 6, 3, 5)
     compare(arguments)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "elu", "gelu_tanh", "silu", "sigmoid", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_activations_from_tiny_to_huge(activation, dtype, device):
+    """Relative accuracy near zero, no NaN far out."""
+    magnitudes = torch.logspace(-12, 30, 211, dtype=torch.float64)
+    z = torch.cat([-magnitudes.flip(0), magnitudes]).to(device, dtype).reshape(-1, 1)
+    ours = z.clone().requires_grad_()
+    identity = torch.zeros(1, dtype=dtype, device=device), torch.ones(1, dtype=dtype, device=device)
+    with fastbn.use_backend("triton"):
+        y = fastbn.batch_norm(ours, *identity, eps=0.0, activation=activation)
+        y.sum().backward()
+    exact = z.double().requires_grad_()
+    y64 = ACTIVATIONS[activation](exact, 1.0)
+    y64.sum().backward()
+    assert y.isfinite().all()
+    small = z.abs() < 1
+    rtol = {torch.float32: 1e-6, torch.float64: 1e-13}[dtype]
+    torch.testing.assert_close(y.double()[small], y64[small], rtol=rtol, atol=0)
+    middle = z.abs() < 1e6
+    atol = {torch.float32: 4e-7, torch.float64: 1e-13}[dtype]
+    torch.testing.assert_close(y.double()[middle], y64[middle], rtol=rtol, atol=atol)
+    torch.testing.assert_close(ours.grad.double()[middle], exact.grad[middle], rtol=rtol, atol=atol)
+    assert ours.grad[middle].isfinite().all()

@@ -114,6 +114,14 @@ def test_subclass_of_an_activation_is_not_mistaken_for_it(device):
     assert_same(ours, nn.BatchNorm2d(3).to(device), lambda z: F.relu(z) + 1, x)
 
 
+def test_hooks_on_the_activation_are_called(device):
+    ours = FusedBatchNormAct2d(3, device=device)
+    seen = []
+    ours.act.register_forward_hook(lambda module, args, output: seen.append(output))
+    y = ours(torch.randn(4, 3, 5, 5, device=device))
+    assert seen[0] is y
+
+
 def test_activation_with_parameters(device):
     ours = FusedBatchNormAct2d(3, act_layer=nn.PReLU, device=device).to(device)
     assert "act.weight" in ours.state_dict()

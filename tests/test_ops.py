@@ -124,3 +124,111 @@ def test_functionalized_mutation_is_visible(device):
     assert not bn.running_mean.equal(before)
     assert bn.running_mean._version > version
     assert bn.num_batches_tracked._version > 0
+
+
+@pytest.mark.parametrize("same", ["residual", "bias"])
+def test_compile_with_one_tensor_in_two_places(same, device):
+    torch._dynamo.reset()
+    bn = FusedBatchNormAct2d(4, act_layer="silu").to(device)
+    if same == "bias":
+        bn.bias = bn.weight
+    compiled = torch.compile(copy.deepcopy(bn), fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 4, 5, 5, device=device)
+    with fastbn.use_backend("triton"):
+        results = []
+        for module in (bn, compiled):
+            leaf = x.clone().requires_grad_()
+            module(leaf, leaf if same == "residual" else None).pow(2).sum().backward()
+            results.append(leaf.grad)
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_compile_dynamic_shapes(training, device):
+    torch._dynamo.reset()
+    bn = FusedBatchNormAct2d(6, momentum=None).to(device).train(training)
+    compiled = torch.compile(bn, fullgraph=True, backend="aot_eager", dynamic=True)
+    with fastbn.use_backend("triton"):
+        for size in (4, 5, 7):
+            x, r = torch.randn(2, size, 6, size, size, device=device).unbind()
+            x.requires_grad_()
+            other = copy.deepcopy(bn)
+            y1, y2 = compiled(x, r), other(x, r)
+            torch.testing.assert_close(y1, y2)
+            torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (y1, y2)))
+            torch.testing.assert_close(bn.running_var, other.running_var)
+
+
+@pytest.mark.parametrize("transform", ["grad", "vjp"])
+def test_transforms_inside_compile(transform, device):
+    torch._dynamo.reset()
+    x = torch.randn(3, 4, 5, device=device)
+    grad = torch.randn_like(x)
+
+    def norm(x):
+        return fastbn.batch_norm(x, None, None, training=True, activation="silu")
+
+    def function(x):
+        if transform == "grad":
+            return torch.func.grad(lambda x: (norm(x) * grad).sum())(x)
+        return torch.func.vjp(norm, x)[1](grad)[0]
+
+    with fastbn.use_backend("triton"):
+        compiled = torch.compile(function, backend="aot_eager")(x)
+    torch.testing.assert_close(compiled, function(x))
+
+
+def test_nothing_is_written_if_memory_runs_out(device, monkeypatch):
+    bn = FusedBatchNormAct2d(4).to(device)
+    x = torch.randn(2, 4, 5, 5, device=device)
+    before = copy.deepcopy(bn.state_dict())
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("out of memory")
+
+    for name in ("empty", "empty_like", "zeros"):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, name, full)
+            with fastbn.use_backend("triton"), pytest.raises(torch.OutOfMemoryError):
+                bn(x, x)
+        for key, value in bn.state_dict().items():
+            assert value.equal(before[key])
+
+
+@pytest.mark.gpu
+def test_compile_with_cuda_graphs():
+    torch._dynamo.reset()
+    bn = FusedBatchNorm2d(8).cuda()
+    compiled = torch.compile(copy.deepcopy(bn), mode="reduce-overhead", fullgraph=True)
+    for _ in range(5):
+        x = torch.randn(4, 8, 16, 16, device="cuda", requires_grad=True)
+        y1, y2 = bn(x), compiled(x)
+        torch.testing.assert_close(y1, y2)
+        torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (y1, y2)))
+
+
+@pytest.mark.gpu
+def test_graph_replay_and_two_streams():
+    bn = FusedBatchNorm2d(64).cuda()
+    x = torch.randn(16, 64, 32, 32, device="cuda")
+    for _ in range(3):
+        expected = bn(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        y = bn(x)
+    count = bn.num_batches_tracked.item()
+    for _ in range(1000):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert y.equal(expected)
+    assert bn.num_batches_tracked == count + 1000
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for _ in range(50):
+        results = []
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream), torch.no_grad():
+                results.append(fastbn.batch_norm(x, None, None, training=True))
+        torch.cuda.synchronize()
+        assert results[0].equal(results[1])

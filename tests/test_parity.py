@@ -221,6 +221,7 @@ def test_mixed_dtypes(dtype, parameters, statistics, device):
         {"momentum": None, "training": True},
         {"momentum": 7.0, "training": True},
         {"weight": torch.ones(3, device="meta")},
+        {"running_mean": torch.zeros(3, requires_grad=True), "training": True},
         {"input": torch.eye(3).to_sparse()},
     ],
     ids=lambda kwargs: " ".join(kwargs),
@@ -330,9 +331,10 @@ def test_hooks_and_reset(pair):
     assert ours.num_batches_tracked == 0
 
 
-def test_counter_that_is_not_int64_still_counts(pair):
+@pytest.mark.parametrize("convert", [torch.Tensor.float, lambda t: t.repeat(2)])
+def test_counter_that_is_no_single_int64_still_counts(pair, convert):
     ours, theirs, x = pair()
     for module in (ours, theirs):
-        module.num_batches_tracked = module.num_batches_tracked.float()
+        module.num_batches_tracked = convert(module.num_batches_tracked)
     assert_same(ours, theirs, x)
-    assert ours.num_batches_tracked == 1
+    assert (ours.num_batches_tracked == 1).all()

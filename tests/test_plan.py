@@ -129,11 +129,6 @@ def test_decisions_for_an_h100(name):
     assert plan.access_bytes == access
 
 
-def test_mask_shape():
-    assert make_plan(Problem(3, 5, 49, 2), H100).mask_shape == (3, 5, 7)
-    assert make_plan(Problem(30, 20, 1, 2), H100).mask_shape == (30, 3, 1)
-
-
 def test_the_interpreter_gets_few_programs():
     plan = make_plan(Problem(64, 3, 3136, 4), INTERPRETER)
     assert plan.forward_reduce.splits <= PROGRAMS_PER_SM

@@ -53,6 +53,7 @@ def expected(n, c, s, tile, block):
         (2**31 // 40, 7, 24),
         (1, 1, 2**32 + 16),
         (5, 300_000, 12_345),
+        (1, 2, 2**31 - 16),
     ],
 )
 def test_offsets(n, c, s, device):
