@@ -15,6 +15,7 @@ from torch import Tensor
 from .kernels.backward import bn_apply_bwd_kernel, bn_reduce_bwd_kernel
 from .kernels.forward import bn_apply_fwd_kernel, bn_stats_fwd_kernel
 from .kernels.plan import Plan, Problem, Tile, make_plan
+from .kernels.resident import bn_resident_bwd_kernel, bn_resident_fwd_kernel
 from .launch import device_facts, on_device
 from .layout import mask_sizes, memory_format, sizes
 
@@ -112,9 +113,20 @@ def _forward_train(
     y, mask = _empty_like(x), _empty_mask(x, save_mask)
     mean = torch.empty(c, dtype=_statistics_dtype(x), device=x.device)
     rstd = torch.empty_like(mean)
+    cumulative = momentum is None
+    if plan.strategy == "resident":
+        arrivals = _arrivals(x, 1) if cumulative else None
+        with on_device(x.device):
+            bn_resident_fwd_kernel[_programs(tile, plan)](
+                x, residual, y, _given(mask), weight, bias, mean, rstd, running_mean, running_var,
+                batches_tracked, arrivals, *_extents(plan), 0.0 if cumulative else momentum, eps,
+                param, ALIGN=plan.align, ACTIVATION=activation, CUMULATIVE=cumulative,
+                **_blocks(tile),
+            )  # fmt: skip
+        _written(running_mean, running_var, batches_tracked)
+        return y, mean, rstd, mask
     partials = torch.empty(reduce.splits * (2 * c + blocks), dtype=mean.dtype, device=x.device)
     arrivals = _arrivals(x, blocks)
-    cumulative = momentum is None
     with on_device(x.device):
         bn_stats_fwd_kernel[(reduce.splits * blocks,)](
             x, mean, rstd, running_mean, running_var, batches_tracked if cumulative else None,
@@ -156,6 +168,13 @@ def _backward(
     dw, db = _empty_parameter(weight, x, want_dw), _empty_parameter(bias, x, want_db)
     reduce, tile = plan.backward_reduce, plan.backward_apply
     blocks = reduce.tile.grid(plan.problem)[1]
+    if plan.strategy == "resident":
+        with on_device(x.device):
+            bn_resident_bwd_kernel[_programs(tile, plan)](
+                *inputs, _given(dw), _given(db), _given(dx), _given(dr), *_extents(plan), param,
+                ALIGN=plan.align, ACTIVATION=activation, **_blocks(tile),
+            )  # fmt: skip
+        return dx, dw, db, dr
     elementwise = want_dx or want_dr
     need_sums = want_dw or want_db or (want_dx and not frozen)
     sums = partials = arrivals = None

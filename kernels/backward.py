@@ -47,6 +47,24 @@ def load_gradient(
 
 
 @triton.jit
+def store_parameter_gradients(sum_g, sum_gx, rstd, DW, DB, c0, C, BLOCK_C: tl.constexpr):
+    """db = sum(g), dw = rstd * sum(g * (x - mean)), where they are wanted."""
+    c = c0 + tl.arange(0, BLOCK_C)
+    if DB is not None:
+        tl.store(DB + c, sum_g.to(DB.dtype.element_ty), c < C)
+    if DW is not None:
+        dw = sum_gx * tl.reshape(rstd, (BLOCK_C,))
+        tl.store(DW + c, dw.to(DW.dtype.element_ty), c < C)
+
+
+@triton.jit
+def input_gradient(g, centred, rstd, scale, mean_g, mean_gx):
+    """dx for batch statistics, from g, x - mean, and the means of g and of g * (x - mean)."""
+    x_hat = centred * rstd
+    return scale * (g - mean_g - x_hat * (rstd * mean_gx))
+
+
+@triton.jit
 def bn_reduce_bwd_kernel(
     DY,  # pointer to the output's gradient
     X,  # pointer to the input
@@ -125,11 +143,7 @@ def bn_reduce_bwd_kernel(
             total_gx = sum_partials(PartialGX, splits, C, c0, MERGE, BLOCK_C)
             tl.store(Sums + c, total_g, in_block)
             tl.store(Sums + C + c, total_gx, in_block)
-            if DB is not None:
-                tl.store(DB + c, total_g.to(DB.dtype.element_ty), in_block)
-            if DW is not None:
-                dw = total_gx * tl.reshape(rstd, (BLOCK_C,))
-                tl.store(DW + c, dw.to(DW.dtype.element_ty), in_block)
+            store_parameter_gradients(total_g, total_gx, rstd, DW, DB, c0, C, BLOCK_C)
 
 
 @triton.jit
@@ -172,8 +186,7 @@ def bn_apply_bwd_kernel(
         count = (tl.cast(N, tl.int64) * S).to(acc)
         mean_g = per_channel(Sums, c0, C, acc, BLOCK_C) / count
         mean_gx = per_channel(Sums + C, c0, C, acc, BLOCK_C) / count
-        x_hat = centred * rstd
-        dx = scale * (g - mean_g - x_hat * (rstd * mean_gx))
+        dx = input_gradient(g, centred, rstd, scale, mean_g, mean_gx)
         tl.store(DX + offsets, dx.to(DX.dtype.element_ty), inside)
     if DR is not None:
         tl.store(DR + offsets, g.to(DR.dtype.element_ty), inside)

@@ -27,6 +27,47 @@ def update_running(Running, batch, momentum, c, mask):
 
 
 @triton.jit
+def averaging_factor(momentum, BatchesTracked, CUMULATIVE: tl.constexpr, acc: tl.constexpr):
+    """The new batch's share of the running statistics; cumulative: all batches' the same."""
+    if CUMULATIVE:
+        return 1.0 / (tl.load(BatchesTracked) + 1).to(acc)
+    else:
+        return tl.full((), momentum, acc)
+
+
+@triton.jit
+def store_statistics(
+    count, mean, m2, Mean, Rstd, RunningMean, RunningVar, factor, eps, c, in_block
+):  # fmt: skip
+    """Writes a channel block's statistics, updates the running ones, and returns rstd."""
+    rstd = 1.0 / tl.sqrt(m2 / count + tl.full((), eps, mean.dtype))
+    tl.store(Mean + c, mean, in_block)
+    tl.store(Rstd + c, rstd, in_block)
+    if RunningMean is not None:
+        update_running(RunningMean, mean, factor, c, in_block)
+    if RunningVar is not None:
+        update_running(RunningVar, m2 / (count - 1.0), factor, c, in_block)
+    return rstd
+
+
+@triton.jit
+def store_output(
+    z, R, Y, Mask, param, N, C, S, n0, c0, s0,
+    ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Residual, activation and packed signs of a normalised tile."""
+    start, offsets, inside = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
+    if R is not None:
+        z += tl.load(R + start + offsets, inside, other=0.0).to(z.dtype)
+    y = activate(z, tl.full((), param, z.dtype), ACTIVATION)
+    tl.store(Y + start + offsets, y.to(Y.dtype.element_ty), inside)
+    if Mask is not None:
+        packed = pack((z > 0) | (z != z), BLOCK_N, BLOCK_C, BLOCK_S)
+        start, offsets, inside = mask_box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
+        tl.store(Mask + start + offsets, packed, inside)
+
+
+@triton.jit
 def bn_stats_fwd_kernel(
     X,  # pointer to the input
     Mean,  # pointer to the batch mean, written
@@ -83,17 +124,10 @@ def bn_stats_fwd_kernel(
     tl.store(Counts + split, count)
     if last_to_arrive(Arrivals + block, splits):
         count, mean, m2 = merge_partials(Partials, M2s, Counts, splits, C, c0, MERGE, BLOCK_C)
-        mean += shift
-        var = m2 / count
-        tl.store(Mean + c, mean, in_block)
-        tl.store(Rstd + c, 1.0 / tl.sqrt(var + tl.full((), eps, acc)), in_block)
-        factor = tl.full((), momentum, acc)
-        if BatchesTracked is not None:
-            factor = 1.0 / (tl.load(BatchesTracked) + 1).to(acc)
-        if RunningMean is not None:
-            update_running(RunningMean, mean, factor, c, in_block)
-        if RunningVar is not None:
-            update_running(RunningVar, m2 / (count - 1.0), factor, c, in_block)
+        factor = averaging_factor(momentum, BatchesTracked, BatchesTracked is not None, acc)
+        store_statistics(
+            count, mean + shift, m2, Mean, Rstd, RunningMean, RunningVar, factor, eps, c, in_block
+        )
 
 
 @triton.jit
@@ -138,11 +172,4 @@ def bn_apply_fwd_kernel(
 
     x = tl.load(X + start + offsets, mask, other=0.0).to(acc)
     z = normalise(x, mean, scale, bias)
-    if R is not None:
-        z += tl.load(R + start + offsets, mask, other=0.0).to(acc)
-    y = activate(z, tl.full((), param, acc), ACTIVATION)
-    tl.store(Y + start + offsets, y.to(Y.dtype.element_ty), mask)
-    if Mask is not None:
-        packed = pack((z > 0) | (z != z), BLOCK_N, BLOCK_C, BLOCK_S)
-        start, offsets, mask = mask_box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
-        tl.store(Mask + start + offsets, packed, mask)
+    store_output(z, R, Y, Mask, param, N, C, S, n0, c0, s0, ACTIVATION, BLOCK_N, BLOCK_C, BLOCK_S)

@@ -23,6 +23,13 @@ PROGRAMS_PER_SM = 4
 # address and mask in registers: past eight a thread, three programs no longer fit.
 MAX_ACCESSES = 8
 
+# A program may hold a whole channel block in registers, in rows of a memory
+# sector at least: 32 values to a thread, in 8 warps at most (in 16 a thread has
+# but 128 registers, and odd sizes spill).
+RESIDENT_ELEMENTS = 8192
+RESIDENT_THREAD_ELEMENTS = 32
+SECTOR_BYTES = 32
+
 # A row of a tile should be at least this long in memory: four 128-byte lines.
 ROW_BYTES = 512
 
@@ -101,13 +108,15 @@ class Plan:
 
     Attributes:
         problem: what is planned for.
-        strategy: "two-pass" (statistics, then normalisation) or "one-pass"
+        strategy: "two-pass" (statistics, then normalisation), "resident" (one
+            program keeps a channel block in registers in between) or "frozen"
             (given statistics: nothing to wait for).
         align: elements of the contiguous axis come in multiples of this.
         access_bytes: bytes a thread moves at once; less than 16 where the
             contiguous axis has an odd size, whose tiles are padded by mask.
         forward_reduce, backward_reduce: the passes that reduce to a channel.
-        forward_apply, backward_apply: the tiles of the elementwise passes.
+        forward_apply, backward_apply: the tiles of the elementwise passes, or
+            of the only one.
         forward_launches, backward_launches: kernels launched, not counting
             the fill of a few counters.
         forward_units, backward_units: tensors read or written, packed masks
@@ -136,26 +145,51 @@ def make_plan(problem: Problem, device: Device) -> Plan:
     align = min(16, contiguous & -contiguous) if contiguous < 2**31 else 1
     forward = _elements(problem, device, align, reads=1)
     backward = _elements(problem, device, align, reads=2)
-    forward_units, backward_units = _units(problem)
+    strategy = choose_strategy(problem)
+    passes = 2 if strategy == "two-pass" else 1
+    forward_units, backward_units = _units(problem, passes)
+    resident = _resident_tile(problem) if strategy == "resident" else None
     return Plan(
         problem=problem,
-        strategy="two-pass" if problem.training else "one-pass",
+        strategy=strategy,
         align=align,
         access_bytes=min(ACCESS_BYTES, align * problem.itemsize),
         forward_reduce=_reduce(problem, device, forward),
-        forward_apply=_apply_tile(problem, forward),
+        forward_apply=resident or _apply_tile(problem, forward),
         backward_reduce=_reduce(problem, device, backward),
-        backward_apply=_apply_tile(problem, backward),
-        forward_launches=2 if problem.training else 1,
-        backward_launches=2 if problem.training else 1,
+        backward_apply=resident or _apply_tile(problem, backward),
+        forward_launches=passes,
+        backward_launches=passes,
         forward_units=forward_units,
         backward_units=backward_units,
     )
 
 
-def _units(problem: Problem) -> tuple[float, float]:
+def choose_strategy(problem: Problem) -> str:
+    """Frozen if the statistics are given, resident if a channel block fits registers."""
+    if not problem.training:
+        return "frozen"
+    tile = _resident_tile(problem)
+    reach = tile.n * problem.c * problem.s
+    fits = tile.elements <= RESIDENT_ELEMENTS and reach < 2**31
+    return "resident" if fits else "two-pass"
+
+
+def _resident_tile(problem: Problem) -> Tile:
+    """All values of as few channels as make rows of a memory sector."""
+    sector = SECTOR_BYTES // problem.itemsize
+    if problem.s == 1:
+        s, c = 1, max(MASK_BITS, sector)
+    else:
+        s = max(MASK_BITS, _power_of_2(problem.s))
+        c = max(1, sector // s)
+    n = _power_of_2(problem.n)
+    warps = n * c * s // (32 * RESIDENT_THREAD_ELEMENTS)
+    return Tile(n, c, s, warps=min(8, max(WARPS, warps)))
+
+
+def _units(problem: Problem, passes: int) -> tuple[float, float]:
     mask = 1 / (MASK_BITS * problem.itemsize) if problem.saves == "mask" else 0
-    passes = 2 if problem.training else 1
     forward = passes + 1 + problem.residual + mask
     reads = 2 + (problem.saves == "residual") + mask
     backward = passes * reads + 1 + (problem.saves is not None)

@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fastbn import ops
-from fastbn.kernels import backward, forward
+from fastbn.kernels import backward, forward, resident
 from fastbn.kernels.device import H100
 
 TARGETS = {
@@ -44,6 +44,8 @@ KERNELS = {
         (forward, "bn_apply_fwd_kernel"),
         (backward, "bn_reduce_bwd_kernel"),
         (backward, "bn_apply_bwd_kernel"),
+        (resident, "bn_resident_fwd_kernel"),
+        (resident, "bn_resident_bwd_kernel"),
     )
 }
 
@@ -76,11 +78,15 @@ CASES = [
     *(Case(IMAGE, last, "fp16", "gelu") for last in (False, True)),
     *(Case(IMAGE, last, "bf16", "relu", training=False) for last in (False, True)),
     Case((256, 256, 14, 14), False, "bf16", "relu"),
-    Case((256, 512, 7, 7), False, "bf16", "relu", residual=True),
+    Case((512, 512, 7, 7), False, "bf16", "relu", residual=True),
     Case((256, 2048, 7, 7), True, "bf16", "relu", residual=True),
     Case((2, 32, 128, 128, 128), False, "bf16", "leaky_relu"),
-    Case((1024, 4096), False, "bf16", "relu"),
-    Case((1024, 4096), False, "fp64", "none"),
+    Case((8192, 1024), False, "bf16", "relu"),
+    Case((8192, 1024), False, "fp64", "none"),
+    *(Case((128, 512, 7, 7), False, dtype, "gelu") for dtype in ("bf16", "fp32")),
+    Case((128, 512, 8, 8), False, "bf16", "relu", residual=True),
+    Case((512, 4096), False, "bf16", "gelu", residual=True),
+    Case((512, 1000), False, "fp64", "none"),
     # Sizes and splits of 1, which Triton compiles in as constants.
     Case((16, 1, 64, 64), False, "bf16", "relu"),
     Case((2, 3, 4, 4), False, "fp32", "gelu_tanh", residual=True),

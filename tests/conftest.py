@@ -31,6 +31,22 @@ def _seed():
 
 
 @pytest.fixture
+def force_strategy(monkeypatch):
+    """Makes the planner choose one strategy wherever there is a choice."""
+    from fastbn.kernels import plan
+
+    def force(strategy):
+        choose = plan.choose_strategy
+        monkeypatch.setattr(
+            plan, "choose_strategy", lambda p: strategy if p.training else choose(p)
+        )
+        plan.make_plan.cache_clear()
+
+    yield force
+    plan.make_plan.cache_clear()
+
+
+@pytest.fixture
 def tiny_tiles(monkeypatch):
     """Tiles so small that small tensors take many of them, and many splits to merge."""
     from fastbn.kernels import plan

@@ -204,8 +204,9 @@ def test_explain_in_words(device):
     text = str(explain(FusedBatchNormAct2d(6).to(device), torch.randn(2, 6, 8, 8, device=device)))
     assert "Triton kernels serve this call" in text
     assert "channels-first, seen as (N, C, S) = (2, 6, 64); 16-byte accesses" in text
-    assert "Forward:  2 launches, 3 units of traffic = 0.01 MB" in text
-    assert "Backward: 2 launches, 5 units of traffic = 0.02 MB" in text
+    assert "Strategy: resident" in text
+    assert "Forward:  1 launch, 2 units of traffic = 0.01 MB" in text
+    assert "Backward: 1 launch, 3 units of traffic = 0.01 MB" in text
 
 
 def test_explain_counts_what_the_call_moves(device):
@@ -214,10 +215,10 @@ def test_explain_counts_what_the_call_moves(device):
     found = explain(bn, x, x)
     assert found.backend == "triton"
     assert found.plan.problem.layout == "channels-last"
-    assert found.forward_bytes == round((4 + 1 / 32) * x.nbytes)
-    assert found.backward_bytes == round((6 + 2 / 32) * x.nbytes)
+    assert found.forward_bytes == round((3 + 1 / 32) * x.nbytes)
+    assert found.backward_bytes == round((4 + 1 / 32) * x.nbytes)
     found = explain(bn.eval(), x)
-    assert found.plan.strategy == "one-pass"
+    assert found.plan.strategy == "frozen"
     assert found.forward_bytes == 2 * x.nbytes
 
 

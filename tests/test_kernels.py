@@ -2,13 +2,21 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastbn
 from fastbn.reference import ACTIVATIONS
 
 from .oracle import Call, check, clone, compare, make_arguments, run_exact, run_fastbn
+
+
+@pytest.fixture(params=["two-pass", "resident"], autouse=True)
+def strategy(request, force_strategy):
+    """Each test for each way to do it."""
+    force_strategy(request.param)
+    return request.param
+
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
@@ -54,7 +62,7 @@ def test_many_tiles_and_splits(shape, channels_last, training, device):
 
 @pytest.mark.parametrize("residual", [False, True], ids=["", "add"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_epilogues(activation, dtype, channels_last, residual, device):
     call = Call((3, 10, 5, 3), dtype, None, channels_last, True, activation, residual)
@@ -132,8 +140,9 @@ def test_first_value_far_from_the_others(device):
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
-def test_one_outlier_among_very_many_values(channels_last, device):
+def test_one_outlier_among_very_many_values(channels_last, device, force_strategy):
     """Errors of the ordinary values, which the outlier's size would hide in other tests."""
+    force_strategy("two-pass")  # so many values never stay in registers
     arguments = make_arguments(Call((2, 2, 256, 128), channels_last=channels_last), device)
     arguments.input[0, :, 0, 0] = 500.0
     exact, actual = run_exact(arguments)["output"], run_fastbn(clone(arguments))["output"]
@@ -185,7 +194,13 @@ def test_bitwise_reproducible(channels_last, device):
         assert first[name].equal(second[name]), name
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    # The strategy is the same for all examples.
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(data=st.data())
 def test_any_shape(data):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,6 +11,7 @@ from fastbn.kernels.device import H100, INTERPRETER
 from fastbn.kernels.plan import (
     MAX_SPLITS,
     PROGRAMS_PER_SM,
+    RESIDENT_ELEMENTS,
     TILE_BYTES,
     Problem,
     Tile,
@@ -49,7 +50,10 @@ def test_what_always_holds(problem):
         assert (tile.s == 1) == (problem.s == 1)
         # Whole bytes of the packed mask along the contiguous axis.
         assert (tile.c if problem.s == 1 else tile.s) % 8 == 0
-        assert tile.elements * problem.itemsize <= TILE_BYTES
+        if plan.strategy == "resident":
+            assert tile.elements <= RESIDENT_ELEMENTS
+        else:
+            assert tile.elements * problem.itemsize <= TILE_BYTES
         # A tile never reaches 2^31 elements from its start, unless one row does.
         reach = ((tile.n - 1) * problem.c + tile.c - 1) * problem.s + tile.s
         assert reach < 2**31 or (tile.n, tile.c) == (1, 1)
@@ -84,24 +88,51 @@ def test_few_channels_fill_the_device(c, last):
         assert programs >= 0.7 * PROGRAMS_PER_SM * H100.sm_count
 
 
-# (problem, forward units, backward units) as in the design's table of traffic.
+# (problem, strategy, forward units, backward units) as in the design's table of traffic.
+LARGE, SMALL = (64, 64, 3136, 2), (64, 64, 49, 2)
 UNITS = [
-    (Problem(8, 64, 100, 2), 3, 5),
-    (Problem(8, 64, 100, 2, training=False), 2, 3),
-    (Problem(8, 64, 100, 2, residual=True), 4, 5),
-    (Problem(8, 64, 100, 2, residual=True, saves="mask"), 4 + 1 / 16, 6 + 2 / 16),
-    (Problem(8, 64, 100, 4, residual=True, saves="mask"), 4 + 1 / 32, 6 + 2 / 32),
-    (Problem(8, 64, 100, 2, residual=True, saves="residual"), 4, 8),
-    (Problem(8, 64, 100, 2, training=False, residual=True, saves="mask"), 3 + 1 / 16, 4 + 1 / 16),
+    (Problem(*LARGE), "two-pass", 3, 5),
+    (Problem(*LARGE, residual=True), "two-pass", 4, 5),
+    (Problem(*LARGE, residual=True, saves="mask"), "two-pass", 4 + 1 / 16, 6 + 2 / 16),
+    (Problem(*LARGE, residual=True, saves="residual"), "two-pass", 4, 8),
+    (Problem(*SMALL), "resident", 2, 3),
+    (Problem(*SMALL, residual=True, saves="mask"), "resident", 3 + 1 / 16, 4 + 1 / 16),
+    (Problem(*SMALL, residual=True, saves="residual"), "resident", 3, 5),
+    (Problem(*LARGE, training=False), "frozen", 2, 3),
+    (
+        Problem(*LARGE, training=False, residual=True, saves="mask"),
+        "frozen",
+        3 + 1 / 16,
+        4 + 1 / 16,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("problem", "forward", "backward"), UNITS)
-def test_units_of_traffic(problem, forward, backward):
+@pytest.mark.parametrize(("problem", "strategy", "forward", "backward"), UNITS)
+def test_strategy_and_units_of_traffic(problem, strategy, forward, backward):
     plan = make_plan(problem, H100)
+    assert plan.strategy == strategy
     assert (plan.forward_units, plan.backward_units) == (forward, backward)
-    assert plan.forward_launches == plan.backward_launches == (2 if problem.training else 1)
-    assert plan.strategy == ("two-pass" if problem.training else "one-pass")
+    assert plan.forward_launches == plan.backward_launches == 1 + (strategy == "two-pass")
+
+
+@pytest.mark.parametrize(
+    ("problem", "tile"),
+    [
+        (Problem(64, 512, 49, 2), Tile(64, 1, 64, warps=4)),
+        (Problem(128, 512, 49, 2), Tile(128, 1, 64, warps=8)),
+        (Problem(512, 4096, 1, 2), Tile(512, 16, 1, warps=8)),
+        (Problem(1024, 4096, 1, 4), Tile(1024, 8, 1, warps=8)),
+        (Problem(32, 100, 1, 2), Tile(32, 16, 1, warps=4)),
+        (Problem(2, 7, 4, 4), Tile(2, 1, 8, warps=4)),
+    ],
+)
+def test_resident_tiles(problem, tile):
+    """All values of a few channels, 32 to a thread."""
+    plan = make_plan(problem, H100)
+    assert plan.strategy == "resident"
+    assert plan.forward_apply == plan.backward_apply == tile
+    assert tile.grid(problem)[::2] == (1, 1)
 
 
 # ResNet-50, batch 256, bf16: (problem, forward tile, splits, backward tile, splits, access).

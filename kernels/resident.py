@@ -1,0 +1,119 @@
+"""One program owns a channel block: statistics and normalisation from the same registers.
+
+The formulas are those of `forward.py` and `backward.py`; each tensor is read
+and written once, in one launch.
+"""
+
+import triton
+import triton.language as tl
+
+from .backward import input_gradient, load_gradient, store_parameter_gradients
+from .epilogue import normalise, scale_and_bias
+from .forward import averaging_factor, store_output, store_statistics
+from .moments import last_to_arrive, sum_rows, tile_moments
+from .tile import box, extents, per_channel
+
+
+@triton.jit
+def bn_resident_fwd_kernel(
+    X,  # pointer to the input
+    R,  # pointer to the residual, or None
+    Y,  # pointer to the output
+    Mask,  # pointer to the packed signs of the activation's argument, or None
+    W,  # pointer to the weight, or None
+    B,  # pointer to the bias, or None
+    Mean,  # pointer to the batch mean, written
+    Rstd,  # pointer to 1 / sqrt(var + eps), written
+    RunningMean,  # pointer to the running mean, updated, or None
+    RunningVar,  # pointer to the running variance, updated, or None
+    BatchesTracked,  # pointer to the counter of batches, incremented, or None
+    Arrivals,  # pointer to a zero, if CUMULATIVE; it counts programs
+    N,
+    C,
+    S,
+    momentum: "fp64",
+    eps: "fp64",
+    param: "fp64",
+    ALIGN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CUMULATIVE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Program i: channel block i, all of whose values are one tile."""
+    C, S = extents(C, S, ALIGN, BLOCK_S)
+    acc = Mean.dtype.element_ty
+    c0 = tl.program_id(0) * BLOCK_C
+    c = c0 + tl.arange(0, BLOCK_C)
+    in_block = c < C
+    factor = averaging_factor(momentum, BatchesTracked, CUMULATIVE, acc)
+
+    start, offsets, inside = box(N, C, S, 0, c0, 0, BLOCK_N, BLOCK_C, BLOCK_S)
+    x = tl.load(X + start + offsets, inside, other=0.0).to(acc)
+    count = (tl.cast(N, tl.int64) * S).to(acc)
+    # The mean of what is left corrects the first mean's rounding.
+    about = sum_rows(x) / count
+    mean, m2 = tile_moments(x - about[None, :, None], inside, count)
+    mean += about
+    rstd = store_statistics(
+        count, mean, m2, Mean, Rstd, RunningMean, RunningVar, factor, eps, c, in_block
+    )
+    scale, bias = scale_and_bias(W, B, rstd[None, :, None], c0, C, BLOCK_C)
+    z = normalise(x, mean[None, :, None], scale, bias)
+    store_output(z, R, Y, Mask, param, N, C, S, 0, c0, 0, ACTIVATION, BLOCK_N, BLOCK_C, BLOCK_S)
+
+    if BatchesTracked is not None:
+        counts = tl.program_id(0) == 0
+        if CUMULATIVE:
+            # Nobody counts before everybody has read.
+            counts = last_to_arrive(Arrivals, tl.num_programs(0))
+        if counts:
+            tl.store(BatchesTracked, tl.load(BatchesTracked) + 1)
+
+
+@triton.jit
+def bn_resident_bwd_kernel(
+    DY,  # pointer to the output's gradient
+    X,  # pointer to the input
+    R,  # pointer to the residual, where the activation's gradient needs it, or None
+    Mask,  # pointer to the packed signs of the activation's argument, or None
+    W,  # pointer to the weight, or None
+    B,  # pointer to the bias, or None
+    Mean,  # pointer to the mean
+    Rstd,  # pointer to 1 / sqrt(var + eps)
+    DW,  # pointer to the weight's gradient, or None
+    DB,  # pointer to the bias' gradient, or None
+    DX,  # pointer to the input's gradient, or None
+    DR,  # pointer to the residual's gradient, or None
+    N,
+    C,
+    S,
+    param: "fp64",
+    ALIGN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Program i: channel block i, all of whose values are one tile."""
+    C, S = extents(C, S, ALIGN, BLOCK_S)
+    acc = Mean.dtype.element_ty
+    c0 = tl.program_id(0) * BLOCK_C
+    mean = per_channel(Mean, c0, C, acc, BLOCK_C)
+    rstd = per_channel(Rstd, c0, C, acc, BLOCK_C)
+    scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
+    offsets, inside, g, centred = load_gradient(
+        DY, X, R, Mask, mean, scale, bias, tl.full((), param, acc), N, C, S, 0, c0, 0,
+        ACTIVATION, BLOCK_N, BLOCK_C, BLOCK_S,
+    )  # fmt: skip
+    sum_g = sum_rows(tl.where(inside, g, 0.0))
+    sum_gx = sum_rows(tl.where(inside, g * centred, 0.0))
+    store_parameter_gradients(sum_g, sum_gx, rstd, DW, DB, c0, C, BLOCK_C)
+    if DX is not None:
+        count = (tl.cast(N, tl.int64) * S).to(acc)
+        mean_g, mean_gx = sum_g[None, :, None] / count, sum_gx[None, :, None] / count
+        dx = input_gradient(g, centred, rstd, scale, mean_g, mean_gx)
+        tl.store(DX + offsets, dx.to(DX.dtype.element_ty), inside)
+    if DR is not None:
+        tl.store(DR + offsets, g.to(DR.dtype.element_ty), inside)
