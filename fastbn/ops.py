@@ -168,6 +168,8 @@ def _backward(
     dw, db = _empty_parameter(weight, x, want_dw), _empty_parameter(bias, x, want_db)
     reduce, tile = plan.backward_reduce, plan.backward_apply
     blocks = reduce.tile.grid(plan.problem)[1]
+    if not any(wanted):
+        return dx, dw, db, dr
     if plan.strategy == "resident":
         with on_device(x.device):
             bn_resident_bwd_kernel[_programs(tile, plan)](
@@ -175,7 +177,6 @@ def _backward(
                 ALIGN=plan.align, ACTIVATION=activation, **_blocks(tile),
             )  # fmt: skip
         return dx, dw, db, dr
-    elementwise = want_dx or want_dr
     need_sums = want_dw or want_db or (want_dx and not frozen)
     sums = partials = arrivals = None
     if need_sums:
@@ -183,7 +184,7 @@ def _backward(
         partials = torch.empty(2 * reduce.splits * c, dtype=sums.dtype, device=x.device)
         arrivals = _arrivals(x, blocks)
     with on_device(x.device):
-        if need_sums or (frozen and elementwise):
+        if need_sums or frozen:
             bn_reduce_bwd_kernel[(reduce.splits * blocks,)](
                 *inputs, _given(dw), _given(db), sums,
                 _given(dx) if frozen else None, _given(dr) if frozen else None,
@@ -191,7 +192,7 @@ def _backward(
                 ALIGN=plan.align, MERGE=reduce.merge, ACTIVATION=activation, FROZEN=frozen,
                 **_blocks(reduce.tile),
             )  # fmt: skip
-        if elementwise and not frozen:
+        if (want_dx or want_dr) and not frozen:
             bn_apply_bwd_kernel[_programs(tile, plan)](
                 *inputs, sums, _given(dx), _given(dr), *_extents(plan), param,
                 ALIGN=plan.align, ACTIVATION=activation, **_blocks(tile),
