@@ -45,7 +45,9 @@ def set_backend(name: str) -> None:
     Args:
         name: "auto" (GPU tensors go to the Triton kernels, CPU tensors to
             PyTorch), "triton" (what the kernels can't serve is an error) or
-            "torch" (PyTorch's own batch norm throughout).
+            "torch" (PyTorch's own batch norm throughout). `torch.func`,
+            forward-mode AD and second derivatives run on PyTorch's
+            differentiable operations whatever the backend.
 
     Raises:
         ValueError: for any other name; the backend stays as it was.
@@ -121,7 +123,7 @@ def transformed() -> bool:
 _warned: set[str] = set()
 
 
-def warn_slow(reason: str) -> None:
+def warn_fallback(reason: str) -> None:
     """Says once a reason that a GPU call went to PyTorch."""
     if reason not in _warned:
         _warned.add(reason)

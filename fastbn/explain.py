@@ -8,8 +8,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from . import backend
-from .functional import left_to_pytorch
-from .modules import fused_activation
+from .functional import PYTORCH_REFUSES, left_to_pytorch
+from .modules import fused_activation, statistics_of
 
 if backend.HAS_TRITON:
     from .autograd import saved_for
@@ -23,11 +23,12 @@ class Explanation:
     """What `explain` found; `print` it for plain words.
 
     Attributes:
-        backend: "triton" or "torch".
-        reason: why that backend.
+        backend: "triton", "torch", or "none" if the call is an error.
+        reason: why.
         plan: all launch decisions; None if PyTorch serves the call.
         device: name of the device planned for.
-        forward_bytes, backward_bytes: device memory read and written.
+        forward_bytes, backward_bytes: tensors read and written; what the second
+            pass finds in a cache counts too.
         forward_seconds, backward_seconds: those bytes at the device's
             bandwidth; None where that is unknown.
     """
@@ -42,6 +43,8 @@ class Explanation:
     backward_seconds: float | None = None
 
     def __str__(self) -> str:
+        if self.backend == "none":
+            return f"This call is an error: {self.reason}."
         if self.plan is None:
             return f"PyTorch's own batch norm serves this call: {self.reason}."
         plan = self.plan
@@ -52,22 +55,20 @@ class Explanation:
             f" {plan.access_bytes}-byte accesses.",
             f"Strategy: {plan.strategy} on {self.device}.",
         ]
-        for name, reduce, launches, units, bytes, seconds in (
+        for name, launches, units, bytes, seconds in (
             (
-                "Forward: ", plan.forward_reduce, plan.forward_launches, plan.forward_units,
-                self.forward_bytes, self.forward_seconds,
+                "Forward: ", plan.forward_launches, plan.forward_units, self.forward_bytes,
+                self.forward_seconds,
             ),
             (
-                "Backward:", plan.backward_reduce, plan.backward_launches, plan.backward_units,
-                self.backward_bytes, self.backward_seconds,
+                "Backward:", plan.backward_launches, plan.backward_units, self.backward_bytes,
+                self.backward_seconds,
             ),
         ):  # fmt: skip
-            time = "" if seconds is None else f", at least {seconds * 1e6:.1f} us"
+            time = "" if seconds is None else f", {seconds * 1e6:.1f} us at full bandwidth"
             lines.append(
                 f"{name} {launches} launch{'es' if launches > 1 else ''},"
-                f" {units:g} units of traffic = {bytes / 1e6:.2f} MB{time};"
-                f" tiles of {reduce.tile.n} x {reduce.tile.c} x {reduce.tile.s},"
-                f" {reduce.splits} programs to a channel block."
+                f" {units:g} units of traffic = {bytes / 1e6:.2f} MB{time}."
             )
         return "\n".join(lines)
 
@@ -90,18 +91,18 @@ def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = N
     training, eps, activation = True, 1e-5, "none"
     if module is not None:
         weight, bias, eps = module.weight, module.bias, module.eps
-        training = module.training or module.running_mean is None
-        if not module.training or module.track_running_stats:
-            running_mean, running_var = module.running_mean, module.running_var
-            counter = module.num_batches_tracked
+        running_mean, running_var, counter, training = statistics_of(module)
         fused = fused_activation(module)
         activation = "none" if fused is None else fused[0]
         residual = None if fused is None else residual
     reason = left_to_pytorch(
         input, running_mean, running_var, counter, weight, bias, training, 0.1, eps
-    ) or backend.unserved(input, weight, bias, running_mean, running_var, counter, residual)
+    )
     if reason is not None:
-        return Explanation("torch", reason)
+        return Explanation("none" if reason == PYTORCH_REFUSES else "torch", reason)
+    reason = backend.unserved(input, weight, bias, running_mean, running_var, counter, residual)
+    if reason is not None:
+        return Explanation("none" if backend.get_backend() == "triton" else "torch", reason)
 
     saves = saved_for(activation, residual is not None)
     device = device_facts(input.device)

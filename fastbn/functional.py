@@ -12,6 +12,9 @@ if backend.HAS_TRITON:
     from . import autograd
 
 
+PYTORCH_REFUSES = "PyTorch refuses it"
+
+
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -49,7 +52,8 @@ def batch_norm(
         residual: added before the activation; the input's shape.
 
     Returns:
-        A tensor of the input's shape, dtype and memory format.
+        A tensor of the input's shape and memory format, and of its dtype unless a
+        residual of a wider one promotes it.
 
     Raises:
         ValueError: an unknown activation, a parameter for one that takes none,
@@ -83,11 +87,7 @@ def tracked_batch_norm(
         momentum: None for the cumulative average over the batches counted.
     """
     activation, param = _checked_activation(activation, activation_param)
-    if residual is not None and residual.shape != input.shape:
-        raise ValueError(
-            f"residual must have the input's shape {tuple(input.shape)},"
-            f" but got {tuple(residual.shape)}"
-        )
+    check_residual(input, residual)
     statistics = (running_mean, running_var)
     if _goes_to_kernels(
         input, *statistics, num_batches_tracked, weight, bias, training, momentum, eps, residual
@@ -109,11 +109,20 @@ def tracked_batch_norm(
     if momentum is None and num_batches_tracked is not None:
         momentum = 1.0 / (float(num_batches_tracked) + 1.0)
     output = F.batch_norm(input, *statistics, weight, bias, training, momentum, eps)
-    if num_batches_tracked is not None:
+    if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if residual is not None:
         output = output + residual
     return reference.ACTIVATIONS[activation](output, param)
+
+
+def check_residual(input: Tensor, residual: Tensor | None) -> None:
+    """Raises a ValueError if the residual is not of the input's shape."""
+    if residual is not None and residual.shape != input.shape:
+        raise ValueError(
+            f"residual must have the input's shape {tuple(input.shape)},"
+            f" but got {tuple(residual.shape)}"
+        )
 
 
 def _checked_activation(name: str | None, param: float | None) -> tuple[str, float]:
@@ -149,7 +158,7 @@ def _goes_to_kernels(
     if backend.get_backend() == "triton":
         raise RuntimeError(f"backend 'triton' can't serve this call because {reason}")
     if input.device.type in ("cuda", "xpu") and input.numel() and not torch.compiler.is_compiling():
-        backend.warn_slow(reason)
+        backend.warn_fallback(reason)
     return False
 
 
@@ -164,7 +173,7 @@ def left_to_pytorch(
     if not _well_formed(
         input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps
     ):
-        return "PyTorch refuses it"
+        return PYTORCH_REFUSES
     return None
 
 

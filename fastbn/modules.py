@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from .functional import tracked_batch_norm
+from .functional import check_residual, tracked_batch_norm
 
 
 class _Fused:
@@ -25,13 +25,7 @@ class _Fused:
         residual: Tensor | None = None,
     ) -> Tensor:
         self._check_input_dim(input)
-        tracking = self.training and self.track_running_stats
-        # In training, statistics that are not tracked are not to be written.
-        uses_statistics = not self.training or self.track_running_stats
-        running_mean = self.running_mean if uses_statistics else None
-        running_var = self.running_var if uses_statistics else None
-        counter = self.num_batches_tracked if tracking else None
-        training = self.training or (self.running_mean is None and self.running_var is None)
+        running_mean, running_var, counter, training = statistics_of(self)
         momentum = self.momentum
         if momentum is None and counter is None:
             momentum = 0.0
@@ -39,6 +33,21 @@ class _Fused:
             input, running_mean, running_var, counter, self.weight, self.bias, training, momentum,
             self.eps, activation, activation_param, residual,
         )  # fmt: skip
+
+
+def statistics_of(
+    module: nn.Module,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool]:
+    """What a batch norm module passes on: running mean and variance, counter, training or not."""
+    tracking = module.training and module.track_running_stats
+    # In training, statistics that are not tracked are not to be written.
+    uses_statistics = not module.training or module.track_running_stats
+    return (
+        module.running_mean if uses_statistics else None,
+        module.running_var if uses_statistics else None,
+        module.num_batches_tracked if tracking else None,
+        module.training or (module.running_mean is None and module.running_var is None),
+    )
 
 
 class FusedBatchNorm1d(_Fused, nn.BatchNorm1d):
@@ -80,6 +89,15 @@ _FUSIBLE: dict[type, Callable[[Any], tuple[str, float | None]]] = {
 }
 
 
+def _hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 def fused_activation(module: nn.Module) -> tuple[str, float | None] | None:
     """The activation that the kernels compute, and its parameter.
 
@@ -91,7 +109,7 @@ def fused_activation(module: nn.Module) -> tuple[str, float | None] | None:
         return "none", None
     if type(act) not in _FUSIBLE or type(module.drop) is not nn.Identity:
         return None
-    if act._forward_hooks or act._forward_pre_hooks:
+    if any(_hooks(layer) for layer in (act, module.drop)):
         return None
     return _FUSIBLE[type(act)](act)
 
@@ -148,6 +166,7 @@ class _FusedAct(_Fused):
         fused = fused_activation(self)
         if fused is not None:
             return self._normalise(input, *fused, residual)
+        check_residual(input, residual)
         output = self.drop(self._normalise(input))
         return self.act(output if residual is None else output + residual)
 

@@ -113,14 +113,15 @@ def _forward_train(
     y, mask = _empty_like(x), _empty_mask(x, save_mask)
     mean = torch.empty(c, dtype=_statistics_dtype(x), device=x.device)
     rstd = torch.empty_like(mean)
-    cumulative = momentum is None
+    cumulative = momentum is None and batches_tracked is not None
+    momentum = 0.0 if momentum is None else momentum
     if plan.strategy == "resident":
         arrivals = _arrivals(x, 1) if cumulative else None
         with on_device(x.device):
             bn_resident_fwd_kernel[_programs(tile, plan)](
                 x, residual, y, _given(mask), weight, bias, mean, rstd, running_mean, running_var,
-                batches_tracked, arrivals, *_extents(plan), 0.0 if cumulative else momentum, eps,
-                param, ALIGN=plan.align, ACTIVATION=activation, CUMULATIVE=cumulative,
+                batches_tracked, arrivals, *_extents(plan), momentum, eps, param,
+                ALIGN=plan.align, ACTIVATION=activation, CUMULATIVE=cumulative,
                 **_blocks(tile),
             )  # fmt: skip
         _written(running_mean, running_var, batches_tracked)
@@ -130,8 +131,8 @@ def _forward_train(
     with on_device(x.device):
         bn_stats_fwd_kernel[(reduce.splits * blocks,)](
             x, mean, rstd, running_mean, running_var, batches_tracked if cumulative else None,
-            partials, arrivals, *_extents(plan), reduce.splits, 0.0 if cumulative else momentum,
-            eps, ALIGN=plan.align, MERGE=reduce.merge, **_blocks(reduce.tile),
+            partials, arrivals, *_extents(plan), reduce.splits, momentum, eps,
+            ALIGN=plan.align, MERGE=reduce.merge, **_blocks(reduce.tile),
         )  # fmt: skip
         bn_apply_fwd_kernel[_programs(tile, plan)](
             x, residual, y, _given(mask), weight, bias, mean, rstd, batches_tracked,

@@ -1,6 +1,7 @@
 """Batch norm in differentiable PyTorch: the definition of right.
 
-Also the path for what no kernel serves: second derivatives, forward-mode AD, `vmap`.
+Also the path of second derivatives; its activations follow PyTorch's own batch norm where
+no kernel serves.
 """
 
 from __future__ import annotations

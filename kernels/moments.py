@@ -3,8 +3,6 @@
 import triton
 import triton.language as tl
 
-from .tile import box
-
 
 @triton.jit
 def sum_rows(x):
@@ -31,8 +29,13 @@ def sample_mean(
     the mean, unless there are outliers among the few, and then no further than
     sqrt(M) standard deviations (Samuelson): little is left to cancel.
     """
-    _, offsets, mask = box(N, C, S, 0, c0, 0, BLOCK_N, BLOCK_C, BLOCK_S)
-    x = tl.load(X + tl.cast(c0, tl.int64) * S + offsets, mask, other=0.0).to(acc)
+    n = tl.arange(0, BLOCK_N)[:, None, None]
+    c = tl.arange(0, BLOCK_C)[None, :, None]
+    s = tl.arange(0, BLOCK_S)[None, None, :]
+    mask = (n < N) & (c < C - c0) & (s < S)
+    # 64 bits: these rows are not a tile, whose reach the planner has checked.
+    offsets = (n.to(tl.int64) * C + c0 + c) * S + s
+    x = tl.load(X + offsets, mask, other=0.0).to(acc)
     count = tl.minimum(N, BLOCK_N) * tl.minimum(S, BLOCK_S)
     return sum_rows(x) / tl.cast(count, acc)
 
@@ -48,14 +51,14 @@ def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
 
 
 @triton.jit
-def last_to_arrive(Arrivals, splits):
-    """Whether this program is the last of its channel block to get here.
+def last_to_arrive(Arrivals, programs):
+    """Whether this program is the last of so many to get here.
 
     All threads' stores come before the barrier, the barrier before the release;
     so whoever arrives last, and acquires, sees every partial result.
     """
     tl.debug_barrier()
-    return tl.atomic_add(Arrivals, 1, sem="acq_rel") == splits - 1
+    return tl.atomic_add(Arrivals, 1, sem="acq_rel") == programs - 1
 
 
 @triton.jit

@@ -114,7 +114,8 @@ class Plan:
         align: elements of the contiguous axis come in multiples of this.
         access_bytes: bytes a thread moves at once; less than 16 where the
             contiguous axis has an odd size, whose tiles are padded by mask.
-        forward_reduce, backward_reduce: the passes that reduce to a channel.
+        forward_reduce, backward_reduce: the passes that reduce to a channel,
+            where the strategy has such.
         forward_apply, backward_apply: the tiles of the elementwise passes, or
             of the only one.
         forward_launches, backward_launches: kernels launched, not counting
@@ -171,7 +172,8 @@ def choose_strategy(problem: Problem) -> str:
         return "frozen"
     tile = _resident_tile(problem)
     reach = tile.n * problem.c * problem.s
-    fits = tile.elements <= RESIDENT_ELEMENTS and reach < 2**31
+    # Twice the registers that float64 takes are not there.
+    fits = tile.elements <= RESIDENT_ELEMENTS and reach < 2**31 and problem.itemsize < 8
     return "resident" if fits else "two-pass"
 
 

@@ -53,7 +53,7 @@ def bn_resident_fwd_kernel(
     x = tl.load(X + start + offsets, inside, other=0.0).to(acc)
     count = (tl.cast(N, tl.int64) * S).to(acc)
     # The mean of what is left corrects the first mean's rounding.
-    about = sum_rows(x) / count
+    about = sum_rows(x / count)
     mean, m2 = tile_moments(x - about[None, :, None], inside, count)
     mean += about
     rstd = store_statistics(
@@ -64,11 +64,11 @@ def bn_resident_fwd_kernel(
     store_output(z, R, Y, Mask, param, N, C, S, 0, c0, 0, ACTIVATION, BLOCK_N, BLOCK_C, BLOCK_S)
 
     if BatchesTracked is not None:
-        counts = tl.program_id(0) == 0
+        increments = tl.program_id(0) == 0
         if CUMULATIVE:
             # Nobody counts before everybody has read.
-            counts = last_to_arrive(Arrivals, tl.num_programs(0))
-        if counts:
+            increments = last_to_arrive(Arrivals, tl.num_programs(0))
+        if increments:
             tl.store(BatchesTracked, tl.load(BatchesTracked) + 1)
 
 

@@ -86,7 +86,8 @@ CASES = [
     *(Case((128, 512, 7, 7), False, dtype, "gelu") for dtype in ("bf16", "fp32")),
     Case((128, 512, 8, 8), False, "bf16", "relu", residual=True),
     Case((512, 4096), False, "bf16", "gelu", residual=True),
-    Case((512, 1000), False, "fp64", "none"),
+    Case((512, 1000), False, "fp32", "gelu_tanh", residual=True),
+    Case((512, 1000), False, "fp64", "gelu_tanh", residual=True),
     # Sizes and splits of 1, which Triton compiles in as constants.
     Case((16, 1, 64, 64), False, "bf16", "relu"),
     Case((2, 3, 4, 4), False, "fp32", "gelu_tanh", residual=True),

@@ -154,10 +154,10 @@ def test_subclasses_go_to_pytorch():
 def test_falling_back_warns_once_a_reason(monkeypatch):
     monkeypatch.setattr(backend, "_warned", set())
     with pytest.warns(RuntimeWarning, match="falls back to PyTorch's batch norm because it rains"):
-        backend.warn_slow("it rains")
-    backend.warn_slow("it rains")
+        backend.warn_fallback("it rains")
+    backend.warn_fallback("it rains")
     with pytest.warns(RuntimeWarning, match="because it snows"):
-        backend.warn_slow("it snows")
+        backend.warn_fallback("it snows")
 
 
 def test_noncontiguous_statistics_are_updated_all_the_same():
@@ -236,7 +236,12 @@ def test_explain_agrees_with_what_happens_after_the_kernels(device):
 def test_explain_what_pytorch_refuses(device):
     bn = FusedBatchNorm2d(6).to(device)
     for shape in ((1, 6, 1, 1), (2, 5, 4, 4), (6,)):
-        assert explain(bn, torch.randn(shape, device=device)).reason == "PyTorch refuses it"
+        found = explain(bn, torch.randn(shape, device=device))
+        assert str(found) == "This call is an error: PyTorch refuses it."
+    x = torch.ones(2, 6, 4, 4, device=device, dtype=torch.int32)
+    assert explain(bn, x).backend == "torch"
+    with fastbn.use_backend("triton"):
+        assert explain(bn, x).backend == "none"
 
 
 def test_explain_what_pytorch_serves():
@@ -256,7 +261,7 @@ def test_predicted_time(monkeypatch):
     monkeypatch.setattr(module, "device_facts", lambda device: H100)
     found = explain(None, torch.randn(8, 64, 56, 56))
     assert found.forward_seconds == found.forward_bytes / H100.bandwidth
-    assert "at least 5.8 us" in str(found)
+    assert "5.8 us at full bandwidth" in str(found)
 
 
 def test_threads(device):

@@ -114,6 +114,22 @@ def test_subclass_of_an_activation_is_not_mistaken_for_it(device):
     assert_same(ours, nn.BatchNorm2d(3).to(device), lambda z: F.relu(z) + 1, x)
 
 
+@pytest.mark.parametrize("act", ["relu", nn.Mish])
+def test_residual_of_another_shape(act, device):
+    ours = FusedBatchNormAct2d(3, act_layer=act, device=device)
+    with pytest.raises(ValueError, match=r"residual must have the input's shape \(4, 3, 5, 5\)"):
+        ours(torch.randn(4, 3, 5, 5, device=device), torch.randn(3, 1, 1, device=device))
+    assert ours.num_batches_tracked == 0
+
+
+def test_backward_hooks_on_the_activation_are_called(device):
+    ours = FusedBatchNormAct2d(3, device=device)
+    seen = []
+    ours.act.register_full_backward_hook(lambda module, grads, outputs: seen.append(grads))
+    ours(torch.randn(4, 3, 5, 5, device=device)).sum().backward()
+    assert len(seen) == 1
+
+
 def test_hooks_on_the_activation_are_called(device):
     ours = FusedBatchNormAct2d(3, device=device)
     seen = []

@@ -116,6 +116,10 @@ def test_strategy_and_units_of_traffic(problem, strategy, forward, backward):
     assert plan.forward_launches == plan.backward_launches == 1 + (strategy == "two-pass")
 
 
+def test_float64_is_never_resident():
+    assert make_plan(Problem(8, 8, 1, 8), H100).strategy == "two-pass"
+
+
 @pytest.mark.parametrize(
     ("problem", "tile"),
     [
