@@ -59,12 +59,13 @@ def _empty_like(x: Tensor, wanted: bool = True) -> Tensor:
 
 
 def _empty_mask(x: Tensor, wanted: bool) -> Tensor:
-    return torch.empty(math.prod(mask_sizes(x)) * wanted, dtype=torch.uint8, device=x.device)
+    size = math.prod(mask_sizes(x)) if wanted else 0
+    return torch.empty(size, dtype=torch.uint8, device=x.device)
 
 
 def _empty_parameter(parameter: Tensor | None, x: Tensor, wanted: bool) -> Tensor:
     """For the gradient of a weight or bias."""
-    return (x if parameter is None else parameter).new_empty(x.shape[1] * wanted)
+    return (x if parameter is None else parameter).new_empty(x.shape[1] if wanted else 0)
 
 
 def _arrivals(x: Tensor, blocks: int) -> Tensor:
