@@ -110,10 +110,14 @@ def test_without_triton_pytorch_serves():
     assert done.stdout == "0.0\nTriton is not installed\n", done.stderr
 
 
-def served(**kwargs):
+def served(device, **kwargs):
     arguments = {"input": torch.randn(4, 3, 5), "running_mean": None, "running_var": None}
+    arguments |= kwargs
+    for name, value in arguments.items():
+        if value is not None and value.device.type == "cpu":
+            arguments[name] = value.to(device)
     with fastbn.use_backend("triton"):
-        return batch_norm(**arguments | kwargs, training=True)
+        return batch_norm(**arguments, training=True)
 
 
 @pytest.mark.parametrize(
@@ -126,25 +130,21 @@ def served(**kwargs):
         ({"weight": torch.ones(3, 1)}, "not one-dimensional"),
         ({"residual": torch.randn(4, 3, 5).double()}, "residual's dtype is torch.float64"),
         ({"weight": torch.ones(3, device="meta")}, "different devices"),
-        (
-            {"running_mean": torch.zeros(6)[::2], "running_var": torch.ones(3)},
-            "statistics are not contiguous",
-        ),
         ({"input": torch.randn(4, 3, 5, device="meta")}, "device type 'meta'"),
     ],
 )
-def test_triton_refuses_what_it_cannot_serve(kwargs, why):
+def test_triton_refuses_what_it_cannot_serve(kwargs, why, device):
     with pytest.raises(RuntimeError, match=f"'triton' can't serve this call because .*{why}"):
-        served(**kwargs)
+        served(device, **kwargs)
 
 
-def test_subclasses_go_to_pytorch():
+def test_subclasses_go_to_pytorch(device):
     class Tagged(torch.Tensor):
         pass
 
-    x = torch.randn(4, 3, 5).as_subclass(Tagged)
+    x = torch.randn(4, 3, 5, device=device).as_subclass(Tagged)
     with pytest.raises(RuntimeError, match="subclass"):
-        served(input=x)
+        served(device, input=x)
     y = batch_norm(x, None, None, training=True)
     assert type(y) is Tagged
     plain = batch_norm(x.as_subclass(torch.Tensor), None, None, training=True)
@@ -160,9 +160,14 @@ def test_falling_back_warns_once_a_reason(monkeypatch):
         backend.warn_fallback("it snows")
 
 
-def test_noncontiguous_statistics_are_updated_all_the_same():
-    mean, var = torch.zeros(6)[::2], torch.ones(6)[::2]
-    x = torch.randn(8, 3) + 2
+def test_noncontiguous_statistics_are_updated_all_the_same(device):
+    mean, var = torch.zeros(6, device=device)[::2], torch.ones(6, device=device)[::2]
+    x = torch.randn(8, 3, device=device) + 2
+    with (
+        fastbn.use_backend("triton"),
+        pytest.raises(RuntimeError, match="statistics are not contiguous"),
+    ):
+        batch_norm(x, mean, var, training=True)
     batch_norm(x, mean, var, training=True)
     torch.testing.assert_close(mean, 0.1 * x.mean(0))
 
@@ -244,8 +249,8 @@ def test_explain_what_pytorch_refuses(device):
         assert explain(bn, x).backend == "none"
 
 
-def test_explain_what_pytorch_serves():
-    x = torch.randn(2, 6, 8, 8)
+def test_explain_what_pytorch_serves(device):
+    x = torch.randn(2, 6, 8, 8, device=device)
     fastbn.set_backend("torch")
     assert str(explain(FusedBatchNorm2d(6), x)) == (
         "PyTorch's own batch norm serves this call: the backend is set to 'torch'."
@@ -254,12 +259,12 @@ def test_explain_what_pytorch_serves():
     assert "is empty" in explain(None, x[:0]).reason
 
 
-def test_predicted_time(monkeypatch):
+def test_predicted_time(monkeypatch, device):
     from fastbn.kernels.device import H100
 
     module = sys.modules["fastbn.explain"]
     monkeypatch.setattr(module, "device_facts", lambda device: H100)
-    found = explain(None, torch.randn(8, 64, 56, 56))
+    found = explain(None, torch.randn(8, 64, 56, 56, device=device))
     assert found.forward_seconds == found.forward_bytes / H100.bandwidth
     assert "5.8 us at full bandwidth" in str(found)
 
