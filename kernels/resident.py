@@ -53,7 +53,7 @@ def bn_resident_fwd_kernel(
     x = tl.load(X + start + offsets, inside, other=0.0).to(acc)
     count = (tl.cast(N, tl.int64) * S).to(acc)
     # The mean of what is left corrects the first mean's rounding.
-    about = sum_rows(x / count)
+    about = sum_rows(x * (1.0 / count))
     mean, m2 = tile_moments(x - about[None, :, None], inside, count)
     mean += about
     rstd = store_statistics(
