@@ -94,7 +94,10 @@ def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = N
         running_mean, running_var, counter, training = statistics_of(module)
         fused = fused_activation(module)
         activation = "none" if fused is None else fused[0]
-        residual = None if fused is None else residual
+        if fused is None and residual is not None and residual.shape == input.shape:
+            residual = None  # added after the kernels
+    if residual is not None and residual.shape != input.shape:
+        return Explanation("none", "the residual is not of the input's shape")
     reason = left_to_pytorch(
         input, running_mean, running_var, counter, weight, bias, training, 0.1, eps
     )

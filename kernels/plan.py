@@ -114,10 +114,11 @@ class Plan:
         align: elements of the contiguous axis come in multiples of this.
         access_bytes: bytes a thread moves at once; less than 16 where the
             contiguous axis has an odd size, whose tiles are padded by mask.
-        forward_reduce, backward_reduce: the passes that reduce to a channel,
-            where the strategy has such.
+        forward_reduce, backward_reduce: the passes that reduce to a channel;
+            the latter is the only pass of a frozen backward. Resident kernels
+            have none, nor has a frozen forward: theirs are unused.
         forward_apply, backward_apply: the tiles of the elementwise passes, or
-            of the only one.
+            of the only one, but for a frozen backward.
         forward_launches, backward_launches: kernels launched, not counting
             the fill of a few counters.
         forward_units, backward_units: tensors read or written, packed masks

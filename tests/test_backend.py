@@ -243,6 +243,10 @@ def test_explain_what_pytorch_refuses(device):
     for shape in ((1, 6, 1, 1), (2, 5, 4, 4), (6,)):
         found = explain(bn, torch.randn(shape, device=device))
         assert str(found) == "This call is an error: PyTorch refuses it."
+    x = torch.ones(2, 6, 4, 4, device=device)
+    for module in (None, FusedBatchNormAct2d(6, act_layer=torch.nn.Mish).to(device)):
+        assert "residual" in explain(module, x, x[:, :, :1, :1]).reason
+        assert explain(module, x, x[:, :, :1, :1]).backend == "none"
     x = torch.ones(2, 6, 4, 4, device=device, dtype=torch.int32)
     assert explain(bn, x).backend == "torch"
     with fastbn.use_backend("triton"):

@@ -53,8 +53,15 @@ def test_accesses_are_as_wide_as_the_layout_allows(rows):
 
 def test_outputs_are_stored_wide(rows):
     for row in rows:
-        if "apply" in row["kernel"]:
-            assert max(map(int, row["stores"])) >= row["access_bytes"], row
+        kernel = row["kernel"]
+        if "apply" in kernel or "resident" in kernel or row["case"].endswith(" eval"):
+            wide = sum(
+                int(bytes) * count
+                for bytes, count in row["stores"].items()
+                if int(bytes) >= row["access_bytes"]
+            )
+            tensors = 1 + ("bwd" in kernel and "+add" in row["case"])
+            assert wide >= tensors * row["thread_bytes"], row
 
 
 def test_as_many_programs_fit_as_planned(rows):
@@ -63,9 +70,8 @@ def test_as_many_programs_fit_as_planned(rows):
     One less may fit of the heaviest epilogue (GELU): the splits then take turns.
     """
     for row in rows:
-        if row["target"] == "sm_90":
+        # Nothing counts on more than one resident program: there spills are the limit.
+        if row["target"] == "sm_90" and "resident" not in row["kernel"]:
             programs = PROGRAMS_PER_SM - ("gelu" in row["case"])
-            if "resident" in row["kernel"]:
-                programs = 1
             assert row["registers"] * row["threads"] * programs <= REGISTERS, row
             assert row["shared"] * programs <= 227 * 1024, row
