@@ -1,38 +1,36 @@
-"""What the planner decides for a case, and the time that it predicts."""
+"""What the planner decides for a case, and the time that it predicts.
+
+`python -m benchmarks.plans` prints its decisions for an H100, or another device
+by name; no GPU is needed.
+"""
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 from dataclasses import asdict
 
-from fastbn.kernels.device import H100
-from fastbn.kernels.plan import Plan, Problem, make_plan
+from fastbn.kernels.device import DEVICES, H100, Device
+from fastbn.kernels.plan import Plan, Schedule, make_plan
+from fastbn.kernels.tiling import Problem
 
-from .shapes import Case
+from .shapes import Case, cases
 
 
-def h100_plan(case: Case) -> dict:
-    """Of an H100, with the bandwidth in its data sheet; needs no GPU."""
+def problem_of(case: Case) -> Problem:
+    """The planner's view of a case."""
     n, c, s = case.size[0], case.size[1], math.prod(case.size[2:])
     if case.layout != "channels-first":
         n, s = n * s, 1
     epilogue = case.epilogue
     saves = "mask" if epilogue.residual and epilogue.relu else None
     itemsize = case.tensor_bytes // math.prod(case.size)
-    problem = Problem(n, c, s, itemsize, residual=epilogue.residual, saves=saves)
-    return plan_entry(case, make_plan(problem, H100), H100.name, H100.bandwidth)
+    return Problem(n, c, s, itemsize, residual=epilogue.residual, saves=saves)
 
 
-def plan_entry(case: Case, plan: Plan, device: str, bandwidth: float | None) -> dict:
-    """A plan as it goes into the report.
-
-    Args:
-        bandwidth: of the device's memory, in bytes per second; None if unknown.
-    """
-
-    def predicted_us(units: float) -> float | None:
-        return bandwidth and units * plan.problem.tensor_bytes / bandwidth * 1e6
-
+def plan_entry(case: Case, plan: Plan, device: str) -> dict:
+    """A plan as it goes into the report."""
     return {
         "network": case.network,
         "shape": case.shape,
@@ -40,9 +38,48 @@ def plan_entry(case: Case, plan: Plan, device: str, bandwidth: float | None) -> 
         "dtype": case.dtype,
         "epilogue": case.epilogue.name,
         "device": device,
-        "predicted_us": {
-            "forward": predicted_us(plan.forward_units),
-            "forward+backward": predicted_us(plan.forward_units + plan.backward_units),
-        },
         **asdict(plan),
     }
+
+
+def device_plan(case: Case, device: Device) -> dict:
+    """The plan for a device by its facts alone."""
+    return plan_entry(case, make_plan(problem_of(case), device), device.name)
+
+
+def in_brief(schedule: Schedule, problem: Problem) -> str:
+    """One direction of a plan in a line: strategy, tile, programs and slices, units, time."""
+    tile = schedule.tile
+    what = f"{schedule.strategy:8} {tile.n}x{tile.c}x{tile.s}"
+    if schedule.strategy != "resident":
+        what += f" /{schedule.reduce.splits}"
+    if schedule.strategy == "ticketed":
+        blocks = tile.grid(problem)[1]
+        what += f" {-(-blocks // schedule.slice_blocks)} slices"
+    if tile.flat:
+        what += " flat"
+    return (
+        f"{what:38} {tile.access_bytes(problem.itemsize):2} B {schedule.units:5.3g} units"
+        f" {schedule.seconds * 1e6:7.1f} us"
+    )
+
+
+def main() -> int:
+    names = {device.name: device for device in DEVICES}
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plans", description=__doc__)
+    parser.add_argument("--device", choices=names, default=H100.name)
+    device = names[parser.parse_args().device]
+    print(
+        f"Predicted, not measured, for {device.name}: tile n x c x s, /programs to a channel block"
+    )
+    for case in cases(gpu=True, quick=False):
+        problem = problem_of(case)
+        plan = make_plan(problem, device)
+        print(f"{case.shape} {case.layout} {case.dtype} {case.epilogue}")
+        print(f"    forward   {in_brief(plan.forward, problem)}")
+        print(f"    backward  {in_brief(plan.backward, problem)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

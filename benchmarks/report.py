@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 
 import fastbn
+from fastbn.kernels.device import H100
 
 from .environment import environment, title
 from .inputs import input_sets
 from .measure import Machine, Row, measure
-from .plans import h100_plan, plan_entry
+from .plans import device_plan, plan_entry
 from .rivals import RIVALS, fused, in_one_line, kernels_only, no_compiler
 from .shapes import Case, cases
 from .summary import summarise
@@ -136,7 +137,7 @@ def run(report: Report, folder: Path, quick: bool) -> None:
             report.skipped.append(f"torch.compile, which does not work here: {reason}")
 
     def h100() -> None:
-        report.plans.extend(h100_plan(case) for case in cases(gpu=True, quick=quick))
+        report.plans.extend(device_plan(case, H100) for case in cases(gpu=True, quick=quick))
 
     report.part("copy bandwidth", bandwidth)
     if not gpu:
@@ -159,7 +160,7 @@ def _one_case(report: Report, case: Case, rivals: list[str]) -> None:
     def plan() -> None:
         norm = fused(case, report.device).norm
         found = fastbn.explain(norm, sets[0].x, sets[0].residual)
-        report.plans.append(plan_entry(case, found.plan, found.device, report.bandwidth))
+        report.plans.append(plan_entry(case, found.plan, found.device))
 
     with kernels_only(report.device):
         for name in rivals:

@@ -98,16 +98,16 @@ def _figures(rows: Iterable[Row]) -> str:
 def _plans(plans: list[dict]) -> str:
     return _table(
         [
-            "network", "shape", "layout", "dtype", "epilogue", "device", "strategy", "launches",
-            "units", "predicted us forward", "forward+backward",
+            "network", "shape", "layout", "dtype", "epilogue", "device", "direction", "strategy",
+            "launches", "units", "from the cache", "predicted us",
         ],
         [
             [
-                *list(plan.values())[:6], plan["strategy"],
-                f"{plan['forward_launches']} + {plan['backward_launches']}",
-                f"{plan['forward_units']:g} + {plan['backward_units']:g}",
-                *map(_number, plan["predicted_us"].values()),
+                *list(plan.values())[:6], direction, plan[direction]["strategy"],
+                plan[direction]["launches"], f"{plan[direction]['units']:g}",
+                f"{plan[direction]['cached_units']:g}", _number(plan[direction]["seconds"] * 1e6),
             ]
             for plan in plans
+            for direction in ("forward", "backward")
         ],
     )  # fmt: skip

@@ -13,9 +13,10 @@ from .modules import fused_activation, statistics_of
 
 if backend.HAS_TRITON:
     from .autograd import saved_for
-    from .kernels.plan import Plan, make_plan
+    from .calls import make_problem
+    from .kernels.plan import Plan, Schedule, make_plan
+    from .kernels.tiling import Problem
     from .launch import device_facts
-    from .ops import make_problem
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,12 @@ class Explanation:
     Attributes:
         backend: "triton", "torch", or "none" if the call is an error.
         reason: why.
-        plan: all launch decisions; None if PyTorch serves the call.
+        plan: all launch decisions, with the predicted time of both directions;
+            None if PyTorch serves the call.
         device: name of the device planned for.
-        forward_bytes, backward_bytes: tensors read and written; what the second
-            pass finds in a cache counts too.
+        forward_bytes, backward_bytes: of tensors read and written; what the
+            second of two passes finds in a cache counts too, what a ticketed
+            launch reads again from the cache does not.
         forward_seconds, backward_seconds: those bytes at the device's
             bandwidth; None where that is unknown.
     """
@@ -47,30 +50,28 @@ class Explanation:
             return f"This call is an error: {self.reason}."
         if self.plan is None:
             return f"PyTorch's own batch norm serves this call: {self.reason}."
-        plan = self.plan
-        n, c, s = plan.problem.n, plan.problem.c, plan.problem.s
-        lines = [
-            f"Triton kernels serve this call: {self.reason}.",
-            f"Input:    {plan.problem.layout}, seen as (N, C, S) = ({n}, {c}, {s});"
-            f" {plan.access_bytes}-byte accesses.",
-            f"Strategy: {plan.strategy} on {self.device}.",
-        ]
-        for name, launches, units, bytes, seconds in (
-            (
-                "Forward: ", plan.forward_launches, plan.forward_units, self.forward_bytes,
-                self.forward_seconds,
-            ),
-            (
-                "Backward:", plan.backward_launches, plan.backward_units, self.backward_bytes,
-                self.backward_seconds,
-            ),
-        ):  # fmt: skip
-            time = "" if seconds is None else f", {seconds * 1e6:.1f} us at full bandwidth"
-            lines.append(
-                f"{name} {launches} launch{'es' if launches > 1 else ''},"
-                f" {units:g} units of traffic = {bytes / 1e6:.2f} MB{time}."
-            )
-        return "\n".join(lines)
+        plan, problem = self.plan, self.plan.problem
+        forward = _in_words(plan.forward, problem, self.forward_bytes, self.forward_seconds)
+        backward = _in_words(plan.backward, problem, self.backward_bytes, self.backward_seconds)
+        sizes = f"({problem.n}, {problem.c}, {problem.s})"
+        return (
+            f"Triton kernels serve this call: {self.reason}.\n"
+            f"Input:    {problem.layout}, seen as (N, C, S) = {sizes}.\n"
+            f"Forward:  {forward}\nBackward: {backward}"
+        )
+
+
+def _in_words(schedule: Schedule, problem: Problem, bytes: int, seconds: float | None) -> str:
+    launches = f"{schedule.launches} launch{'es' if schedule.launches > 1 else ''}"
+    access = f"{schedule.tile.access_bytes(problem.itemsize)}-byte accesses"
+    if schedule.tile.flat:
+        access += " to flattened planes"
+    cached = f" and {schedule.cached_units:g} from the cache" if schedule.cached_units else ""
+    time = "" if seconds is None else f", {seconds * 1e6:.1f} us at full bandwidth"
+    return (
+        f"{schedule.strategy}, {launches}, {access}; {schedule.units:g} units of traffic"
+        f"{cached} = {bytes / 1e6:.2f} MB{time}."
+    )
 
 
 def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = None) -> Explanation:
@@ -111,7 +112,7 @@ def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = N
     device = device_facts(input.device)
     plan = make_plan(make_problem(input, training, residual is not None, saves), device)
     unit = plan.problem.tensor_bytes
-    forward, backward = round(plan.forward_units * unit), round(plan.backward_units * unit)
+    forward, backward = round(plan.forward.units * unit), round(plan.backward.units * unit)
 
     def seconds(bytes: int) -> float | None:
         return None if device.bandwidth is None else bytes / device.bandwidth

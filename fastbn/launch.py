@@ -1,16 +1,25 @@
-"""What a launch needs of the machine: the device's facts, and the device made current."""
+"""Launching kernels on a device, at no more cost than the driver's."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
+from typing import Any
 
 import torch
+from torch import Tensor
+from triton.runtime import JITFunction
 
-from .kernels.device import H100, INTERPRETER, Device
+from . import counters
+from .kernels.device import DEVICES, INTERPRETER, Device
 
-_KNOWN = {device.name: device for device in (H100,)}
+_KNOWN = {device.name: device for device in DEVICES}
+
+# Bits of a pointer that are zero where Triton may assume it aligned to 16 bytes.
+_ALIGNMENT_BITS = 15
 
 # Triton's interpreter keeps global state.
 _interpreter = threading.RLock()
@@ -27,7 +36,10 @@ def device_facts(device: torch.device) -> Device:
     cuda = torch.cuda.get_device_properties(device)
     if cuda.name in _KNOWN:
         return _KNOWN[cuda.name]
-    return Device(cuda.name, cuda.multi_processor_count, cuda.L2_cache_size)
+    # Two transfers a clock (in kHz), of so many bits.
+    clock, bits = getattr(cuda, "memory_clock_rate", 0), getattr(cuda, "memory_bus_width", 0)
+    bandwidth = 2 * clock * 1e3 * bits / 8
+    return Device(cuda.name, cuda.multi_processor_count, cuda.L2_cache_size, bandwidth or None)
 
 
 def on_device(device: torch.device) -> AbstractContextManager:
@@ -35,3 +47,66 @@ def on_device(device: torch.device) -> AbstractContextManager:
     if device.type in ("cuda", "xpu"):
         return getattr(torch, device.type).device(device)
     return _interpreter
+
+
+class Launcher:
+    """A kernel with all that its launches have in common, called with what differs.
+
+    Triton's own dispatch takes ten microseconds to find what it has compiled.
+    It compiles anew by device, by the values of integers and constants, by the
+    dtypes of tensors and which of them are left out, and by whether their
+    memory is aligned to 16 bytes. A launcher has one device, one set of
+    integers and one of constants; it keeps what was compiled by dtypes, for
+    aligned tensors alone, and leaves the others to Triton. Triton's own
+    settings (`triton.knobs`) count when a kernel is compiled.
+
+    Args:
+        kernel: its parameters are tensors, then integers, floats, constants.
+        device: where to launch.
+        programs: how many to launch.
+        integers: their values.
+        constants: their values by name, and Triton's options.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        device: torch.device,
+        programs: int,
+        integers: Sequence[int],
+        constants: dict[str, Any],
+    ) -> None:
+        self.kernel, self.device, self.grid = kernel, device, (programs, 1, 1)
+        self.integers, self.constants = tuple(integers), constants
+        # A compiled kernel takes them by place.
+        self._places = [constants[name] for name in kernel.arg_names if name in constants]
+        self._compiled: dict[tuple[torch.dtype | None, ...], Any] = {}
+        # The interpreter compiles nothing, and how other drivers take pointers is not known.
+        self._keeps = isinstance(kernel, JITFunction) and device.type != "xpu"
+
+    def __call__(self, tensors: Sequence[Tensor | None], *floats: float) -> None:
+        """Launches; what is left out is None."""
+        try:
+            self._launch(tensors, floats)
+        except BaseException:
+            counters.discard()
+            raise
+
+    def _launch(self, tensors: Sequence[Tensor | None], floats: tuple[float, ...]) -> None:
+        dtypes = tuple([None if t is None else t.dtype for t in tensors])
+        pointers = [0 if t is None else t.data_ptr() for t in tensors]
+        aligned = not reduce(or_, pointers) & _ALIGNMENT_BITS
+        start = self._compiled.get(dtypes) if aligned else None
+        if start is None:
+            compiled = self._dispatch(tensors, floats)
+            if aligned and self._keeps:
+                self._compiled[dtypes] = compiled[self.grid]
+        elif self.device.type == "cuda" and torch.cuda.current_device() == self.device.index:
+            start(*pointers, *self.integers, *floats, *self._places)
+        else:
+            with on_device(self.device):
+                start(*pointers, *self.integers, *floats, *self._places)
+
+    def _dispatch(self, tensors: Sequence[Tensor | None], floats: tuple[float, ...]) -> Any:
+        with on_device(self.device):
+            return self.kernel[self.grid](*tensors, *self.integers, *floats, **self.constants)

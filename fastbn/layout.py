@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .kernels.plan import MASK_BITS
+from .kernels.tiling import MASK_BITS
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 

@@ -12,40 +12,20 @@ import math
 import torch
 from torch import Tensor
 
-from .kernels.backward import bn_apply_bwd_kernel, bn_reduce_bwd_kernel
-from .kernels.forward import bn_apply_fwd_kernel, bn_stats_fwd_kernel
-from .kernels.plan import Plan, Problem, Tile, make_plan
-from .kernels.resident import bn_resident_bwd_kernel, bn_resident_fwd_kernel
-from .launch import device_facts, on_device
-from .layout import mask_sizes, memory_format, sizes
-
-# Multiplications and additions are not contracted, so that the backward finds
-# the activation's argument on the side of a kink where the forward left it.
-# Triton's default is about to change (3.10), and differs between targets.
-_OPTIONS = {"enable_fp_fusion": False}
+from .calls import Call, backward_call, forward_call
+from .counters import counters
+from .layout import mask_sizes, memory_format
 
 _library = torch.library.Library("fastbn", "DEF")
-
-
-def make_problem(
-    x: Tensor, training: bool = True, residual: bool = False, saves: str | None = None
-) -> Problem:
-    """What the planner needs to know of a call."""
-    n, c, s = sizes(x, memory_format(x))
-    return Problem(n, c, s, x.element_size(), training, residual, saves)
-
-
-def _plan(x: Tensor, training: bool) -> Plan:
-    return make_plan(make_problem(x, training), device_facts(x.device))
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _like(tensor: Tensor | None, x: Tensor) -> Tensor | None:
-    """A tensor in the memory format of `x`, by a copy if need be."""
-    return None if tensor is None else tensor.contiguous(memory_format=memory_format(x))
+def _in(format: torch.memory_format, tensor: Tensor | None) -> Tensor | None:
+    """A tensor in a memory format, by a copy if need be."""
+    return None if tensor is None else tensor.contiguous(memory_format=format)
 
 
 def _dense(parameter: Tensor | None) -> Tensor | None:
@@ -68,30 +48,15 @@ def _empty_parameter(parameter: Tensor | None, x: Tensor, wanted: bool) -> Tenso
     return (x if parameter is None else parameter).new_empty(x.shape[1] if wanted else 0)
 
 
-def _arrivals(x: Tensor, blocks: int) -> Tensor:
-    """Counters of the programs that have arrived, for one launch."""
-    return torch.zeros(blocks, dtype=torch.int32, device=x.device)
+def _partials(call: Call, x: Tensor) -> Tensor | None:
+    """Memory for the partial results of a call that has any."""
+    if call.schedule.strategy == "resident":
+        return None
+    return torch.empty(call.partials, dtype=call.statistics, device=x.device)
 
 
 def _given(tensor: Tensor) -> Tensor | None:
     return tensor if tensor.numel() else None
-
-
-def _extents(plan: Plan) -> tuple[int, int, int]:
-    """N, C, S as the kernels take them: the contiguous one in units of plan.align."""
-    n, c, s = plan.problem.n, plan.problem.c, plan.problem.s
-    return (n, c // plan.align, s) if s == 1 else (n, c, s // plan.align)
-
-
-def _blocks(tile: Tile) -> dict[str, int]:
-    return {
-        "BLOCK_N": tile.n, "BLOCK_C": tile.c, "BLOCK_S": tile.s, "num_warps": tile.warps, **_OPTIONS
-    }  # fmt: skip
-
-
-def _programs(tile: Tile, plan: Plan) -> tuple[int]:
-    n, c, s = tile.grid(plan.problem)
-    return (n * c * s,)
 
 
 def _written(*tensors: Tensor | None) -> None:
@@ -105,100 +70,82 @@ def _forward_train(
     x, residual, weight, bias, running_mean, running_var, batches_tracked, momentum, eps,
     activation, param, save_mask,
 ):  # fmt: skip
-    plan = _plan(x, training=True)
-    c = x.shape[1]
-    reduce, tile = plan.forward_reduce, plan.forward_apply
-    blocks = reduce.tile.grid(plan.problem)[1]
-    # All memory is there before anything is written: what runs out leaves no trace.
-    x, residual, weight, bias = _like(x, x), _like(residual, x), _dense(weight), _dense(bias)
-    y, mask = _empty_like(x), _empty_mask(x, save_mask)
-    mean = torch.empty(c, dtype=_statistics_dtype(x), device=x.device)
-    rstd = torch.empty_like(mean)
     cumulative = momentum is None and batches_tracked is not None
+    call = forward_call(
+        x.shape, x.stride(), x.dtype, x.device, residual is not None, save_mask, True, activation,
+        cumulative,
+    )  # fmt: skip
+    # All memory is there before anything is written: what runs out leaves no trace.
+    x, residual = _in(call.format, x), _in(call.format, residual)
+    weight, bias = _dense(weight), _dense(bias)
+    y = torch.empty_like(x, memory_format=call.format)
+    mask = torch.empty(call.mask_bytes if save_mask else 0, dtype=torch.uint8, device=x.device)
+    mean = torch.empty(x.shape[1], dtype=call.statistics, device=x.device)
+    rstd = torch.empty_like(mean)
+    partials = _partials(call, x)
+    arrivals, tickets = counters(x.device, call.blocks)
+    signs = mask if save_mask else None
     momentum = 0.0 if momentum is None else momentum
-    if plan.strategy == "resident":
-        arrivals = _arrivals(x, 1) if cumulative else None
-        with on_device(x.device):
-            bn_resident_fwd_kernel[_programs(tile, plan)](
-                x, residual, y, _given(mask), weight, bias, mean, rstd, running_mean, running_var,
-                batches_tracked, arrivals, *_extents(plan), momentum, eps, param,
-                ALIGN=plan.align, ACTIVATION=activation, CUMULATIVE=cumulative,
-                **_blocks(tile),
-            )  # fmt: skip
-        _written(running_mean, running_var, batches_tracked)
-        return y, mean, rstd, mask
-    partials = torch.empty(reduce.splits * (2 * c + blocks), dtype=mean.dtype, device=x.device)
-    arrivals = _arrivals(x, blocks)
-    with on_device(x.device):
-        bn_stats_fwd_kernel[(reduce.splits * blocks,)](
-            x, mean, rstd, running_mean, running_var, batches_tracked if cumulative else None,
-            partials, arrivals, *_extents(plan), reduce.splits, momentum, eps,
-            ALIGN=plan.align, MERGE=reduce.merge, **_blocks(reduce.tile),
-        )  # fmt: skip
-        bn_apply_fwd_kernel[_programs(tile, plan)](
-            x, residual, y, _given(mask), weight, bias, mean, rstd, batches_tracked,
-            *_extents(plan), eps, param,
-            ALIGN=plan.align, ACTIVATION=activation, FROZEN=False, **_blocks(tile),
-        )  # fmt: skip
+    statistics = (mean, rstd, running_mean, running_var, batches_tracked)
+    if call.whole is None:
+        call.reduce((x, *statistics, partials, arrivals), momentum, eps)
+        call.apply((x, residual, y, signs, weight, bias, mean, rstd), eps, param)
+    else:
+        shared = (arrivals,) if partials is None else (partials, arrivals, tickets)
+        tensors = (x, residual, y, signs, weight, bias, *statistics, *shared)
+        call.whole(tensors, momentum, eps, param)
     _written(running_mean, running_var, batches_tracked)
     return y, mean, rstd, mask
 
 
 def _forward_eval(x, residual, weight, bias, mean, var, eps, activation, param, save_mask):
-    plan = _plan(x, training=False)
-    tile = plan.forward_apply
-    y, mask = _empty_like(x), _empty_mask(x, save_mask)
-    with on_device(x.device):
-        bn_apply_fwd_kernel[_programs(tile, plan)](
-            _like(x, x), _like(residual, x), y, _given(mask), _dense(weight), _dense(bias),
-            _dense(mean), _dense(var), None, *_extents(plan), eps, param,
-            ALIGN=plan.align, ACTIVATION=activation, FROZEN=True, **_blocks(tile),
-        )  # fmt: skip
+    call = forward_call(
+        x.shape, x.stride(), x.dtype, x.device, residual is not None, save_mask, False, activation,
+        False,
+    )  # fmt: skip
+    x, residual = _in(call.format, x), _in(call.format, residual)
+    y = torch.empty_like(x, memory_format=call.format)
+    mask = torch.empty(call.mask_bytes if save_mask else 0, dtype=torch.uint8, device=x.device)
+    tensors = (
+        x, residual, y, mask if save_mask else None, _dense(weight), _dense(bias), _dense(mean),
+        _dense(var),
+    )  # fmt: skip
+    call.apply(tensors, eps, param)
     return y, mask
 
 
 def _backward(
     dy, x, residual, mask, weight, bias, mean, rstd, eps, activation, param, frozen, wanted
 ):
-    plan = _plan(x, training=not frozen)
-    c = x.shape[1]
+    saves = "mask" if mask.numel() else None if residual is None else "residual"
+    call = backward_call(x.shape, x.stride(), x.dtype, x.device, saves, not frozen, activation)
     want_dx, want_dw, want_db, want_dr = wanted
-    dy, x, residual = _like(dy, x), _like(x, x), _like(residual, x)
+    dy, x, residual = _in(call.format, dy), _in(call.format, x), _in(call.format, residual)
     weight, bias, mean, rstd = _dense(weight), _dense(bias), _dense(mean), _dense(rstd)
-    inputs = (dy, x, residual, _given(mask), weight, bias, mean, rstd)
     dx, dr = _empty_like(x, want_dx), _empty_like(x, want_dr)
     dw, db = _empty_parameter(weight, x, want_dw), _empty_parameter(bias, x, want_db)
-    reduce, tile = plan.backward_reduce, plan.backward_apply
-    blocks = reduce.tile.grid(plan.problem)[1]
     if not any(wanted):
         return dx, dw, db, dr
-    if plan.strategy == "resident":
-        with on_device(x.device):
-            bn_resident_bwd_kernel[_programs(tile, plan)](
-                *inputs, _given(dw), _given(db), _given(dx), _given(dr), *_extents(plan), param,
-                ALIGN=plan.align, ACTIVATION=activation, **_blocks(tile),
-            )  # fmt: skip
+    inputs = (dy, x, residual, _given(mask), weight, bias, mean, rstd)
+    parameters, gradients = (_given(dw), _given(db)), (_given(dx), _given(dr))
+    if call.schedule.strategy == "resident":
+        call.whole((*inputs, *parameters, *gradients), param)
         return dx, dw, db, dr
     need_sums = want_dw or want_db or (want_dx and not frozen)
     sums = partials = arrivals = None
     if need_sums:
-        sums = torch.empty(2 * c, dtype=_statistics_dtype(x), device=x.device)
-        partials = torch.empty(2 * reduce.splits * c, dtype=sums.dtype, device=x.device)
-        arrivals = _arrivals(x, blocks)
-    with on_device(x.device):
-        if need_sums or frozen:
-            bn_reduce_bwd_kernel[(reduce.splits * blocks,)](
-                *inputs, _given(dw), _given(db), sums,
-                _given(dx) if frozen else None, _given(dr) if frozen else None,
-                partials, arrivals, *_extents(plan), reduce.splits, eps, param,
-                ALIGN=plan.align, MERGE=reduce.merge, ACTIVATION=activation, FROZEN=frozen,
-                **_blocks(reduce.tile),
-            )  # fmt: skip
-        if (want_dx or want_dr) and not frozen:
-            bn_apply_bwd_kernel[_programs(tile, plan)](
-                *inputs, sums, _given(dx), _given(dr), *_extents(plan), param,
-                ALIGN=plan.align, ACTIVATION=activation, **_blocks(tile),
-            )  # fmt: skip
+        sums = torch.empty(2 * x.shape[1], dtype=call.statistics, device=x.device)
+        partials = _partials(call, x)
+        arrivals, tickets = counters(x.device, call.blocks)
+    if frozen:
+        call.reduce((*inputs, *parameters, sums, *gradients, partials, arrivals), eps, param)
+    elif call.whole is not None and want_dx:
+        call.whole((*inputs, *parameters, sums, *gradients, partials, arrivals, tickets), param)
+    else:
+        if need_sums:
+            call.reduce((*inputs, *parameters, sums, None, None, partials, arrivals), eps, param)
+        if want_dx or want_dr:
+            call.apply((*inputs, sums, *gradients), param)
     return dx, dw, db, dr
 
 

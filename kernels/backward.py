@@ -20,30 +20,33 @@ from .epilogue import (
     sign_backward,
     unpack,
 )
-from .moments import last_to_arrive, sum_partials, sum_rows
-from .tile import blocks_of, box, extents, per_channel, position
+from .moments import sum_partials, sum_rows
+from .tickets import last_to_arrive
+from .tile import blocks_of, box, extents, load_tile, per_channel, position, store_tile
 
 
 @triton.jit
 def load_gradient(
     DY, X, R, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
-    ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    ACTIVATION: tl.constexpr, FLAT: tl.constexpr, EVICTION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """One tile of g, the gradient before the activation, and of x - mean."""
-    acc = mean.dtype
-    start, offsets, inside = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
-    dy = tl.load(DY + start + offsets, inside, other=0.0).to(acc)
-    x = tl.load(X + start + offsets, inside, other=0.0).to(acc)
+    acc: tl.constexpr = mean.dtype
+    dy = load_tile(DY, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S).to(acc)
+    x = load_tile(X, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S).to(acc)
+    param = tl.full((), param, acc)
     if Mask is not None:
-        m_start, m_offsets, m_inside = mask_box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
-        packed = tl.load(Mask + m_start + m_offsets, m_inside, other=0)
+        start, offsets, inside = mask_box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
+        packed = tl.load(Mask + start + offsets, inside, other=0, eviction_policy=EVICTION)
         g = sign_backward(dy, unpack(packed, BLOCK_N, BLOCK_C, BLOCK_S), param, ACTIVATION)
     else:
         z = normalise(x, mean, scale, bias)
         if R is not None:
-            z += tl.load(R + start + offsets, inside, other=0.0).to(acc)
+            r = load_tile(R, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
+            z += r.to(acc)
         g = activation_backward(dy, z, param, ACTIVATION)
-    return start + offsets, inside, g, x - mean
+    return g, x - mean
 
 
 @triton.jit
@@ -58,10 +61,78 @@ def store_parameter_gradients(sum_g, sum_gx, rstd, DW, DB, c0, C, BLOCK_C: tl.co
 
 
 @triton.jit
-def input_gradient(g, centred, rstd, scale, mean_g, mean_gx):
-    """dx for batch statistics, from g, x - mean, and the means of g and of g * (x - mean)."""
-    x_hat = centred * rstd
-    return scale * (g - mean_g - x_hat * (rstd * mean_gx))
+def finish_sums(
+    Partials, Sums, rstd, DW, DB, C, c0, splits, MERGE: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Adds up the partial sums of a channel block and writes what follows from them."""
+    c = c0 + tl.arange(0, BLOCK_C)
+    sum_g = sum_partials(Partials, splits, C, c0, MERGE, BLOCK_C)
+    sum_gx = sum_partials(Partials + splits * C, splits, C, c0, MERGE, BLOCK_C)
+    tl.store(Sums + c, sum_g, c < C)
+    tl.store(Sums + C + c, sum_gx, c < C)
+    store_parameter_gradients(sum_g, sum_gx, rstd, DW, DB, c0, C, BLOCK_C)
+
+
+@triton.jit
+def load_means(Sums, N, S, C, c0, acc: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Means of g and of g * (x - mean)."""
+    count = (tl.cast(N, tl.int64) * S).to(acc)
+    sum_g = per_channel(Sums, c0, C, acc, BLOCK_C)
+    return sum_g / count, per_channel(Sums + C, c0, C, acc, BLOCK_C) / count
+
+
+@triton.jit
+def store_gradients(
+    g, centred, rstd, scale, mean_g, mean_gx, DX, DR, N, C, S, n0, c0, s0,
+    FLAT: tl.constexpr, EVICTION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """dx for batch statistics, and the residual's gradient, where they are wanted."""
+    if DX is not None:
+        x_hat = centred * rstd
+        dx = scale * (g - mean_g - x_hat * (rstd * mean_gx))
+        store_tile(DX, dx, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
+    if DR is not None:
+        store_tile(DR, g, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
+
+
+@triton.jit
+def store_partial_sums(
+    DY, X, R, Mask, Partials, DX, DR, mean, scale, bias, param, N, C, S, block, split, splits,
+    SUMS: tl.constexpr, ACTIVATION: tl.constexpr, FLAT: tl.constexpr, EVICTION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Sums of g and g * (x - mean) over every splits-th tile of a channel block.
+
+    DX and DR are written on the way, as frozen statistics have them, unless they are None.
+    """
+    acc: tl.constexpr = mean.dtype
+    c0 = block * BLOCK_C
+    c = c0 + tl.arange(0, BLOCK_C)
+    s_tiles = blocks_of(S, BLOCK_S)
+    tiles = blocks_of(N, BLOCK_N) * s_tiles
+    sum_g = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), acc)
+    sum_gx = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), acc)
+    for tile in range(split, tiles, splits):
+        n0 = tl.cast(tile // s_tiles, tl.int64) * BLOCK_N
+        s0 = tl.cast(tile % s_tiles, tl.int64) * BLOCK_S
+        g, centred = load_gradient(
+            DY, X, R, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
+            ACTIVATION, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S,
+        )  # fmt: skip
+        if SUMS:
+            # Outside the array dy is 0, but g is NaN there if the mean is.
+            _, _, inside = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
+            sum_g += tl.where(inside, g, 0.0)
+            sum_gx += tl.where(inside, g * centred, 0.0)
+        if DX is not None:
+            dx = g * scale
+            store_tile(DX, dx, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
+        if DR is not None:
+            store_tile(DR, g, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
+    if SUMS:
+        tl.store(Partials + split * C + c, sum_rows(sum_g), c < C)
+        tl.store(Partials + (splits + split) * C + c, sum_rows(sum_gx), c < C)
 
 
 @triton.jit
@@ -80,7 +151,7 @@ def bn_reduce_bwd_kernel(
     DX,  # pointer to the input's gradient, if FROZEN, or None
     DR,  # pointer to the residual's gradient, if FROZEN, or None
     Partials,  # pointer to (2, splits, C) sums
-    Arrivals,  # pointer to a zero for each channel block; it counts programs
+    Arrivals,  # pointer to a zero for each channel block
     N,
     C,
     S,
@@ -91,6 +162,7 @@ def bn_reduce_bwd_kernel(
     MERGE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     FROZEN: tl.constexpr,
+    FLAT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -100,50 +172,24 @@ def bn_reduce_bwd_kernel(
     Frozen statistics leave nothing to wait for: the gradients of input and
     residual are then written in the same pass.
     """
-    C, S = extents(C, S, ALIGN, BLOCK_S)
+    C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
     acc = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
     blocks = blocks_of(C, BLOCK_C)
     block = tl.program_id(0) % blocks
     split = tl.program_id(0) // blocks
     c0 = block * BLOCK_C
-    c = c0 + tl.arange(0, BLOCK_C)
-    in_block = c < C
     mean = per_channel(Mean, c0, C, acc, BLOCK_C)
     rstd = per_channel(Rstd, c0, C, acc, BLOCK_C)
     if FROZEN:
         rstd = 1.0 / tl.sqrt(rstd + tl.full((), eps, acc))
     scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
-
-    s_tiles = blocks_of(S, BLOCK_S)
-    tiles = blocks_of(N, BLOCK_N) * s_tiles
-    sum_g = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), acc)
-    sum_gx = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), acc)
-    for tile in range(split, tiles, splits):
-        n0 = tl.cast(tile // s_tiles, tl.int64) * BLOCK_N
-        s0 = tl.cast(tile % s_tiles, tl.int64) * BLOCK_S
-        offsets, inside, g, centred = load_gradient(
-            DY, X, R, Mask, mean, scale, bias, tl.full((), param, acc), N, C, S, n0, c0, s0,
-            ACTIVATION, BLOCK_N, BLOCK_C, BLOCK_S,
-        )  # fmt: skip
-        if Sums is not None:
-            # Outside the array dy is 0, but g is NaN there if the mean is.
-            sum_g += tl.where(inside, g, 0.0)
-            sum_gx += tl.where(inside, g * centred, 0.0)
-        if DX is not None:
-            tl.store(DX + offsets, (g * scale).to(DX.dtype.element_ty), inside)
-        if DR is not None:
-            tl.store(DR + offsets, g.to(DR.dtype.element_ty), inside)
-
-    if Sums is not None:
-        PartialGX = Partials + splits * C
-        tl.store(Partials + split * C + c, sum_rows(sum_g), in_block)
-        tl.store(PartialGX + split * C + c, sum_rows(sum_gx), in_block)
+    store_partial_sums(
+        DY, X, R, Mask, Partials, DX, DR, mean, scale, bias, param, N, C, S, block, split, splits,
+        Sums is not None, ACTIVATION, FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S,
+    )  # fmt: skip
+    if Sums is not None:  # noqa: SIM102, `and` would not be decided at compile time
         if last_to_arrive(Arrivals + block, splits):
-            total_g = sum_partials(Partials, splits, C, c0, MERGE, BLOCK_C)
-            total_gx = sum_partials(PartialGX, splits, C, c0, MERGE, BLOCK_C)
-            tl.store(Sums + c, total_g, in_block)
-            tl.store(Sums + C + c, total_gx, in_block)
-            store_parameter_gradients(total_g, total_gx, rstd, DW, DB, c0, C, BLOCK_C)
+            finish_sums(Partials, Sums, rstd, DW, DB, C, c0, splits, MERGE, BLOCK_C)
 
 
 @triton.jit
@@ -156,7 +202,7 @@ def bn_apply_bwd_kernel(
     B,  # pointer to the bias, or None
     Mean,  # pointer to the mean
     Rstd,  # pointer to 1 / sqrt(var + eps)
-    Sums,  # pointer to (2, C): sum(g), sum(g * (x - mean))
+    Sums,  # pointer to (2, C): sum(g), sum(g * (x - mean)), if DX is wanted
     DX,  # pointer to the input's gradient, or None
     DR,  # pointer to the residual's gradient, or None
     N,
@@ -165,28 +211,27 @@ def bn_apply_bwd_kernel(
     param: "fp64",
     ALIGN: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    FLAT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """One tile a program, last tiles first: the sums left those in the L2 cache."""
-    C, S = extents(C, S, ALIGN, BLOCK_S)
+    C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
     acc = Mean.dtype.element_ty
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     n0, c0, s0 = position(tile, N, C, S, BLOCK_N, BLOCK_C, BLOCK_S)
     mean = per_channel(Mean, c0, C, acc, BLOCK_C)
     rstd = per_channel(Rstd, c0, C, acc, BLOCK_C)
     scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
-
-    offsets, inside, g, centred = load_gradient(
-        DY, X, R, Mask, mean, scale, bias, tl.full((), param, acc), N, C, S, n0, c0, s0,
-        ACTIVATION, BLOCK_N, BLOCK_C, BLOCK_S,
+    g, centred = load_gradient(
+        DY, X, R, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
+        ACTIVATION, FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S,
     )  # fmt: skip
+    mean_g, mean_gx = mean, mean
     if DX is not None:
-        count = (tl.cast(N, tl.int64) * S).to(acc)
-        mean_g = per_channel(Sums, c0, C, acc, BLOCK_C) / count
-        mean_gx = per_channel(Sums + C, c0, C, acc, BLOCK_C) / count
-        dx = input_gradient(g, centred, rstd, scale, mean_g, mean_gx)
-        tl.store(DX + offsets, dx.to(DX.dtype.element_ty), inside)
-    if DR is not None:
-        tl.store(DR + offsets, g.to(DR.dtype.element_ty), inside)
+        mean_g, mean_gx = load_means(Sums, N, S, C, c0, acc, BLOCK_C)
+    store_gradients(
+        g, centred, rstd, scale, mean_g, mean_gx, DX, DR, N, C, S, n0, c0, s0,
+        FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S,
+    )  # fmt: skip

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .plan import MASK_BITS
 from .tile import blocks_of, box
+from .tiling import MASK_BITS
 
 _BITS = tl.constexpr(MASK_BITS)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 
 from .epilogue import activate, mask_box, normalise, pack, scale_and_bias
-from .moments import last_to_arrive, merge, merge_partials, sample_mean, tile_moments
-from .tile import blocks_of, box, extents, per_channel, position
+from .moments import merge, merge_partials, sample_mean, tile_moments
+from .tickets import last_to_arrive
+from .tile import blocks_of, box, extents, load_tile, per_channel, position, store_tile
 
 
 @triton.jit
@@ -51,54 +52,25 @@ def store_statistics(
 
 
 @triton.jit
-def store_output(
-    z, R, Y, Mask, param, N, C, S, n0, c0, s0,
-    ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """Residual, activation and packed signs of a normalised tile."""
-    start, offsets, inside = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
-    if R is not None:
-        z += tl.load(R + start + offsets, inside, other=0.0).to(z.dtype)
-    y = activate(z, tl.full((), param, z.dtype), ACTIVATION)
-    tl.store(Y + start + offsets, y.to(Y.dtype.element_ty), inside)
-    if Mask is not None:
-        packed = pack((z > 0) | (z != z), BLOCK_N, BLOCK_C, BLOCK_S)
-        start, offsets, inside = mask_box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
-        tl.store(Mask + start + offsets, packed, inside)
+def count_batch(BatchesTracked, first, Arrivals, readers, CUMULATIVE: tl.constexpr):
+    """Increments the counter of batches, after all who read it have; called by each of them."""
+    if BatchesTracked is not None:
+        if CUMULATIVE:
+            first = last_to_arrive(Arrivals, readers)
+        if first:
+            tl.store(BatchesTracked, tl.load(BatchesTracked) + 1)
 
 
 @triton.jit
-def bn_stats_fwd_kernel(
-    X,  # pointer to the input
-    Mean,  # pointer to the batch mean, written
-    Rstd,  # pointer to 1 / sqrt(var + eps), written
-    RunningMean,  # pointer to the running mean, updated, or None
-    RunningVar,  # pointer to the running variance, updated, or None
-    BatchesTracked,  # pointer to the batches before this one: cumulative average; or None
-    Partials,  # pointer to (2, splits, C) means and sums of squares, then (blocks, splits) counts
-    Arrivals,  # pointer to a zero for each channel block; it counts programs
-    N,
-    C,
-    S,
-    splits,
-    momentum: "fp64",
-    eps: "fp64",
-    ALIGN: tl.constexpr,
-    MERGE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """Program (split, channel block): moments of every splits-th tile of the block."""
-    C, S = extents(C, S, ALIGN, BLOCK_S)
-    acc = Mean.dtype.element_ty
-    blocks = blocks_of(C, BLOCK_C)
-    block = tl.program_id(0) % blocks
-    split = tl.program_id(0) // blocks
+def store_partial_moments(
+    X, Partials, N, C, S, block, split, splits, acc: tl.constexpr,
+    FLAT: tl.constexpr, EVICTION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Moments of every splits-th tile of a channel block, about a mean that is returned."""
     c0 = block * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
     in_block = c < C
-
     SAMPLE_N: tl.constexpr = 16 if BLOCK_S == 1 else 1
     SAMPLE_S: tl.constexpr = 1 if BLOCK_S == 1 else 16
     shift = sample_mean(X, N, C, S, c0, acc, SAMPLE_N, BLOCK_C, SAMPLE_S)
@@ -111,23 +83,96 @@ def bn_stats_fwd_kernel(
     for tile in range(split, tiles, splits):
         n0 = tl.cast(tile // s_tiles, tl.int64) * BLOCK_N
         s0 = tl.cast(tile % s_tiles, tl.int64) * BLOCK_S
-        start, offsets, mask = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
-        x = tl.load(X + start + offsets, mask, other=0.0).to(acc) - shift[None, :, None]
+        x = load_tile(X, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
+        x = x.to(acc) - shift[None, :, None]
+        _, _, inside = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
         tile_count = (tl.minimum(N - n0, BLOCK_N) * tl.minimum(S - s0, BLOCK_S)).to(acc)
-        tile_mean, tile_m2 = tile_moments(x, mask, tile_count)
+        tile_mean, tile_m2 = tile_moments(x, inside, tile_count)
         count, mean, m2 = merge(count, mean, m2, tile_count, tile_mean, tile_m2)
 
+    tl.store(Partials + split * C + c, mean, in_block)
+    tl.store(Partials + (splits + split) * C + c, m2, in_block)
+    tl.store(Partials + 2 * splits * C + block * splits + split, count)
+    return shift
+
+
+@triton.jit
+def finish_statistics(
+    Partials, shift, Mean, Rstd, RunningMean, RunningVar, BatchesTracked, Arrivals, C, block,
+    splits, momentum, eps, CUMULATIVE: tl.constexpr, MERGE: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Merges the partial moments of a channel block and writes what follows from them."""
+    acc: tl.constexpr = Mean.dtype.element_ty
+    c0 = block * BLOCK_C
+    c = c0 + tl.arange(0, BLOCK_C)
     M2s = Partials + splits * C
     Counts = M2s + splits * C + block * splits
-    tl.store(Partials + split * C + c, mean, in_block)
-    tl.store(M2s + split * C + c, m2, in_block)
-    tl.store(Counts + split, count)
+    count, mean, m2 = merge_partials(Partials, M2s, Counts, splits, C, c0, MERGE, BLOCK_C)
+    factor = averaging_factor(momentum, BatchesTracked, CUMULATIVE, acc)
+    store_statistics(
+        count, mean + shift, m2, Mean, Rstd, RunningMean, RunningVar, factor, eps, c, c < C
+    )
+    blocks = blocks_of(C, BLOCK_C)
+    count_batch(BatchesTracked, block == 0, Arrivals + blocks, blocks, CUMULATIVE)
+
+
+@triton.jit
+def store_output(
+    x, R, Y, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
+    ACTIVATION: tl.constexpr, FLAT: tl.constexpr, EVICTION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Normalises a tile, adds the residual, and writes the activation and the packed signs."""
+    z = normalise(x, mean, scale, bias)
+    if R is not None:
+        r = load_tile(R, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
+        z += r.to(z.dtype)
+    y = activate(z, tl.full((), param, z.dtype), ACTIVATION)
+    store_tile(Y, y, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
+    if Mask is not None:
+        packed = pack((z > 0) | (z != z), BLOCK_N, BLOCK_C, BLOCK_S)
+        start, offsets, inside = mask_box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
+        tl.store(Mask + start + offsets, packed, inside, eviction_policy=EVICTION)
+
+
+@triton.jit
+def bn_stats_fwd_kernel(
+    X,  # pointer to the input
+    Mean,  # pointer to the batch mean, written
+    Rstd,  # pointer to 1 / sqrt(var + eps), written
+    RunningMean,  # pointer to the running mean, updated, or None
+    RunningVar,  # pointer to the running variance, updated, or None
+    BatchesTracked,  # pointer to the counter of batches, incremented, or None
+    Partials,  # pointer to (2, splits, C) means and sums of squares, then (blocks, splits) counts
+    Arrivals,  # pointer to a zero for each channel block, and one more
+    N,
+    C,
+    S,
+    splits,
+    momentum: "fp64",
+    eps: "fp64",
+    ALIGN: tl.constexpr,
+    MERGE: tl.constexpr,
+    CUMULATIVE: tl.constexpr,
+    FLAT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Program (split, channel block): moments of every splits-th tile of the block."""
+    C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
+    acc = Mean.dtype.element_ty
+    blocks = blocks_of(C, BLOCK_C)
+    block = tl.program_id(0) % blocks
+    split = tl.program_id(0) // blocks
+    shift = store_partial_moments(
+        X, Partials, N, C, S, block, split, splits, acc, FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S
+    )
     if last_to_arrive(Arrivals + block, splits):
-        count, mean, m2 = merge_partials(Partials, M2s, Counts, splits, C, c0, MERGE, BLOCK_C)
-        factor = averaging_factor(momentum, BatchesTracked, BatchesTracked is not None, acc)
-        store_statistics(
-            count, mean + shift, m2, Mean, Rstd, RunningMean, RunningVar, factor, eps, c, in_block
-        )
+        finish_statistics(
+            Partials, shift, Mean, Rstd, RunningMean, RunningVar, BatchesTracked, Arrivals, C,
+            block, splits, momentum, eps, CUMULATIVE, MERGE, BLOCK_C,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -140,7 +185,6 @@ def bn_apply_fwd_kernel(
     B,  # pointer to the bias, or None
     Mean,  # pointer to the mean
     Rstd,  # pointer to 1 / sqrt(var + eps), or to var if FROZEN
-    BatchesTracked,  # pointer to the counter of batches, incremented, or None
     N,
     C,
     S,
@@ -149,27 +193,23 @@ def bn_apply_fwd_kernel(
     ALIGN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     FROZEN: tl.constexpr,
+    FLAT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """One tile a program, last tiles first: the statistics left those in the L2 cache."""
-    C, S = extents(C, S, ALIGN, BLOCK_S)
+    C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
     acc = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
-    pid = tl.program_id(0)
-    if BatchesTracked is not None and pid == 0:
-        # Here and not with the statistics, whose programs may still read it.
-        tl.store(BatchesTracked, tl.load(BatchesTracked) + 1)
-
-    tile = tl.num_programs(0) - 1 - pid
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     n0, c0, s0 = position(tile, N, C, S, BLOCK_N, BLOCK_C, BLOCK_S)
-    start, offsets, mask = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
     mean = per_channel(Mean, c0, C, acc, BLOCK_C)
     rstd = per_channel(Rstd, c0, C, acc, BLOCK_C)
     if FROZEN:
         rstd = 1.0 / tl.sqrt(rstd + tl.full((), eps, acc))
     scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
-
-    x = tl.load(X + start + offsets, mask, other=0.0).to(acc)
-    z = normalise(x, mean, scale, bias)
-    store_output(z, R, Y, Mask, param, N, C, S, n0, c0, s0, ACTIVATION, BLOCK_N, BLOCK_C, BLOCK_S)
+    x = load_tile(X, N, C, S, n0, c0, s0, FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S).to(acc)
+    store_output(
+        x, R, Y, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
+        ACTIVATION, FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S,
+    )  # fmt: skip

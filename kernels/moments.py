@@ -51,17 +51,6 @@ def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
 
 
 @triton.jit
-def last_to_arrive(Arrivals, programs):
-    """Whether this program is the last of so many to get here.
-
-    All threads' stores come before the barrier, the barrier before the release;
-    so whoever arrives last, and acquires, sees every partial result.
-    """
-    tl.debug_barrier()
-    return tl.atomic_add(Arrivals, 1, sem="acq_rel") == programs - 1
-
-
-@triton.jit
 def load_partials(P, first, splits, C, c0, MERGE: tl.constexpr, BLOCK_C: tl.constexpr):
     """MERGE rows of a (splits, C) table of partial results, and their mask."""
     row = first + tl.arange(0, MERGE)[:, None]

@@ -1,101 +1,56 @@
-"""Every launch decision, made before a launch and held in a frozen plan.
-
-Both memory layouts are one array (N, C, S) with S contiguous: a channels-first
-input is (batch, channels, positions); a channels-last input, or a matrix, is
-(rows, channels, 1). A tile is a box of that array, so one kernel serves both.
-"""
+"""Every launch decision, made before a launch and held in a frozen plan."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import ceil
 
 from .device import Device
-
-# Bytes of each input that one program reads at a time. 128 threads then have
-# four 16-byte loads in flight each, and four programs a multiprocessor have
-# 32 KiB, twice what latency times bandwidth asks for on an H100.
-TILE_BYTES = 8192
-WARPS = 4
-PROGRAMS_PER_SM = 4
-
-# Where an odd size narrows the accesses there are more of them, each with its
-# address and mask in registers: past eight a thread, three programs no longer fit.
-MAX_ACCESSES = 8
-
-# A program may hold a whole channel block in registers, in rows of a memory
-# sector at least: 32 values to a thread, in 8 warps at most (in 16 a thread has
-# but 128 registers, and odd sizes spill).
-RESIDENT_ELEMENTS = 8192
-RESIDENT_THREAD_ELEMENTS = 32
-SECTOR_BYTES = 32
-
-# A row of a tile should be at least this long in memory: four 128-byte lines.
-ROW_BYTES = 512
+from .tiling import (
+    MASK_BITS,
+    PROGRAMS_PER_SM,
+    Problem,
+    Tile,
+    apply_tile,
+    power_of_2,
+    reduce_tile,
+    resident_fits,
+    resident_tile,
+)
 
 # The last program to arrive merges one partial result a split, alone.
 MAX_SPLITS = 1024
 MERGE_ELEMENTS = 2048
 
-ACCESS_BYTES = 16
+# Partial results are written and read once more: they may come to this fraction
+# of the bytes that they sum up.
+PARTIALS_SHARE = 1 / 32
+PARTIAL_BYTES = 8
 
-# The forward packs eight signs into a byte along the contiguous axis.
-MASK_BITS = 8
+# Two slices are in the cache at once, and a slice needs this many tickets for
+# each program that runs, or those that apply the one before wait for each other.
+SLICES_IN_CACHE = 2
+TICKETS_PER_PROGRAM = 2
 
+# Channels-last, narrower slices are not worth it, and wider ones read better.
+SLICE_BYTES = (128, 64)
+WIDE_BYTES = 256
 
-@dataclass(frozen=True)
-class Problem:
-    """What a batch norm call asks for, as far as a launch depends on it.
+# Counters serve one program at a time.
+SECONDS_PER_TICKET = 1e-9
 
-    Attributes:
-        n, c, s: the input's sizes, seen as (N, C, S) with S contiguous.
-        itemsize: bytes of one element of the input.
-        training: statistics are those of the batch, not given ones.
-        residual: another tensor is added before the activation.
-        saves: what the backward needs to know of the activation's argument:
-            None (it is recomputed from the input), "mask" (one bit an
-            element) or "residual" (recomputed from input and residual).
-    """
-
-    n: int
-    c: int
-    s: int
-    itemsize: int
-    training: bool = True
-    residual: bool = False
-    saves: str | None = None
-
-    @property
-    def layout(self) -> str:
-        return "channels-last" if self.s == 1 else "channels-first"
-
-    @property
-    def tensor_bytes(self) -> int:
-        """Bytes of one unit of traffic: a tensor read or written once."""
-        return self.n * self.c * self.s * self.itemsize
-
-
-@dataclass(frozen=True)
-class Tile:
-    """The box (n, c, s) that one program handles at once, and its warps."""
-
-    n: int
-    c: int
-    s: int
-    warps: int = WARPS
-
-    @property
-    def elements(self) -> int:
-        return self.n * self.c * self.s
-
-    def grid(self, problem: Problem) -> tuple[int, int, int]:
-        """How many tiles cover the problem along each axis."""
-        return (-(-problem.n // self.n), -(-problem.c // self.c), -(-problem.s // self.s))
+# Of a device whose bandwidth nobody knows; it decides between strategies alone.
+UNKNOWN_BANDWIDTH = 1e12
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over the data in one direction: a tile, and programs to a channel block."""
+    """One pass over the data that reduces to a channel: a tile, and programs to a channel block.
+
+    Attributes:
+        merge: partial results of a channel block that are merged at a time.
+    """
 
     tile: Tile
     splits: int
@@ -103,166 +58,212 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All launch decisions of one forward and its backward.
+class Schedule:
+    """How one direction is done.
 
     Attributes:
-        problem: what is planned for.
-        strategy: "two-pass" (statistics, then normalisation), "resident" (one
-            program keeps a channel block in registers in between) or "frozen"
-            (given statistics: nothing to wait for).
-        align: elements of the contiguous axis come in multiples of this.
-        access_bytes: bytes a thread moves at once; less than 16 where the
-            contiguous axis has an odd size, whose tiles are padded by mask.
-        forward_reduce, backward_reduce: the passes that reduce to a channel;
-            the latter is the only pass of a frozen backward. Resident kernels
-            have none, nor has a frozen forward: theirs are unused.
-        forward_apply, backward_apply: the tiles of the elementwise passes, or
-            of the only one, but for a frozen backward.
-        forward_launches, backward_launches: kernels launched, not counting
-            the fill of a few counters.
-        forward_units, backward_units: tensors read or written, packed masks
-            counted as the fraction of a tensor that they are.
+        strategy: "two-pass" (statistics, then normalisation), "ticketed" (the
+            same in one launch, slice by slice through the cache), "resident"
+            (one program keeps a channel block in registers in between) or
+            "frozen" (given statistics: nothing to wait for).
+        reduce: the pass that reduces to a channel: the first of two, the only
+            one of a frozen backward, both halves of a ticketed launch. Resident
+            kernels and a frozen forward have none: theirs is unused.
+        apply: the tile of the elementwise pass, or of the only one but for a
+            frozen backward.
+        slice_blocks: channel blocks in a slice, if ticketed.
+        launches: kernels launched.
+        units: tensors read or written, packed masks counted as the fraction of
+            a tensor that they are; from or to memory, if ticketed, and as many
+            as `cached_units` more from the cache.
+        seconds: predicted.
     """
 
-    problem: Problem
     strategy: str
-    align: int
-    access_bytes: int
-    forward_reduce: Pass
-    forward_apply: Tile
-    backward_reduce: Pass
-    backward_apply: Tile
-    forward_launches: int
-    backward_launches: int
-    forward_units: float
-    backward_units: float
+    reduce: Pass
+    apply: Tile
+    slice_blocks: int
+    launches: int
+    units: float
+    cached_units: float
+    seconds: float
+
+    @property
+    def tile(self) -> Tile:
+        """That of the first pass."""
+        return self.apply if self.strategy == "resident" else self.reduce.tile
+
+    def tickets(self, problem: Problem) -> int:
+        """Programs of a ticketed launch: those of two phases for each slice."""
+        slices = -(-self.reduce.tile.grid(problem)[1] // self.slice_blocks)
+        return 2 * slices * self.slice_blocks * self.reduce.splits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All launch decisions of one forward and its backward."""
+
+    problem: Problem
+    forward: Schedule
+    backward: Schedule
 
 
 @lru_cache(maxsize=4096)
 def make_plan(problem: Problem, device: Device) -> Plan:
     """Plans both directions of a problem on a device."""
-    contiguous = problem.c if problem.s == 1 else problem.s
-    # Kernels multiply the extent by its alignment in 32 bits.
-    align = min(16, contiguous & -contiguous) if contiguous < 2**31 else 1
-    forward = _elements(problem, device, align, reads=1)
-    backward = _elements(problem, device, align, reads=2)
-    strategy = choose_strategy(problem)
-    passes = 2 if strategy == "two-pass" else 1
-    forward_units, backward_units = _units(problem, passes)
-    resident = _resident_tile(problem) if strategy == "resident" else None
     return Plan(
-        problem=problem,
-        strategy=strategy,
-        align=align,
-        access_bytes=min(ACCESS_BYTES, align * problem.itemsize),
-        forward_reduce=_reduce(problem, device, forward),
-        forward_apply=resident or _apply_tile(problem, forward),
-        backward_reduce=_reduce(problem, device, backward),
-        backward_apply=resident or _apply_tile(problem, backward),
-        forward_launches=passes,
-        backward_launches=passes,
-        forward_units=forward_units,
-        backward_units=backward_units,
+        problem,
+        choose(schedules(problem, device, backward=False)),
+        choose(schedules(problem, device, backward=True)),
     )
 
 
-def choose_strategy(problem: Problem) -> str:
-    """Frozen if the statistics are given, resident if a channel block fits registers."""
+def choose(found: dict[str, Schedule]) -> Schedule:
+    """The fastest, as predicted; of two that are equal the first."""
+    return min(found.values(), key=lambda schedule: schedule.seconds)
+
+
+def schedules(problem: Problem, device: Device, backward: bool) -> dict[str, Schedule]:
+    """All strategies that can serve one direction of a problem, the simplest first."""
     if not problem.training:
-        return "frozen"
-    tile = _resident_tile(problem)
-    reach = tile.n * problem.c * problem.s
-    # Twice the registers that float64 takes are not there.
-    fits = tile.elements <= RESIDENT_ELEMENTS and reach < 2**31 and problem.itemsize < 8
-    return "resident" if fits else "two-pass"
+        return {"frozen": frozen(problem, device, backward)}
+    found = {"two-pass": two_pass(problem, device, backward)}
+    if resident_fits(problem):
+        found["resident"] = resident(problem, device, backward)
+    tickets = ticketed(problem, device, backward)
+    if _blocks_in_cache(problem, device, backward, tickets.reduce.tile):
+        found["ticketed"] = tickets
+    return found
 
 
-def _resident_tile(problem: Problem) -> Tile:
-    """All values of as few channels as make rows of a memory sector."""
-    sector = SECTOR_BYTES // problem.itemsize
-    if problem.s == 1:
-        s, c = 1, max(MASK_BITS, sector)
-    else:
-        s = max(MASK_BITS, _power_of_2(problem.s))
-        c = max(1, sector // s)
-    n = _power_of_2(problem.n)
-    warps = n * c * s // (32 * RESIDENT_THREAD_ELEMENTS)
-    return Tile(n, c, s, warps=min(8, max(WARPS, warps)))
+def frozen(problem: Problem, device: Device, backward: bool) -> Schedule:
+    """One pass."""
+    units = _once(problem, backward)
+    seconds = device.launch + units * problem.tensor_bytes / _bandwidth(device)
+    return _schedule("frozen", problem, device, backward, units, seconds)
 
 
-def _units(problem: Problem, passes: int) -> tuple[float, float]:
-    mask = 1 / (MASK_BITS * problem.itemsize) if problem.saves == "mask" else 0
-    forward = passes + 1 + problem.residual + mask
-    reads = 2 + (problem.saves == "residual") + mask
-    backward = passes * reads + 1 + (problem.saves is not None)
-    return forward, backward
+def two_pass(problem: Problem, device: Device, backward: bool) -> Schedule:
+    """What is read first is read again, in reverse order: what the cache kept comes from there."""
+    unit, again = problem.tensor_bytes, _reads(problem, backward)
+    units = _once(problem, backward) + again
+    kept = min(again * unit, device.l2_share * device.l2_bytes)
+    moved = units * unit - kept + kept / device.l2_speed
+    seconds = 2 * device.launch + moved / _bandwidth(device)
+    return _schedule("two-pass", problem, device, backward, units, seconds)
 
 
-def _elements(problem: Problem, device: Device, align: int, reads: int) -> int:
-    """Elements of a tile, when a program reads this many tensors side by side.
+def resident(problem: Problem, device: Device, backward: bool) -> Schedule:
+    """One wave of programs after the other, each as slow as a load, a reduction and a store.
 
-    Small problems get small tiles, two for each program that fits the device,
-    down to one access a thread.
+    Few programs leave multiprocessors idle, and the others move only so much.
     """
-    threads = 32 * WARPS
-    most = min(TILE_BYTES // problem.itemsize // reads, MAX_ACCESSES * threads * align)
-    least = min(threads * ACCESS_BYTES // problem.itemsize, most)
-    share = problem.n * problem.c * problem.s // (2 * PROGRAMS_PER_SM * device.sm_count)
-    return min(most, max(least, 1 << share.bit_length() >> 1))
+    tile, units = resident_tile(problem), _once(problem, backward)
+    programs = tile.grid(problem)[1]
+    # 8192 values and as many results take all registers of two programs.
+    at_once = device.sm_count * (16 // tile.warps)
+    busy = min(1.0, device.sm_speed * min(programs, device.sm_count) / device.sm_count)
+    row = tile.c * problem.itemsize if problem.s == 1 else problem.s * problem.itemsize
+    rate = _bandwidth(device) * busy * device.row_rate(row)
+    waves = -(-programs // at_once)
+    seconds = device.launch + max(units * problem.tensor_bytes / rate, 3 * waves * device.latency)
+    return _schedule("resident", problem, device, backward, units, seconds, apply=tile)
 
 
-def _reduce(problem: Problem, device: Device, elements: int) -> Pass:
-    """Splits the rows of each channel block over enough programs to fill the device."""
-    tile = _reduce_tile(problem, elements)
-    n_tiles, channel_blocks, s_tiles = tile.grid(problem)
+def ticketed(problem: Problem, device: Device, backward: bool) -> Schedule:
+    """Each slice is read from memory once and from the cache once.
+
+    Cache and memory work at the same time; the last to apply wait for the last
+    to reduce, and where a slice has few tickets all do.
+    """
+    unit, again = problem.tensor_bytes, _reads(problem, backward)
+    units, reads = _once(problem, backward), 2 if backward else 1
+    for row_bytes in SLICE_BYTES:
+        tile = reduce_tile(problem, device, reads, row_bytes)
+        in_cache = _blocks_in_cache(problem, device, backward, tile)
+        if in_cache:
+            break
+    n_tiles, blocks, s_tiles = tile.grid(problem)
     tiles = n_tiles * s_tiles
-    wanted = -(-PROGRAMS_PER_SM * device.sm_count // channel_blocks)
+    summed = tile.elements * problem.itemsize * reads
+    share = max(ceil(PARTIAL_BYTES * tile.c / (summed * PARTIALS_SHARE)), ceil(tiles / MAX_SPLITS))
+    splits = ceil(tiles / share)
+
+    at_once = PROGRAMS_PER_SM * device.sm_count
+    wanted = -(-TICKETS_PER_PROGRAM * at_once // splits)
+    if problem.s == 1:
+        wanted = max(wanted, WIDE_BYTES // (tile.c * problem.itemsize))
+    slices = -(-blocks // max(1, min(wanted, in_cache)))
+    slice_blocks = -(-blocks // slices)
+
+    row = slice_blocks * tile.c * problem.s * problem.itemsize
+    memory = units * unit / (_bandwidth(device) * device.row_rate(row))
+    cache = (units + again) * unit / (_bandwidth(device) * device.l2_speed)
+    counters = 2 * slices * slice_blocks * splits * SECONDS_PER_TICKET
+    waits = slices if slice_blocks * splits < at_once else 1
+    seconds = device.launch + max(memory, cache, counters) + 4 * waits * device.latency
+    return _schedule(
+        "ticketed", problem, device, backward, units, seconds,
+        reduce=_pass(tile, splits), slice_blocks=slice_blocks, cached_units=again,
+    )  # fmt: skip
+
+
+def _blocks_in_cache(problem: Problem, device: Device, backward: bool, tile: Tile) -> int:
+    """Channel blocks of a slice, if the cache can be counted on to hold two slices."""
+    block_bytes = tile.c * problem.n * problem.s * problem.itemsize * _reads(problem, backward)
+    return int(device.l2_share * device.l2_bytes / (SLICES_IN_CACHE * block_bytes))
+
+
+def _schedule(
+    strategy: str, problem: Problem, device: Device, backward: bool, units: float, seconds: float,
+    reduce: Pass | None = None, apply: Tile | None = None, slice_blocks: int = 0,
+    cached_units: float = 0,
+) -> Schedule:  # fmt: skip
+    reads = 2 if backward else 1
+    return Schedule(
+        strategy=strategy,
+        reduce=reduce or _filling_pass(problem, device, reads),
+        apply=apply or apply_tile(problem, device, reads),
+        slice_blocks=slice_blocks,
+        launches=2 if strategy == "two-pass" else 1,
+        units=units,
+        cached_units=cached_units,
+        seconds=seconds,
+    )
+
+
+def _filling_pass(problem: Problem, device: Device, reads: int) -> Pass:
+    """Splits the rows of each channel block over enough programs to fill the device."""
+    tile = reduce_tile(problem, device, reads)
+    n_tiles, blocks, s_tiles = tile.grid(problem)
+    tiles = n_tiles * s_tiles
+    wanted = -(-PROGRAMS_PER_SM * device.sm_count // blocks)
     splits = min(tiles, wanted, MAX_SPLITS)
     # Even shares: with 600 tiles, 300 programs of two each end sooner than
     # 528 programs, most of one and some of two.
-    splits = -(-tiles // -(-tiles // splits))
-    return Pass(tile, splits, merge=min(_power_of_2(splits), max(1, MERGE_ELEMENTS // tile.c)))
+    return _pass(tile, -(-tiles // -(-tiles // splits)))
 
 
-def _reduce_tile(problem: Problem, elements: int) -> Tile:
-    """A few channels and as many rows of them as fit."""
-    if problem.s == 1:
-        s = 1
-        c = _clamp(ACCESS_BYTES * MASK_BITS // problem.itemsize, problem.c, elements)
-    else:
-        s = _clamp(elements, problem.s, elements)
-        row = max(1, ROW_BYTES // (problem.s * problem.itemsize))
-        c = min(_power_of_2(row), _power_of_2(problem.c), elements // s)
-    n = min(elements // (c * s), _power_of_2(problem.n))
-    return _within_int32(problem, n, c, s)
+def _pass(tile: Tile, splits: int) -> Pass:
+    return Pass(tile, splits, merge=min(power_of_2(splits), max(1, MERGE_ELEMENTS // tile.c)))
 
 
-def _apply_tile(problem: Problem, elements: int) -> Tile:
-    """A stretch of memory as contiguous as can be."""
-    if problem.s == 1:
-        s = 1
-        c = _clamp(256, problem.c, elements)
-    else:
-        s = _clamp(elements, problem.s, elements)
-        c = min(elements // s, _power_of_2(problem.c))
-    n = min(elements // (c * s), _power_of_2(problem.n))
-    return _within_int32(problem, n, c, s)
+def _bandwidth(device: Device) -> float:
+    return device.bandwidth or UNKNOWN_BANDWIDTH
 
 
-def _within_int32(problem: Problem, n: int, c: int, s: int) -> Tile:
-    """Kernels count from a tile's first element in 32 bits: it must not reach further."""
-    while n > 1 and n * problem.c * problem.s >= 2**31:
-        n //= 2
-    while c > 1 and c * problem.s >= 2**31:
-        c //= 2
-    return Tile(n, c, s)
+def _mask(problem: Problem) -> float:
+    """A packed mask, in units."""
+    return 1 / (MASK_BITS * problem.itemsize) if problem.saves == "mask" else 0
 
 
-def _clamp(wanted: int, extent: int, most: int) -> int:
-    """A power of two that holds whole mask bytes and is no longer than needed."""
-    return max(MASK_BITS, min(_power_of_2(extent), wanted, most))
+def _reads(problem: Problem, backward: bool) -> float:
+    """Units that statistics or sums are computed from: those that two passes read twice."""
+    return 2 + (problem.saves == "residual") + _mask(problem) if backward else 1
 
 
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+def _once(problem: Problem, backward: bool) -> float:
+    """Units when each tensor is read or written once."""
+    if backward:
+        return _reads(problem, backward) + 1 + (problem.saves is not None)
+    return 2 + problem.residual + _mask(problem)

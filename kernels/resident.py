@@ -7,11 +7,11 @@ and written once, in one launch.
 import triton
 import triton.language as tl
 
-from .backward import input_gradient, load_gradient, store_parameter_gradients
-from .epilogue import normalise, scale_and_bias
-from .forward import averaging_factor, store_output, store_statistics
-from .moments import last_to_arrive, sum_rows, tile_moments
-from .tile import box, extents, per_channel
+from .backward import load_gradient, store_gradients, store_parameter_gradients
+from .epilogue import scale_and_bias
+from .forward import averaging_factor, count_batch, store_output, store_statistics
+from .moments import sum_rows, tile_moments
+from .tile import box, extents, load_tile, per_channel
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def bn_resident_fwd_kernel(
     RunningMean,  # pointer to the running mean, updated, or None
     RunningVar,  # pointer to the running variance, updated, or None
     BatchesTracked,  # pointer to the counter of batches, incremented, or None
-    Arrivals,  # pointer to a zero, if CUMULATIVE; it counts programs
+    Arrivals,  # pointer to a zero, if CUMULATIVE
     N,
     C,
     S,
@@ -37,20 +37,21 @@ def bn_resident_fwd_kernel(
     ALIGN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CUMULATIVE: tl.constexpr,
+    FLAT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Program i: channel block i, all of whose values are one tile."""
-    C, S = extents(C, S, ALIGN, BLOCK_S)
+    C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
     acc = Mean.dtype.element_ty
     c0 = tl.program_id(0) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
     in_block = c < C
     factor = averaging_factor(momentum, BatchesTracked, CUMULATIVE, acc)
 
-    start, offsets, inside = box(N, C, S, 0, c0, 0, BLOCK_N, BLOCK_C, BLOCK_S)
-    x = tl.load(X + start + offsets, inside, other=0.0).to(acc)
+    _, _, inside = box(N, C, S, 0, c0, 0, BLOCK_N, BLOCK_C, BLOCK_S)
+    x = load_tile(X, N, C, S, 0, c0, 0, FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S).to(acc)
     count = (tl.cast(N, tl.int64) * S).to(acc)
     # The mean of what is left corrects the first mean's rounding.
     about = sum_rows(x * (1.0 / count))
@@ -60,16 +61,11 @@ def bn_resident_fwd_kernel(
         count, mean, m2, Mean, Rstd, RunningMean, RunningVar, factor, eps, c, in_block
     )
     scale, bias = scale_and_bias(W, B, rstd[None, :, None], c0, C, BLOCK_C)
-    z = normalise(x, mean[None, :, None], scale, bias)
-    store_output(z, R, Y, Mask, param, N, C, S, 0, c0, 0, ACTIVATION, BLOCK_N, BLOCK_C, BLOCK_S)
-
-    if BatchesTracked is not None:
-        increments = tl.program_id(0) == 0
-        if CUMULATIVE:
-            # Nobody counts before everybody has read.
-            increments = last_to_arrive(Arrivals, tl.num_programs(0))
-        if increments:
-            tl.store(BatchesTracked, tl.load(BatchesTracked) + 1)
+    store_output(
+        x, R, Y, Mask, mean[None, :, None], scale, bias, param, N, C, S, 0, c0, 0,
+        ACTIVATION, FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S,
+    )  # fmt: skip
+    count_batch(BatchesTracked, c0 == 0, Arrivals, tl.num_programs(0), CUMULATIVE)
 
 
 @triton.jit
@@ -92,28 +88,29 @@ def bn_resident_bwd_kernel(
     param: "fp64",
     ALIGN: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    FLAT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Program i: channel block i, all of whose values are one tile."""
-    C, S = extents(C, S, ALIGN, BLOCK_S)
+    C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
     acc = Mean.dtype.element_ty
     c0 = tl.program_id(0) * BLOCK_C
     mean = per_channel(Mean, c0, C, acc, BLOCK_C)
     rstd = per_channel(Rstd, c0, C, acc, BLOCK_C)
     scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
-    offsets, inside, g, centred = load_gradient(
-        DY, X, R, Mask, mean, scale, bias, tl.full((), param, acc), N, C, S, 0, c0, 0,
-        ACTIVATION, BLOCK_N, BLOCK_C, BLOCK_S,
+    g, centred = load_gradient(
+        DY, X, R, Mask, mean, scale, bias, param, N, C, S, 0, c0, 0,
+        ACTIVATION, FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S,
     )  # fmt: skip
+    _, _, inside = box(N, C, S, 0, c0, 0, BLOCK_N, BLOCK_C, BLOCK_S)
     sum_g = sum_rows(tl.where(inside, g, 0.0))
     sum_gx = sum_rows(tl.where(inside, g * centred, 0.0))
     store_parameter_gradients(sum_g, sum_gx, rstd, DW, DB, c0, C, BLOCK_C)
-    if DX is not None:
-        count = (tl.cast(N, tl.int64) * S).to(acc)
-        mean_g, mean_gx = sum_g[None, :, None] / count, sum_gx[None, :, None] / count
-        dx = input_gradient(g, centred, rstd, scale, mean_g, mean_gx)
-        tl.store(DX + offsets, dx.to(DX.dtype.element_ty), inside)
-    if DR is not None:
-        tl.store(DR + offsets, g.to(DR.dtype.element_ty), inside)
+    count = (tl.cast(N, tl.int64) * S).to(acc)
+    mean_g, mean_gx = sum_g[None, :, None] / count, sum_gx[None, :, None] / count
+    store_gradients(
+        g, centred, rstd, scale, mean_g, mean_gx, DX, DR, N, C, S, 0, c0, 0,
+        FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S,
+    )  # fmt: skip

@@ -5,20 +5,20 @@ import triton.language as tl
 
 
 @triton.jit
-def extents(C, S, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr):
-    """C and S, of which the contiguous one was passed in units of ALIGN.
+def extents(C, S, ALIGN: tl.constexpr, FLAT: tl.constexpr, BLOCK_S: tl.constexpr):
+    """C and S, of which one was passed in units of ALIGN: C if S is 1 or FLAT, else S.
 
     The compiler then knows the extent to be a multiple of ALIGN, and with it
     that rows start aligned: that is what makes accesses 16 bytes wide.
     """
-    if BLOCK_S == 1:
+    if BLOCK_S == 1 or FLAT:
         return C * ALIGN, S
     else:
         return C, S * ALIGN
 
 
 @triton.jit
-def blocks_of(extent, BLOCK: tl.constexpr):
+def blocks_of(extent, BLOCK):
     """How many blocks cover an extent; `tl.cdiv` overflows just below 2^31."""
     return (extent - 1) // BLOCK + 1
 
@@ -41,6 +41,71 @@ def box(N, C, S, n0, c0, s0, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK
 
 
 @triton.jit
+def flat_box(N, C, S, n0, c0, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+    """`box` of whole planes as they lie in memory, those of neighbouring channels back to back.
+
+    Offsets and mask are (BLOCK_N, BLOCK_C * BLOCK_S) blocks, of which no more
+    than BLOCK_C * S columns are inside.
+    """
+    start = (tl.cast(n0, tl.int64) * C + c0) * S
+    n = tl.arange(0, BLOCK_N)[:, None]
+    column = tl.arange(0, BLOCK_C * BLOCK_S)[None, :]
+    mask = (n < N - n0) & (column < tl.minimum(BLOCK_C, C - c0) * S)
+    return start, n * C * S + column, mask
+
+
+@triton.jit
+def rearrange(x, columns, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):
+    """Each row of a (BLOCK_N, WIDTH) block in another order: column j becomes columns[j].
+
+    As one vector: of a single row Triton would shuffle between threads, which
+    takes 32 steps for each value; through shared memory it takes one.
+    """
+    rows = tl.arange(0, BLOCK_N)[:, None] * WIDTH
+    index = tl.reshape(rows + columns[None, :], (BLOCK_N * WIDTH,))
+    return tl.gather(tl.reshape(x, (BLOCK_N * WIDTH,)), index, 0)
+
+
+@triton.jit
+def load_tile(
+    P, N, C, S, n0, c0, s0, FLAT: tl.constexpr, EVICTION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """The tile at (n0, c0, s0), zero outside the array; if FLAT, s0 is 0 and BLOCK_S >= S."""
+    if FLAT:
+        WIDTH: tl.constexpr = BLOCK_C * BLOCK_S
+        start, offsets, inside = flat_box(N, C, S, n0, c0, BLOCK_N, BLOCK_C, BLOCK_S)
+        flat = tl.load(P + start + offsets, inside, other=0.0, eviction_policy=EVICTION)
+        column = tl.arange(0, WIDTH)
+        padded = rearrange(flat, column // BLOCK_S * S + column % BLOCK_S, BLOCK_N, WIDTH)
+        x = tl.reshape(padded, (BLOCK_N, BLOCK_C, BLOCK_S))
+        return tl.where(tl.arange(0, BLOCK_S)[None, None, :] < S, x, 0.0)
+    else:
+        start, offsets, inside = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
+        return tl.load(P + start + offsets, inside, other=0.0, eviction_policy=EVICTION)
+
+
+@triton.jit
+def store_tile(
+    P, x, N, C, S, n0, c0, s0, FLAT: tl.constexpr, EVICTION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """The inverse of `load_tile`."""
+    x = x.to(P.dtype.element_ty)
+    if FLAT:
+        WIDTH: tl.constexpr = BLOCK_C * BLOCK_S
+        start, offsets, inside = flat_box(N, C, S, n0, c0, BLOCK_N, BLOCK_C, BLOCK_S)
+        column = tl.arange(0, WIDTH)
+        source = tl.minimum(column // S * BLOCK_S + column % S, WIDTH - 1)
+        flat = rearrange(x, source, BLOCK_N, WIDTH)
+        flat = tl.reshape(flat, (BLOCK_N, WIDTH))
+        tl.store(P + start + offsets, flat, inside, eviction_policy=EVICTION)
+    else:
+        start, offsets, inside = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
+        tl.store(P + start + offsets, x, inside, eviction_policy=EVICTION)
+
+
+@triton.jit
 def position(tile, N, C, S, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
     """First element (n0, c0, s0) of a tile, tiles numbered in the order of memory."""
     s_tiles = blocks_of(S, BLOCK_S)
@@ -53,6 +118,9 @@ def position(tile, N, C, S, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_
 
 @triton.jit
 def per_channel(P, c0, C, acc: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Loads one value a channel, shaped to broadcast against a tile."""
+    """Loads one value a channel, shaped to broadcast against a tile.
+
+    Past the first-level cache: other multiprocessors may have written it in this launch.
+    """
     c = c0 + tl.arange(0, BLOCK_C)
-    return tl.load(P + c, c < C, other=0.0).to(acc)[None, :, None]
+    return tl.load(P + c, c < C, other=0.0, cache_modifier=".cg").to(acc)[None, :, None]

@@ -31,29 +31,50 @@ def _seed():
 
 
 @pytest.fixture
-def force_strategy(monkeypatch):
-    """Makes the planner choose one strategy wherever there is a choice."""
+def replan():
+    """Forgets all plans and launchers, now and after the test."""
+    from fastbn import calls
     from fastbn.kernels import plan
 
-    def force(strategy):
-        choose = plan.choose_strategy
-        monkeypatch.setattr(
-            plan, "choose_strategy", lambda p: strategy if p.training else choose(p)
-        )
-        plan.make_plan.cache_clear()
+    def forget():
+        for cached in (plan.make_plan, calls.forward_call, calls.backward_call):
+            cached.cache_clear()
 
-    yield force
-    plan.make_plan.cache_clear()
+    forget()
+    yield forget
+    forget()
 
 
 @pytest.fixture
-def tiny_tiles(monkeypatch):
-    """Tiles so small that small tensors take many of them, and many splits to merge."""
+def force_strategy(monkeypatch, replan):
+    """Makes the planner choose one strategy wherever it can serve."""
     from fastbn.kernels import plan
 
-    monkeypatch.setattr(plan, "TILE_BYTES", 512)
+    schedules = plan.schedules
+
+    def force(strategy):
+        make = getattr(plan, strategy.replace("-", "_"))
+
+        def forced(problem, device, backward):
+            if not problem.training:
+                return schedules(problem, device, backward)
+            if strategy == "resident" and not plan.resident_fits(problem):
+                return {"two-pass": plan.two_pass(problem, device, backward)}
+            return {strategy: make(problem, device, backward)}
+
+        monkeypatch.setattr(plan, "schedules", forced)
+        replan()
+
+    return force
+
+
+@pytest.fixture
+def tiny_tiles(monkeypatch, replan):
+    """Tiles so small that small tensors take many of them, and many splits and slices."""
+    from fastbn.kernels import plan, tiling
+
+    monkeypatch.setattr(tiling, "TILE_BYTES", 512)
     monkeypatch.setattr(plan, "MERGE_ELEMENTS", 16)
     monkeypatch.setattr(plan, "PROGRAMS_PER_SM", 24)
-    plan.make_plan.cache_clear()
-    yield
-    plan.make_plan.cache_clear()
+    monkeypatch.setattr(plan, "TICKETS_PER_PROGRAM", 1 / 24)
+    replan()

@@ -205,16 +205,28 @@ class TestBadEpilogues:
             )  # fmt: skip
 
 
-def test_explain_in_words(device):
+def test_explain_in_words(device, force_strategy):
+    force_strategy("resident")
     text = str(explain(FusedBatchNormAct2d(6).to(device), torch.randn(2, 6, 8, 8, device=device)))
     assert "Triton kernels serve this call" in text
-    assert "channels-first, seen as (N, C, S) = (2, 6, 64); 16-byte accesses" in text
-    assert "Strategy: resident" in text
-    assert "Forward:  1 launch, 2 units of traffic = 0.01 MB" in text
-    assert "Backward: 1 launch, 3 units of traffic = 0.01 MB" in text
+    assert "channels-first, seen as (N, C, S) = (2, 6, 64)." in text
+    assert "Forward:  resident, 1 launch, 16-byte accesses; 2 units of traffic = 0.01 MB." in text
+    assert "Backward: resident, 1 launch, 16-byte accesses; 3 units" in text
 
 
-def test_explain_counts_what_the_call_moves(device):
+@pytest.mark.parametrize("strategy", ["two-pass", "resident", "ticketed"])
+def test_explain_names_the_strategy_that_runs(strategy, device, force_strategy):
+    force_strategy(strategy)
+    x = torch.randn(2, 16, 5, 5, device=device)
+    found = explain(FusedBatchNorm2d(16).to(device), x)
+    assert found.plan.forward.strategy == found.plan.backward.strategy == strategy
+    assert str(found).count(strategy) == 2
+    assert ("from the cache" in str(found)) == (strategy == "ticketed")
+    assert ("flattened planes" in str(found)) == (strategy != "resident")
+
+
+def test_explain_counts_what_the_call_moves(device, force_strategy):
+    force_strategy("resident")
     x = torch.randn(2, 6, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
     bn = FusedBatchNormAct2d(6).to(device)
     found = explain(bn, x, x)
@@ -223,7 +235,7 @@ def test_explain_counts_what_the_call_moves(device):
     assert found.forward_bytes == round((3 + 1 / 32) * x.nbytes)
     assert found.backward_bytes == round((4 + 1 / 32) * x.nbytes)
     found = explain(bn.eval(), x)
-    assert found.plan.strategy == "frozen"
+    assert found.plan.forward.strategy == "frozen"
     assert found.forward_bytes == 2 * x.nbytes
 
 

@@ -24,12 +24,13 @@ from benchmarks import environment, inputs, measure, report, rivals, timing
 from benchmarks.check import worst_error
 from benchmarks.inputs import make_inputs
 from benchmarks.measure import Machine, Row
-from benchmarks.plans import h100_plan
+from benchmarks.plans import device_plan
 from benchmarks.plot import draw
 from benchmarks.rivals import Rival
 from benchmarks.shapes import BN, BN_ADD_RELU, BN_RELU, Case, cases
 from benchmarks.summary import speed_ups, summarise
 from benchmarks.table import markdown
+from fastbn.kernels.device import H100
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -106,7 +107,7 @@ def test_report_on_a_cpu(tmp_path):
     for plan in found["plans"]:
         assert "H100" in plan["device"]
         assert plan["shape"] in table
-        assert 0 < plan["predicted_us"]["forward"] < plan["predicted_us"]["forward+backward"]
+        assert 0 < plan["forward"]["seconds"] < plan["backward"]["seconds"]
 
 
 def test_pytest_benchmarks(tmp_path):
@@ -559,10 +560,7 @@ def test_the_plan_is_of_the_problem_that_a_call_poses(case):
     if not fastbn.explain(norm, made.x).plan:
         pytest.skip("no kernels for the CPU here")
     problem = fastbn.explain(norm, made.x, made.residual).plan.problem
-    plan = h100_plan(case)
-    assert plan["problem"] == vars(problem)
-    moved = plan["forward_units"] * case.tensor_bytes
-    assert plan["predicted_us"]["forward"] == pytest.approx(moved / 3.35e12 * 1e6)
+    assert device_plan(case, H100)["problem"] == vars(problem)
 
 
 def test_driver_version(monkeypatch, tmp_path):

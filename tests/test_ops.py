@@ -9,7 +9,7 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
 import fastbn
-from fastbn import FusedBatchNorm2d, FusedBatchNormAct2d, ops
+from fastbn import FusedBatchNorm2d, FusedBatchNormAct2d, counters, ops
 
 TESTS = (
     "test_schema",
@@ -178,8 +178,9 @@ def test_transforms_inside_compile(transform, device):
     torch.testing.assert_close(compiled, function(x))
 
 
-def test_nothing_is_written_if_memory_runs_out(device, monkeypatch, force_strategy):
-    force_strategy("two-pass")
+@pytest.mark.parametrize("strategy", ["two-pass", "ticketed"])
+def test_nothing_is_written_if_memory_runs_out(strategy, device, monkeypatch, force_strategy):
+    force_strategy(strategy)
     bn = FusedBatchNormAct2d(4).to(device)
     x = torch.randn(2, 4, 5, 5, device=device)
     before = copy.deepcopy(bn.state_dict())
@@ -188,6 +189,7 @@ def test_nothing_is_written_if_memory_runs_out(device, monkeypatch, force_strate
         raise torch.OutOfMemoryError("out of memory")
 
     for name in ("empty", "empty_like", "zeros"):
+        counters.discard()
         with monkeypatch.context() as patch:
             patch.setattr(torch, name, full)
             with fastbn.use_backend("triton"), pytest.raises(torch.OutOfMemoryError):

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from fastbn.kernels.device import H100
-from fastbn.kernels.plan import MASK_BITS, Problem, make_plan
 from fastbn.kernels.tile import box, extents, position
+from fastbn.kernels.tiling import MASK_BITS, Problem, apply_tile
 
 
 @triton.jit
@@ -16,7 +16,7 @@ def locate(
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Writes each element's offset, or -1 outside the array."""
-    C, S = extents(C, S, ALIGN, BLOCK_S)
+    C, S = extents(C, S, ALIGN, False, BLOCK_S)
     n0, c0, s0 = position(tile, N, C, S, BLOCK_N, BLOCK_C, BLOCK_S)
     start, offsets, mask = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
     n = tl.arange(0, BLOCK_N)[:, None, None]
@@ -58,10 +58,10 @@ def expected(n, c, s, tile, block):
 )
 def test_offsets(n, c, s, device):
     # Elements of 64 bytes, for small tiles: the planner shapes them by reach all the same.
-    plan = make_plan(Problem(n, c, s, itemsize=64), H100)
-    block = bn, bc, bs = (plan.forward_apply.n, plan.forward_apply.c, plan.forward_apply.s)
+    tiled = apply_tile(Problem(n, c, s, itemsize=64), H100, reads=1)
+    block = bn, bc, bs = (tiled.n, tiled.c, tiled.s)
     tiles = -(-n // bn) * -(-c // bc) * -(-s // bs)
-    align = plan.align
+    align = tiled.align
     for tile in {0, tiles // 3, tiles // 2, max(0, tiles - 2), tiles - 1}:
         out = torch.full(block, -2, dtype=torch.int64, device=device)
         locate[(1,)](out, n, c, s // align, tile, align, *block)

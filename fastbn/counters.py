@@ -1,0 +1,72 @@
+"""Counters that the programs of a launch share: one set for each device and stream.
+
+They are zero before a launch and after it (`kernels/tickets.py`), so nothing has
+to be filled in between. Launches in one stream come one after the other; those in
+two streams have two sets.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Channel blocks that a set is made for at first.
+BLOCKS = 4096
+
+
+class Counters(NamedTuple):
+    """int32 `arrivals` and int64 `tickets`, each one longer than the channel blocks served."""
+
+    arrivals: Tensor
+    tickets: Tensor
+
+
+_sets: dict[tuple[torch.device, int], Counters] = {}
+
+
+def counters(device: torch.device, blocks: int) -> Counters:
+    """Those of the device's current stream, for so many channel blocks at least."""
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            # They belong to the graph, which may be replayed in any stream.
+            return _zeros(device, blocks)
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+    elif device.type == "xpu":
+        stream = torch.xpu.current_stream(device).sycl_queue
+    found = _sets.get((device, stream))
+    if found is None or len(found.arrivals) <= blocks:
+        found = _sets[device, stream] = _lasting_zeros(device, max(blocks, BLOCKS))
+    return found
+
+
+def discard() -> None:
+    """Forgets all sets: after a launch that failed nobody knows what they hold."""
+    _sets.clear()
+
+
+def _zeros(device: torch.device, blocks: int) -> Counters:
+    return Counters(
+        torch.zeros(blocks + 1, dtype=torch.int32, device=device),
+        torch.zeros(blocks + 1, dtype=torch.int64, device=device),
+    )
+
+
+def _lasting_zeros(device: torch.device, blocks: int) -> Counters:
+    """`_zeros` that outlive the call.
+
+    A thread about to record a CUDA graph allocates from the graph's own memory
+    (`torch.compile(mode="reduce-overhead")` does so while it warms up), where
+    nothing may stay behind. Another thread does not.
+    """
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def make() -> Counters:
+        with torch.inference_mode(False), torch.cuda.stream(stream):
+            return _zeros(device, blocks)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()

@@ -1,0 +1,162 @@
+"""Each tensor crosses memory once, in one launch: what is read twice is read from the L2 cache.
+
+The formulas are those of `forward.py` and `backward.py`, the order of work and
+how programs wait for each other that of `tickets.py`. Tiles to be read again are
+loaded to stay in the cache, and what is used for the last time to leave it.
+"""
+
+import triton
+import triton.language as tl
+
+from .backward import (
+    finish_sums,
+    load_gradient,
+    load_means,
+    store_gradients,
+    store_partial_sums,
+)
+from .epilogue import scale_and_bias
+from .forward import finish_statistics, store_output, store_partial_moments
+from .tickets import draw_ticket, last_to_arrive, raise_flag, wait_for_flag, work_of
+from .tile import blocks_of, extents, load_tile, per_channel
+
+
+@triton.jit
+def bn_ticketed_fwd_kernel(
+    X,  # pointer to the input
+    R,  # pointer to the residual, or None
+    Y,  # pointer to the output
+    Mask,  # pointer to the packed signs of the activation's argument, or None
+    W,  # pointer to the weight, or None
+    B,  # pointer to the bias, or None
+    Mean,  # pointer to the batch mean, written
+    Rstd,  # pointer to 1 / sqrt(var + eps), written
+    RunningMean,  # pointer to the running mean, updated, or None
+    RunningVar,  # pointer to the running variance, updated, or None
+    BatchesTracked,  # pointer to the counter of batches, incremented, or None
+    Partials,  # pointer to (2, splits, C) means and sums of squares, then (blocks, splits) counts
+    Arrivals,  # pointer to a zero for each channel block, and one more
+    Tickets,  # pointer to the counter of tickets, and a flag for each channel block
+    N,
+    C,
+    S,
+    splits,
+    slice_blocks,
+    momentum: "fp64",
+    eps: "fp64",
+    param: "fp64",
+    ALIGN: tl.constexpr,
+    MERGE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CUMULATIVE: tl.constexpr,
+    FLAT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """One ticket a program: moments of every splits-th tile of a channel block, or their output."""
+    C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
+    acc = Mean.dtype.element_ty
+    blocks = blocks_of(C, BLOCK_C)
+    ticket, generation = draw_ticket(Tickets)
+    slices = blocks_of(blocks, slice_blocks)
+    applies, block, split = work_of(ticket, slices, slice_blocks, splits)
+    if block < blocks:
+        if applies:
+            c0 = block * BLOCK_C
+            wait_for_flag(Tickets + 1 + block, generation)
+            mean = per_channel(Mean, c0, C, acc, BLOCK_C)
+            rstd = per_channel(Rstd, c0, C, acc, BLOCK_C)
+            scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
+            s_tiles = blocks_of(S, BLOCK_S)
+            for tile in range(split, blocks_of(N, BLOCK_N) * s_tiles, splits):
+                n0 = tl.cast(tile // s_tiles, tl.int64) * BLOCK_N
+                s0 = tl.cast(tile % s_tiles, tl.int64) * BLOCK_S
+                x = load_tile(
+                    X, N, C, S, n0, c0, s0, FLAT, "evict_first", BLOCK_N, BLOCK_C, BLOCK_S
+                )
+                store_output(
+                    x.to(acc), R, Y, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
+                    ACTIVATION, FLAT, "evict_first", BLOCK_N, BLOCK_C, BLOCK_S,
+                )  # fmt: skip
+        else:
+            shift = store_partial_moments(
+                X, Partials, N, C, S, block, split, splits, acc,
+                FLAT, "evict_last", BLOCK_N, BLOCK_C, BLOCK_S,
+            )  # fmt: skip
+            if last_to_arrive(Arrivals + block, splits):
+                finish_statistics(
+                    Partials, shift, Mean, Rstd, RunningMean, RunningVar, BatchesTracked,
+                    Arrivals, C, block, splits, momentum, eps, CUMULATIVE, MERGE, BLOCK_C,
+                )  # fmt: skip
+                raise_flag(Tickets + 1 + block, generation)
+
+
+@triton.jit
+def bn_ticketed_bwd_kernel(
+    DY,  # pointer to the output's gradient
+    X,  # pointer to the input
+    R,  # pointer to the residual, where the activation's gradient needs it, or None
+    Mask,  # pointer to the packed signs of the activation's argument, or None
+    W,  # pointer to the weight, or None
+    B,  # pointer to the bias, or None
+    Mean,  # pointer to the mean
+    Rstd,  # pointer to 1 / sqrt(var + eps)
+    DW,  # pointer to the weight's gradient, or None
+    DB,  # pointer to the bias' gradient, or None
+    Sums,  # pointer to (2, C): sum(g), sum(g * (x - mean))
+    DX,  # pointer to the input's gradient
+    DR,  # pointer to the residual's gradient, or None
+    Partials,  # pointer to (2, splits, C) sums
+    Arrivals,  # pointer to a zero for each channel block
+    Tickets,  # pointer to the counter of tickets, and a flag for each channel block
+    N,
+    C,
+    S,
+    splits,
+    slice_blocks,
+    param: "fp64",
+    ALIGN: tl.constexpr,
+    MERGE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    FLAT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """One ticket a program: sums over every splits-th tile of a channel block, or their dx."""
+    C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
+    acc = Mean.dtype.element_ty
+    blocks = blocks_of(C, BLOCK_C)
+    ticket, generation = draw_ticket(Tickets)
+    slices = blocks_of(blocks, slice_blocks)
+    applies, block, split = work_of(ticket, slices, slice_blocks, splits)
+    if block < blocks:
+        c0 = block * BLOCK_C
+        mean = per_channel(Mean, c0, C, acc, BLOCK_C)
+        rstd = per_channel(Rstd, c0, C, acc, BLOCK_C)
+        scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
+        if applies:
+            wait_for_flag(Tickets + 1 + block, generation)
+            mean_g, mean_gx = load_means(Sums, N, S, C, c0, acc, BLOCK_C)
+            s_tiles = blocks_of(S, BLOCK_S)
+            for tile in range(split, blocks_of(N, BLOCK_N) * s_tiles, splits):
+                n0 = tl.cast(tile // s_tiles, tl.int64) * BLOCK_N
+                s0 = tl.cast(tile % s_tiles, tl.int64) * BLOCK_S
+                g, centred = load_gradient(
+                    DY, X, R, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
+                    ACTIVATION, FLAT, "evict_first", BLOCK_N, BLOCK_C, BLOCK_S,
+                )  # fmt: skip
+                store_gradients(
+                    g, centred, rstd, scale, mean_g, mean_gx, DX, DR, N, C, S, n0, c0, s0,
+                    FLAT, "evict_first", BLOCK_N, BLOCK_C, BLOCK_S,
+                )  # fmt: skip
+        else:
+            store_partial_sums(
+                DY, X, R, Mask, Partials, None, None, mean, scale, bias, param, N, C, S,
+                block, split, splits, True, ACTIVATION, FLAT, "evict_last",
+                BLOCK_N, BLOCK_C, BLOCK_S,
+            )  # fmt: skip
+            if last_to_arrive(Arrivals + block, splits):
+                finish_sums(Partials, Sums, rstd, DW, DB, C, c0, splits, MERGE, BLOCK_C)
+                raise_flag(Tickets + 1 + block, generation)

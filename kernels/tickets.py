@@ -1,0 +1,78 @@
+"""How programs of one launch hand work to each other.
+
+A ticketed launch has one program for each ticket. Channels are cut into slices
+that fit the L2 cache; tickets are ordered so that two of them are in it at a time:
+
+    reduce(0)  reduce(1) apply(0)  reduce(2) apply(1)  ...  apply(last)
+
+where reduce(i) and apply(i) are `phase` tickets each. A ticket to apply waits for
+the flag of its channel block, which the last of the block's tickets to reduce
+raises.
+
+Invariant: a ticket waits only for lower ones. Numbers are drawn from a counter
+by programs that already run, so whatever a ticket waits for is held by a running
+program. The lowest unfinished ticket hence never waits, and finishes: there is
+no deadlock, however few programs the device holds at once and in whatever order
+it starts them.
+
+Nothing is left to reset between launches. The last program to draw sets the
+counter to the next generation, the last to arrive sets its counter to zero, and
+a flag is up when it shows the generation of this launch, so that flags of earlier
+launches don't count.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def draw_ticket(Tickets):
+    """The next ticket, and the launch's generation: low and high half of a 64-bit word."""
+    word = tl.atomic_add(Tickets, 1, sem="relaxed")
+    ticket = tl.cast(word & 0xFFFFFFFF, tl.int32)
+    generation = (word >> 32) + 1
+    if ticket == tl.num_programs(0) - 1:
+        tl.store(Tickets, generation << 32)
+    return ticket, tl.cast(generation, tl.int32)
+
+
+@triton.jit
+def work_of(ticket, slices, slice_blocks, splits):
+    """Whether a ticket is one to apply, its channel block, and its share of the block's tiles.
+
+    Neighbouring tickets go to neighbouring blocks. The last slice may have
+    fewer blocks than the others: the block is then past the last one.
+    """
+    phase = slice_blocks * splits
+    step = ticket // phase
+    applies = (step > 0) & ((step % 2 == 0) | (step == 2 * slices - 1))
+    slice = (step + 1) // 2 - applies
+    return applies, slice * slice_blocks + ticket % slice_blocks, ticket % phase // slice_blocks
+
+
+@triton.jit
+def last_to_arrive(Arrivals, programs):
+    """Whether this program is the last of so many to get here.
+
+    All threads' stores come before the barrier, the barrier before the release;
+    so whoever arrives last, and acquires, sees every partial result.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(Arrivals, 1, sem="acq_rel") == programs - 1
+    if last:
+        tl.store(Arrivals, 0)
+    return last
+
+
+@triton.jit
+def raise_flag(Flag, generation):
+    """All threads' stores, then the flag."""
+    tl.debug_barrier()
+    tl.atomic_xchg(Flag, tl.cast(generation, tl.int64), sem="release")
+
+
+@triton.jit
+def wait_for_flag(Flag, generation):
+    """Whoever returns sees what was stored before the flag was raised."""
+    while tl.cast(tl.atomic_add(Flag, 0, sem="acquire"), tl.int32) != generation:
+        pass
