@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,16 @@ def saved_for(activation: str, residual: bool) -> str | None:
     return "mask" if activation in SIGN_ACTIVATIONS else "residual"
 
 
+class Options(NamedTuple):
+    """The arguments of a call that are not tensors."""
+
+    training: bool
+    momentum: float | None
+    eps: float
+    activation: str
+    param: float
+
+
 def forward(
     input: Tensor,
     weight: Tensor | None,
@@ -29,14 +39,11 @@ def forward(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    activation: str,
-    param: float,
+    options: Options,
     save_mask: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, mean, rstd (the variance if not training) and packed mask."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Output, mean, rstd (the variance if not training) and packed mask if it is saved."""
+    training, momentum, eps, activation, param = options
     if training:
         return ops.forward_train(
             input, residual, weight, bias, running_mean, running_var, num_batches_tracked,
@@ -52,16 +59,28 @@ class BatchNorm(torch.autograd.Function):
     """Batch norm, residual and activation, with the kernels' gradient."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        input, weight, bias, residual, *_, training, _, eps, activation, param = args
-        saved = saved_for(activation, residual is not None)
-        output, mean, rstd, mask = forward(*args, save_mask=saved == "mask")
-        ctx.save_for_backward(
-            input, weight, bias, residual if saved == "residual" else None, mask, mean, rstd
-        )
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        options: Options,
+    ) -> Tensor:
+        saved = saved_for(options.activation, residual is not None)
+        output, mean, rstd, mask = forward(
+            input, weight, bias, residual, running_mean, running_var, num_batches_tracked, options,
+            saved == "mask",
+        )  # fmt: skip
+        residual = residual if saved == "residual" else None
+        mask = mask if saved == "mask" else None
+        ctx.save_for_backward(input, weight, bias, residual, mask, mean, rstd)
         # Hooks on saved tensors may change strides, and the mask's bits follow these.
         ctx.format = memory_format(input)
-        ctx.frozen, ctx.eps, ctx.activation, ctx.param = not training, eps, activation, param
+        ctx.options = options
         return output
 
     @staticmethod
@@ -70,19 +89,20 @@ class BatchNorm(torch.autograd.Function):
             grads = _differentiable_backward(ctx, grad_output)
         else:
             grads = _backward(ctx, grad_output)
-        return (*grads, *[None] * 8)
+        return (*grads, *[None] * 4)
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of input, weight, bias and residual, each where asked for."""
     input, weight, bias, residual, mask, mean, rstd = ctx.saved_tensors
     input = input.contiguous(memory_format=ctx.format)
+    training, _, eps, activation, param = ctx.options
     want_dx, want_dw, want_db, want_dr = ctx.needs_input_grad[:4]
     # With no activation the residual's gradient is the output's: no copy.
-    compute_dr = want_dr and ctx.activation != "none"
+    compute_dr = want_dr and activation != "none"
     dx, dw, db, dr = ops.backward(
-        grad_output, input, residual, mask, weight, bias, mean, rstd, ctx.eps, ctx.activation,
-        ctx.param, ctx.frozen, [want_dx, want_dw, want_db, compute_dr],
+        grad_output, input, residual, mask, weight, bias, mean, rstd, eps, activation, param,
+        not training, [want_dx, want_dw, want_db, compute_dr],
     )  # fmt: skip
     return (
         dx if want_dx else None,
@@ -95,31 +115,32 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """The same gradients through the reference, for second derivatives (`create_graph`)."""
     *inputs, mask, mean, rstd = ctx.saved_tensors
+    training, _, eps, activation, param = ctx.options
     # Views, so that a path from one input to another, or one tensor in two
     # places, is left to the engine and not counted twice.
     inputs = [None if t is None else t.view_as(t) for t in inputs]
     input, weight, bias, residual = inputs
-    statistics = (mean, rstd) if ctx.frozen else (None, None)
+    statistics = (mean, rstd) if not training else (None, None)
 
-    def normalised(activation: str, residual: Tensor | None) -> Tensor:
+    def normalised(act: str, residual: Tensor | None) -> Tensor:
         return reference.batch_norm(
-            input, *statistics, weight, bias, not ctx.frozen, 0.0, ctx.eps, activation, ctx.param,
+            input, *statistics, weight, bias, training, 0.0, eps, act, param,
             residual,
         )  # fmt: skip
 
-    if mask.numel():
+    if mask is not None:
         # The residual was not kept, but where the argument is positive was,
         # and that is all that the derivatives depend on.
-        slope = ctx.param if ctx.activation == "leaky_relu" else 0.0
+        slope = param if activation == "leaky_relu" else 0.0
         positive = unpack_mask(mask, input.contiguous(memory_format=ctx.format))
         grad_residual = torch.where(positive, grad_output, grad_output * slope)
         output, grad_output = normalised("none", None), grad_residual
     elif ctx.needs_input_grad[3] and residual is None:
         grad_residual = grad_output
-        output = normalised(ctx.activation, None)
+        output = normalised(activation, None)
     else:
         grad_residual = None
-        output = normalised(ctx.activation, residual)
+        output = normalised(activation, residual)
 
     wanted = [needed and t is not None for needed, t in zip(ctx.needs_input_grad, inputs)]
     grads = iter(

@@ -23,6 +23,9 @@ if HAS_TRITON:
 _DEVICES = ("cuda", "xpu", "cpu") if INTERPRETING else ("cuda", "xpu")
 _HALVES = (torch.float16, torch.bfloat16)
 _DTYPES = (*_HALVES, torch.float32, torch.float64)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_DIFFERENT_DEVICES = "tensors are on different devices"
+_SUBCLASS = "an argument is a tensor subclass"
 
 
 def _checked(name: str, source: str) -> str:
@@ -88,28 +91,43 @@ def unserved(
         return f"the input's dtype is {input.dtype}"
     if input.numel() == 0:
         return "the input is empty"
-    statistics = (running_mean, running_var)
-    parameters = [t for t in (weight, bias, *statistics) if t is not None]
-    dtypes = {t.dtype for t in parameters}
-    allowed = {input.dtype, torch.float32} if input.dtype in _HALVES else {input.dtype}
-    if len(dtypes) > 1 or not dtypes <= allowed:
-        names = ", ".join(sorted(str(dtype) for dtype in dtypes))
-        return f"parameters and statistics of {names} don't go with an input of {input.dtype}"
-    if any(t.dim() != 1 for t in parameters):
-        return "a parameter or running statistic is not one-dimensional"
-    if any(t is not None and not t.is_contiguous() for t in statistics):
+    # Straight on, without comprehensions: this runs in every call.
+    dtype, device = input.dtype, input.device
+    found = None
+    for t in (weight, bias, running_mean, running_var):
+        if t is None:
+            continue
+        if t.dtype is not found:
+            if found is not None:
+                return f"parameters and statistics are of {found} and {t.dtype}"
+            found = t.dtype
+            if found != dtype and (found != torch.float32 or dtype not in _HALVES):
+                return f"parameters or statistics of {found} don't go with an input of {dtype}"
+        if t.dim() != 1:
+            return "a parameter or running statistic is not one-dimensional"
+        if t.device != device:
+            return _DIFFERENT_DEVICES
+        if type(t) not in _PLAIN:
+            return _SUBCLASS
+    if running_mean is not None and not running_mean.is_contiguous():
+        return "the running statistics are not contiguous"
+    if running_var is not None and not running_var.is_contiguous():
         return "the running statistics are not contiguous"
     counter = num_batches_tracked
-    if counter is not None and (counter.dtype != torch.int64 or counter.numel() != 1):
-        return "num_batches_tracked is not a single int64"
-    if residual is not None and residual.dtype != input.dtype:
-        return f"the residual's dtype is {residual.dtype}, the input's {input.dtype}"
-    tensors = [input, *parameters]
-    tensors += [t for t in (num_batches_tracked, residual) if t is not None]
-    if any(t.device != input.device for t in tensors):
-        return "tensors are on different devices"
-    if any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
-        return "an argument is a tensor subclass"
+    if counter is not None:
+        if counter.dtype != torch.int64 or counter.numel() != 1:
+            return "num_batches_tracked is not a single int64"
+        if counter.device != device:
+            return _DIFFERENT_DEVICES
+    if residual is not None:
+        if residual.dtype != dtype:
+            return f"the residual's dtype is {residual.dtype}, the input's {dtype}"
+        if residual.device != device:
+            return _DIFFERENT_DEVICES
+        if type(residual) not in _PLAIN:
+            return _SUBCLASS
+    if type(input) not in _PLAIN or (counter is not None and type(counter) not in _PLAIN):
+        return _SUBCLASS
     return None
 
 

@@ -17,7 +17,7 @@ from .kernels.resident import bn_resident_bwd_kernel, bn_resident_fwd_kernel
 from .kernels.ticketed import bn_ticketed_bwd_kernel, bn_ticketed_fwd_kernel
 from .kernels.tiling import Problem, Tile
 from .launch import Launcher, device_facts
-from .layout import mask_sizes, memory_format, sizes
+from .layout import mask_sizes, memory_format, sizes, statistics_dtype
 
 # Multiplications and additions are not contracted, so that the backward finds
 # the activation's argument on the side of a kink where the forward left it.
@@ -54,8 +54,14 @@ class Call:
 def forward_call(
     shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device,
     residual: bool, save_mask: bool, training: bool, activation: str, cumulative: bool,
+    *kinds: torch.dtype | bool | None,
 ) -> Call:  # fmt: skip
-    """What a forward does with an input of these sizes and strides."""
+    """What a forward does with an input of these sizes and strides.
+
+    Args:
+        kinds: dtypes of the other tensors, None where there is none: launchers
+            are not shared between them.
+    """
     setup = _Setup(shape, stride, dtype, device, training, residual, "mask" if save_mask else None)
     problem, schedule = setup.problem, make_plan(setup.problem, device_facts(device)).forward
     reduce, tile = schedule.reduce, schedule.apply
@@ -83,9 +89,14 @@ def forward_call(
 @lru_cache(maxsize=1024)
 def backward_call(
     shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device,
-    saves: str | None, training: bool, activation: str,
+    saves: str | None, training: bool, activation: str, *kinds: torch.dtype | bool | None,
 ) -> Call:  # fmt: skip
-    """What a backward does, given the forward's input."""
+    """What a backward does, given the forward's input.
+
+    Args:
+        kinds: dtypes of the other tensors, None where there is none, and the
+            gradients wanted: launchers are not shared between them.
+    """
     setup = _Setup(shape, stride, dtype, device, training, saves is not None, saves)
     problem, schedule = setup.problem, make_plan(setup.problem, device_facts(device)).backward
     reduce, tile = schedule.reduce, schedule.apply
@@ -136,7 +147,7 @@ class _Setup:
         return Call(
             schedule=schedule,
             format=self.format,
-            statistics=torch.float64 if self.like.dtype == torch.float64 else torch.float32,
+            statistics=statistics_dtype(self.like.dtype),
             mask_bytes=prod(mask_sizes(self.like)),
             blocks=blocks,
             partials=splits * (2 * self.problem.c + counts * blocks),

@@ -22,6 +22,7 @@ class Counters(NamedTuple):
 
     arrivals: Tensor
     tickets: Tensor
+    blocks: int
 
 
 _sets: dict[tuple[torch.device, int], Counters] = {}
@@ -38,7 +39,7 @@ def counters(device: torch.device, blocks: int) -> Counters:
     elif device.type == "xpu":
         stream = torch.xpu.current_stream(device).sycl_queue
     found = _sets.get((device, stream))
-    if found is None or len(found.arrivals) <= blocks:
+    if found is None or found.blocks < blocks:
         found = _sets[device, stream] = _lasting_zeros(device, max(blocks, BLOCKS))
     return found
 
@@ -52,6 +53,7 @@ def _zeros(device: torch.device, blocks: int) -> Counters:
     return Counters(
         torch.zeros(blocks + 1, dtype=torch.int32, device=device),
         torch.zeros(blocks + 1, dtype=torch.int64, device=device),
+        blocks,
     )
 
 

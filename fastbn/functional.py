@@ -97,11 +97,14 @@ def tracked_batch_norm(
             residual = input.view_as(input)
         if bias is weight and bias is not None:
             bias = bias.view_as(bias)
-        args = (
-            input, weight, bias, residual, *statistics, num_batches_tracked, training, momentum,
-            eps, activation, param,
-        )  # fmt: skip
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4]):
+        options = autograd.Options(training, momentum, eps, activation, param)
+        args = (input, weight, bias, residual, *statistics, num_batches_tracked, options)
+        if torch.is_grad_enabled() and (
+            input.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+        ):
             return autograd.BatchNorm.apply(*args)
         return autograd.forward(*args)[0]
 
@@ -184,11 +187,10 @@ def _well_formed(
     if input.dim() < 2 or (running_mean is None) != (running_var is None):
         return False
     channels = input.shape[1]
-    if any(
-        t is not None and t.numel() != channels for t in (running_mean, running_var, weight, bias)
-    ):
-        return False
-    if any(t is not None and t.requires_grad for t in (running_mean, running_var)):
+    for t in (running_mean, running_var, weight, bias):
+        if t is not None and t.numel() != channels:
+            return False
+    if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
         return False
     if training:
         known_momentum = momentum is not None or num_batches_tracked is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache, reduce
 from operator import or_
@@ -55,10 +55,10 @@ class Launcher:
     Triton's own dispatch takes ten microseconds to find what it has compiled.
     It compiles anew by device, by the values of integers and constants, by the
     dtypes of tensors and which of them are left out, and by whether their
-    memory is aligned to 16 bytes. A launcher has one device, one set of
-    integers and one of constants; it keeps what was compiled by dtypes, for
-    aligned tensors alone, and leaves the others to Triton. Triton's own
-    settings (`triton.knobs`) count when a kernel is compiled.
+    memory is aligned to 16 bytes. All launches of a launcher are alike in that
+    (`calls.py` sees to it) but for the alignment: what was compiled for aligned
+    tensors is kept here, others are left to Triton. Triton's own settings
+    (`triton.knobs`) count when a kernel is compiled.
 
     Args:
         kernel: its parameters are tensors, then integers, floats, constants.
@@ -80,33 +80,31 @@ class Launcher:
         self.integers, self.constants = tuple(integers), constants
         # A compiled kernel takes them by place.
         self._places = [constants[name] for name in kernel.arg_names if name in constants]
-        self._compiled: dict[tuple[torch.dtype | None, ...], Any] = {}
+        self._start: Callable[..., None] | None = None
         # The interpreter compiles nothing, and how other drivers take pointers is not known.
         self._keeps = isinstance(kernel, JITFunction) and device.type != "xpu"
+        self._index = device.index if device.type == "cuda" else None
 
     def __call__(self, tensors: Sequence[Tensor | None], *floats: float) -> None:
-        """Launches; what is left out is None."""
+        """Launches; a tensor that is left out is None."""
+        pointers = [0 if t is None else t.data_ptr() for t in tensors]
+        aligned = not reduce(or_, pointers) & _ALIGNMENT_BITS
         try:
-            self._launch(tensors, floats)
+            if self._start is None or not aligned:
+                self._dispatch(tensors, floats, aligned)
+            elif self._index is not None and torch.cuda.current_device() == self._index:
+                self._start(*pointers, *self.integers, *floats, *self._places)
+            else:
+                with on_device(self.device):
+                    self._start(*pointers, *self.integers, *floats, *self._places)
         except BaseException:
             counters.discard()
             raise
 
-    def _launch(self, tensors: Sequence[Tensor | None], floats: tuple[float, ...]) -> None:
-        dtypes = tuple([None if t is None else t.dtype for t in tensors])
-        pointers = [0 if t is None else t.data_ptr() for t in tensors]
-        aligned = not reduce(or_, pointers) & _ALIGNMENT_BITS
-        start = self._compiled.get(dtypes) if aligned else None
-        if start is None:
-            compiled = self._dispatch(tensors, floats)
-            if aligned and self._keeps:
-                self._compiled[dtypes] = compiled[self.grid]
-        elif self.device.type == "cuda" and torch.cuda.current_device() == self.device.index:
-            start(*pointers, *self.integers, *floats, *self._places)
-        else:
-            with on_device(self.device):
-                start(*pointers, *self.integers, *floats, *self._places)
-
-    def _dispatch(self, tensors: Sequence[Tensor | None], floats: tuple[float, ...]) -> Any:
+    def _dispatch(
+        self, tensors: Sequence[Tensor | None], floats: tuple[float, ...], aligned: bool
+    ) -> None:
         with on_device(self.device):
-            return self.kernel[self.grid](*tensors, *self.integers, *floats, **self.constants)
+            compiled = self.kernel[self.grid](*tensors, *self.integers, *floats, **self.constants)
+            if aligned and self._keeps:
+                self._start = compiled[self.grid]

@@ -39,6 +39,11 @@ def sizes(x: Tensor, format: torch.memory_format) -> tuple[int, int, int]:
     return n, c, s
 
 
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of mean, rstd and sums, for an input of this dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def mask_sizes(x: Tensor) -> tuple[int, int]:
     """(rows, bytes a row) of the packed mask of `x`; bits run along the contiguous axis."""
     n, c, s = sizes(x, memory_format(x))

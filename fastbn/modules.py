@@ -39,15 +39,20 @@ def statistics_of(
     module: nn.Module,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool]:
     """What a batch norm module passes on: running mean and variance, counter, training or not."""
-    tracking = module.training and module.track_running_stats
-    # In training, statistics that are not tracked are not to be written.
-    uses_statistics = not module.training or module.track_running_stats
-    return (
-        module.running_mean if uses_statistics else None,
-        module.running_var if uses_statistics else None,
-        module.num_batches_tracked if tracking else None,
-        module.training or (module.running_mean is None and module.running_var is None),
-    )
+    # As `nn.Module` finds them, in a fifth of the time.
+    buffers = module._buffers
+    try:
+        mean, var = buffers["running_mean"], buffers["running_var"]
+        counter = buffers["num_batches_tracked"]
+    except KeyError:  # attributes put in their place
+        mean, var = module.running_mean, module.running_var
+        counter = module.num_batches_tracked
+    if not module.training:
+        return mean, var, None, mean is None and var is None
+    if not module.track_running_stats:
+        # In training, statistics that are not tracked are not to be written.
+        return None, None, None, True
+    return mean, var, counter, True
 
 
 class FusedBatchNorm1d(_Fused, nn.BatchNorm1d):
@@ -104,12 +109,13 @@ def fused_activation(module: nn.Module) -> tuple[str, float | None] | None:
     None if there is something that they can't compute: another activation, a
     hook on it, a drop layer. It then comes after them, and so does the residual.
     """
-    act = getattr(module, "act", None)
+    layers = module._modules
+    act, drop = layers.get("act"), layers.get("drop")
     if act is None:
         return "none", None
-    if type(act) not in _FUSIBLE or type(module.drop) is not nn.Identity:
+    if type(act) not in _FUSIBLE or type(drop) is not nn.Identity:
         return None
-    if any(_hooks(layer) for layer in (act, module.drop)):
+    if _hooks(act) or _hooks(drop):
         return None
     return _FUSIBLE[type(act)](act)
 

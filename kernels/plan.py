@@ -144,12 +144,16 @@ def frozen(problem: Problem, device: Device, backward: bool) -> Schedule:
 
 
 def two_pass(problem: Problem, device: Device, backward: bool) -> Schedule:
-    """What is read first is read again, in reverse order: what the cache kept comes from there."""
+    """What is read first is read again, in reverse order: what the cache kept comes from there.
+
+    However small, three round trips to load, to arrive and to merge, and three
+    more to load statistics, to load and to store.
+    """
     unit, again = problem.tensor_bytes, _reads(problem, backward)
     units = _once(problem, backward) + again
     kept = min(again * unit, device.l2_share * device.l2_bytes)
     moved = units * unit - kept + kept / device.l2_speed
-    seconds = 2 * device.launch + moved / _bandwidth(device)
+    seconds = 2 * device.launch + max(moved / _bandwidth(device), 6 * device.latency)
     return _schedule("two-pass", problem, device, backward, units, seconds)
 
 

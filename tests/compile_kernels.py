@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fastbn import calls, ops
+from fastbn import calls, run
 from fastbn.kernels.device import H100
 from fastbn.launch import Launcher
 
@@ -160,12 +160,12 @@ def _call(case: Case) -> None:
     signs = case.residual and case.activation in ("relu", "leaky_relu")
     epilogue = (1e-5, case.activation, 0.01)
     if case.training:
-        _, mean, var, mask = ops._forward_train(
+        _, mean, var, mask = run.forward_train(
             x, residual, weight, bias, mean, var, counter, 0.1, *epilogue, signs
         )
     else:
-        _, mask = ops._forward_eval(x, residual, weight, bias, mean, var, *epilogue, signs)
-    ops._backward(
+        _, mask = run.forward_eval(x, residual, weight, bias, mean, var, *epilogue, signs)
+    run.backward(
         x, x, None if signs else residual, mask, weight, bias, mean, var, *epilogue,
         not case.training, [True, True, True, case.residual],
     )  # fmt: skip

@@ -9,7 +9,7 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
 import fastbn
-from fastbn import FusedBatchNorm2d, FusedBatchNormAct2d, counters, ops
+from fastbn import FusedBatchNorm2d, FusedBatchNormAct2d, counters
 
 TESTS = (
     "test_schema",
@@ -42,25 +42,24 @@ def test_opcheck_forward_train(channels_last, momentum, statistics, device):
     if momentum is None and counter is None:
         momentum = 0.0
     args = (x, r, w, b, mean, var, counter, momentum, 1e-5, "relu", 0.0, True)
-    torch.library.opcheck(ops.forward_train, args, test_utils=TESTS)
+    torch.library.opcheck(torch.ops.fastbn.forward_train.default, args, test_utils=TESTS)
     args = (x, None, None, None, mean, var, counter, momentum, 1e-5, "gelu", 0.0, False)
-    torch.library.opcheck(ops.forward_train, args, test_utils=TESTS)
+    torch.library.opcheck(torch.ops.fastbn.forward_train.default, args, test_utils=TESTS)
 
 
 @pytest.mark.parametrize("save_mask", [True, False])
 def test_opcheck_forward_eval(save_mask, device):
     x, r, _, w, b, mean, var, _ = tensors(device)
     args = (x, r, w, b, mean, var, 1e-5, "leaky_relu", 0.1, save_mask)
-    torch.library.opcheck(ops.forward_eval, args, test_utils=TESTS)
+    torch.library.opcheck(torch.ops.fastbn.forward_eval.default, args, test_utils=TESTS)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("wanted", WANTED)
 def test_opcheck_backward(wanted, frozen, device):
     x, r, dy, w, b, mean, var, _ = tensors(device)
-    none = torch.empty(0, dtype=torch.uint8, device=device)
-    args = (dy, x, r, none, w, b, mean, var, 1e-5, "silu", 0.0, frozen, wanted)
-    torch.library.opcheck(ops.backward, args, test_utils=TESTS)
+    args = (dy, x, r, None, w, b, mean, var, 1e-5, "silu", 0.0, frozen, wanted)
+    torch.library.opcheck(torch.ops.fastbn.backward.default, args, test_utils=TESTS)
 
 
 def model(norm, act):
