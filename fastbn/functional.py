@@ -97,7 +97,7 @@ def tracked_batch_norm(
             residual = input.view_as(input)
         if bias is weight and bias is not None:
             bias = bias.view_as(bias)
-        options = autograd.Options(training, momentum, eps, activation, param)
+        options = (training, momentum, eps, activation, param)
         args = (input, weight, bias, residual, *statistics, num_batches_tracked, options)
         if torch.is_grad_enabled() and (
             input.requires_grad

@@ -92,7 +92,7 @@ class Launcher:
         try:
             if self._start is None or not aligned:
                 self._dispatch(tensors, floats, aligned)
-            elif self._index is not None and torch.cuda.current_device() == self._index:
+            elif self._index is None or torch.cuda.current_device() == self._index:
                 self._start(*pointers, *self.integers, *floats, *self._places)
             else:
                 with on_device(self.device):

@@ -31,7 +31,9 @@ def _empty_mask(call: Call, x: Tensor, wanted: bool) -> Tensor | None:
 
 def _empty_parameter(parameter: Tensor | None, x: Tensor, wanted: bool) -> Tensor | None:
     """For the gradient of a weight or bias."""
-    return (x if parameter is None else parameter).new_empty(x.shape[1]) if wanted else None
+    if not wanted:
+        return None
+    return x.new_empty(x.shape[1]) if parameter is None else torch.empty_like(parameter)
 
 
 def _written(*tensors: Tensor | None) -> None:
@@ -57,13 +59,14 @@ def forward_train(
     mask = _empty_mask(call, x, save_mask)
     mean = torch.empty(x.shape[1], dtype=call.statistics, device=x.device)
     rstd = torch.empty_like(mean)
-    arrivals, tickets, _ = counters(x.device, call.blocks)
     momentum = 0.0 if momentum is None else momentum
     outputs = (x, residual, y, mask, weight, bias)
     statistics = (mean, rstd, running_mean, running_var, batches_tracked)
     if call.schedule.strategy == "resident":
+        arrivals = counters(x.device, 1).arrivals if cumulative else None
         call.whole((*outputs, *statistics, arrivals), momentum, eps, param)
     else:
+        arrivals, tickets, _ = counters(x.device, call.blocks)
         partials = torch.empty(call.partials, dtype=mean.dtype, device=x.device)
         if call.whole is not None:
             tensors = (*outputs, *statistics, partials, arrivals, tickets)
