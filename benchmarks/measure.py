@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,9 +10,12 @@ import torch
 
 from .check import worst_error
 from .inputs import Inputs
+from .plans import floor_units
 from .rivals import DIRECTIONS, RIVALS, forward_backward, in_one_line
 from .shapes import Case
-from .timing import captured, clock_of, one_round, peak_memory, time_rounds
+from .timing import Timing, captured, clock_of, one_round, peak_memory, time_rounds
+
+METHODS = ("calls", "graph")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Row:
         gb_per_s: 1e9 bytes per second, of `Case.floor_bytes`.
         fraction_of_copy: of the copy bandwidth measured on this machine; None
             if that could not be measured.
+        fraction_of_one_pass, fraction_of_two_pass: likewise, of the bytes that
+            fastbn's kernels move in one pass, or two.
         peak_memory: bytes of forward and backward on top of the inputs; None
             in other rows and without a GPU.
         correct: within tolerance of float64.
@@ -47,6 +52,8 @@ class Row:
     spread: float
     gb_per_s: float
     fraction_of_copy: float | None
+    fraction_of_one_pass: float | None
+    fraction_of_two_pass: float | None
     peak_memory: int | None
     correct: bool
 
@@ -62,11 +69,19 @@ class Machine:
     def gpu(self) -> bool:
         return self.device.type == "cuda"
 
+    def fraction(self, bytes: float, timing: Timing) -> float | None:
+        """The time that so many take at the copy bandwidth, as a fraction of a measured one."""
+        return self.copy_bandwidth and bytes / self.copy_bandwidth / timing.median
+
 
 def measure(
-    case: Case, name: str, sets: list[Inputs], machine: Machine, note: Callable[[str], None]
-) -> Iterator[Row]:
+    case: Case, name: str, sets: list[Inputs], machine: Machine, note: Callable[[str], None],
+    methods: Sequence[str] = METHODS,
+) -> Iterator[Row]:  # fmt: skip
     """Checks and times one rival; `note` is told of what can't be captured.
+
+    Args:
+        methods: without a GPU there is no "graph".
 
     Raises:
         ArithmeticError: the rival is wrong. Its rows, marked, come first.
@@ -77,14 +92,15 @@ def measure(
     for direction, step in DIRECTIONS.items():
         play = one_round(partial(step, rival), sets)
         plays = {"calls": play}
-        if machine.gpu:
+        if machine.gpu and "graph" in methods:
             try:
                 plays["graph"] = captured(play)
             except Exception as problem:
                 note(f"{case}, {name}, {direction}: no CUDA graph: {in_one_line(problem)}")
-        for method, play in plays.items():
-            timing = time_rounds(play, len(sets), clock_of(machine.device))
-            rate = case.floor_bytes(direction) / timing.median
+        one_pass, two_pass = (u * case.tensor_bytes for u in floor_units(case, direction))
+        bytes = case.floor_bytes(direction)
+        for method in [method for method in methods if method in plays]:
+            timing = time_rounds(plays[method], len(sets), clock_of(machine.device))
             yield Row(
                 network=case.network,
                 shape=case.shape,
@@ -96,8 +112,10 @@ def measure(
                 rival=name,
                 median_us=timing.median * 1e6,
                 spread=timing.spread,
-                gb_per_s=rate / 1e9,
-                fraction_of_copy=machine.copy_bandwidth and rate / machine.copy_bandwidth,
+                gb_per_s=bytes / timing.median / 1e9,
+                fraction_of_copy=machine.fraction(bytes, timing),
+                fraction_of_one_pass=machine.fraction(one_pass, timing),
+                fraction_of_two_pass=machine.fraction(two_pass, timing),
                 peak_memory=memory if direction == "forward+backward" else None,
                 correct=error <= 1,
             )

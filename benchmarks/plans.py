@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict
 
 from fastbn.kernels.device import DEVICES, H100, Device
-from fastbn.kernels.plan import Plan, Schedule, make_plan
+from fastbn.kernels.plan import Plan, Schedule, make_plan, ticketed, two_pass
 from fastbn.kernels.tiling import Problem
 
 from .shapes import Case, cases
@@ -27,6 +27,20 @@ def problem_of(case: Case) -> Problem:
     saves = "mask" if epilogue.residual and epilogue.relu else None
     itemsize = case.tensor_bytes // math.prod(case.size)
     return Problem(n, c, s, itemsize, residual=epilogue.residual, saves=saves)
+
+
+def floor_units(case: Case, direction: str) -> tuple[float, float]:
+    """Units that one pass and that two passes move, packed masks included.
+
+    Of a ticketed kernel those from memory: the device plays no part in them.
+    """
+    problem = problem_of(case)
+    backwards = (False, True) if direction == "forward+backward" else (False,)
+    one, two = (
+        sum(strategy(problem, H100, backward).units for backward in backwards)
+        for strategy in (ticketed, two_pass)
+    )
+    return one, two
 
 
 def plan_entry(case: Case, plan: Plan, device: str) -> dict:

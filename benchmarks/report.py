@@ -52,6 +52,8 @@ class Report:
         self.bandwidth: float | None = None
         self.rows: list[Row] = []
         self.plans: list[dict] = []
+        self.strategies: list[dict] = []
+        self.device_facts: dict | None = None
         self.failures: list[dict[str, str]] = []
         self.skipped: list[str] = []
         self.notes: list[str] = []
@@ -100,7 +102,9 @@ class Report:
             "failures": self.failures,
             "skipped": self.skipped,
             "notes": self.notes,
+            "device_facts": self.device_facts,
             "rows": [asdict(row) for row in self.rows],
+            "strategies": self.strategies,
             "plans": self.plans,
         }
 
@@ -140,11 +144,16 @@ def run(report: Report, folder: Path, quick: bool) -> None:
         report.plans.extend(device_plan(case, H100) for case in cases(gpu=True, quick=quick))
 
     report.part("copy bandwidth", bandwidth)
-    if not gpu:
+    if gpu:
+        report.part("device facts", lambda: _device_facts(report))
+    else:
+        report.skipped.append("device facts and the time of each strategy: there is no GPU")
         report.part("plans for an H100", h100)
     report.part("torch.compile", compiler)
     for case in cases(gpu, quick):
         report.part(str(case), lambda case=case: _one_case(report, case, rivals))
+        if gpu:
+            report.part(f"{case}, strategies", lambda case=case: _strategies(report, case))
         # Should a kernel hang, what came before it is on disk.
         report.write_json(folder)
 
@@ -167,6 +176,30 @@ def _one_case(report: Report, case: Case, rivals: list[str]) -> None:
             report.attempt(f"{case}, {name}", lambda name=name: rival(name))
         if machine.gpu:
             report.attempt(f"{case}, plan", plan)
+
+
+def _device_facts(report: Report) -> None:
+    from .facts import device_facts  # Triton
+
+    found = device_facts(report.device, report.environment, report.bandwidth, report.attempt)
+    report.device_facts = found
+    print(found["line"], flush=True)
+
+
+def _strategies(report: Report, case: Case) -> None:
+    from .forced import STRATEGIES  # Triton
+    from .strategies import measure_strategy
+
+    machine = Machine(report.device, report.bandwidth)
+    sets = input_sets(case, report.device)
+
+    def one(strategy: str) -> None:
+        for entry in measure_strategy(case, strategy, sets, machine, report.notes.append):
+            report.strategies.append(entry)
+
+    with kernels_only(report.device):
+        for strategy in STRATEGIES:
+            report.attempt(f"{case}, {strategy}", lambda strategy=strategy: one(strategy))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from .measure import Row
 from .summary import case_of
 
+CASE = ("network", "shape", "layout", "dtype", "epilogue")
+
 
 def markdown(report: dict, rows: Iterable[Row]) -> str:
     """All of a report: what fastbn loses first, the means, then every figure."""
@@ -17,7 +19,9 @@ def markdown(report: dict, rows: Iterable[Row]) -> str:
         _listed(f"{name}: {value}" for name, value in report["environment"].items() if value),
         f"Copy bandwidth: {_number(copy and copy['gb_per_s'])} GB/s, read plus written."
         " GB/s count the bytes of a one-pass kernel for all rivals alike."
-        " Method *calls* includes gaps between launches, *graph* does not.",
+        " Method *calls* includes gaps between launches, *graph* does not."
+        " *Of one pass*, *of two*: the time for what fastbn's kernels would move in so many"
+        " passes at the copy bandwidth, as a fraction of the time measured.",
         *_section("Failed", _listed(f"{f['part']}: {f['error']}" for f in report["failures"])),
         *_section("Skipped", _listed(report["skipped"])),
         *_section("Notes", _listed(report["notes"])),
@@ -26,7 +30,9 @@ def markdown(report: dict, rows: Iterable[Row]) -> str:
         "## Geometric means of speed-ups",
         _means(report["summary"]["geometric_means"]) or "None.",
         "## Figures",
-        _figures(rows) or "None.",
+        _figures(rows, _served(report)) or "None.",
+        *_section("Strategies", _strategies(report["strategies"], rows)),
+        *_section("Device facts", _device_facts(report["device_facts"])),
         *_section("Plans", _plans(report["plans"])),
     ]
     return "\n\n".join(parts) + "\n"
@@ -69,7 +75,26 @@ def _means(means: list[dict]) -> str:
     )
 
 
-def _figures(rows: Iterable[Row]) -> str:
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def _served(report: dict) -> dict[tuple[str, ...], str]:
+    """What served a case in each direction, by case and direction, where the plans are of this GPU.
+
+    Those of a CPU run are an H100's.
+    """
+    found = {}
+    for plan in report["plans"]:
+        if plan["device"] == report["environment"]["gpu"]:
+            case = tuple(plan[name] for name in CASE)
+            forward, backward = plan["forward"]["strategy"], plan["backward"]["strategy"]
+            found[(*case, "forward")] = forward
+            found[(*case, "forward+backward")] = f"{forward}, {backward}"
+    return found
+
+
+def _figures(rows: Iterable[Row], served: dict[tuple[str, ...], str]) -> str:
     by_case: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
         by_case[case_of(row)].append(row)
@@ -78,28 +103,66 @@ def _figures(rows: Iterable[Row]) -> str:
         right = [row.median_us for row in rivals if row.rival == "fastbn" and row.correct]
         ours = right[0] if right else None
         for row in rivals:
-            copy = row.fraction_of_copy
             memory = row.peak_memory
+            strategy = served.get(case[:6]) if row.rival == "fastbn" else None
             lines.append(
                 [
-                    *case, row.rival, _number(row.median_us), f"{row.spread:.0%}",
-                    _number(row.gb_per_s), "-" if copy is None else f"{copy:.0%}",
+                    *case, f"{row.rival} ({strategy})" if strategy else row.rival,
+                    _number(row.median_us), _percent(row.spread), _number(row.gb_per_s),
+                    _percent(row.fraction_of_copy), _percent(row.fraction_of_one_pass),
+                    _percent(row.fraction_of_two_pass),
                     _number(memory and memory / 1e6),
                     _factor(ours and row.median_us / ours) if row.correct else "wrong",
                 ]
             )  # fmt: skip
     header = (
-        "network", "shape", "layout", "dtype", "epilogue", "direction", "method", "rival", "us",
-        "spread", "GB/s", "of copy", "peak MB", "fastbn is",
+        *CASE, "direction", "method", "rival", "us", "spread", "GB/s", "of copy", "of one pass",
+        "of two", "peak MB", "fastbn is",
     )  # fmt: skip
     return _table(header, lines)
+
+
+def _strategies(entries: list[dict], rows: Iterable[Row]) -> str:
+    """What was forced beside what the planner chose."""
+    chosen = {case_of(row): row.median_us for row in rows if row.rival == "fastbn" and row.correct}
+    lines = []
+    for entry in entries:
+        case = tuple(entry[name] for name in (*CASE, "direction"))
+        choice = chosen.get((*case, entry["method"]))
+        lines.append(
+            [
+                *case, entry["strategy"], entry["forward"], entry["backward"] or "-",
+                _number(entry["median_us"]), _percent(entry["spread"]),
+                _number(entry["predicted_us"]), _percent(entry["fraction_of_one_pass"]),
+                _percent(entry["fraction_of_two_pass"]),
+                _factor(choice and choice / entry["median_us"]) if entry["correct"] else "wrong",
+            ]
+        )  # fmt: skip
+    header = (
+        *CASE, "direction", "forced", "forward", "backward", "us", "spread", "predicted us",
+        "of one pass", "of two", "against the choice",
+    )  # fmt: skip
+    return _table(header, lines)
+
+
+def _device_facts(found: dict | None) -> str:
+    if not found:
+        return ""
+    copies = _table(
+        ["slice, of the cache", "read once, us", "read twice, us"],
+        [
+            [_percent(copy["share"]), _number(copy["once"] * 1e6), _number(copy["twice"] * 1e6)]
+            for copy in found["copies"]
+        ],
+    )
+    return f"For `kernels/device.py`:\n\n    {found['line']}\n\n{copies}".rstrip()
 
 
 def _plans(plans: list[dict]) -> str:
     return _table(
         [
-            "network", "shape", "layout", "dtype", "epilogue", "device", "direction", "strategy",
-            "launches", "units", "from the cache", "predicted us",
+            *CASE, "device", "direction", "strategy", "launches", "units", "from the cache",
+            "predicted us",
         ],
         [
             [

@@ -1,0 +1,100 @@
+"""Kernels that ask memory and cache what fastbn's kernels ask of them, and compute nothing.
+
+Tensors hold 32-bit integers, of which sums are exact in any order. Each program
+reads one tile, as large as one of fastbn's, and writes its sum.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE_BYTES = 8192
+ITEMSIZE = 4
+TILE = TILE_BYTES // ITEMSIZE
+
+# Of the matrix that slices are read from.
+ROW_BYTES = 8192
+
+# Nothing to fuse, but Triton warns of launches that don't say.
+_OPTIONS = {"enable_fp_fusion": False}
+
+
+@triton.jit
+def _read_slices_kernel(
+    X,  # pointer to a matrix of COLUMNS columns
+    Sums,  # pointer to a sum for each program
+    row_blocks,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """One slice of columns after the other, from the first again after the last."""
+    program = tl.program_id(0)
+    c0 = program // row_blocks % (COLUMNS // WIDTH) * WIDTH
+    row = program % row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = c0 + tl.arange(0, WIDTH)
+    offsets = tl.cast(row, tl.int64)[:, None] * COLUMNS + column[None, :]
+    # Past the first-level cache, which is not asked.
+    x = tl.load(X + offsets, cache_modifier=".cg")
+    tl.store(Sums + program, tl.sum(tl.sum(x, 1), 0))
+
+
+def read_slices(matrix: Tensor, width_bytes: int, visits: int = 1) -> Tensor:
+    """Reads all of a matrix so many times, in slices of columns; sums, slice by slice."""
+    rows, columns = matrix.shape
+    width = width_bytes // ITEMSIZE
+    block_rows = TILE // width
+    programs = visits * matrix.numel() // TILE
+    sums = torch.empty(programs, dtype=torch.int32, device=matrix.device)
+    _read_slices_kernel[(programs,)](
+        matrix, sums, rows // block_rows,
+        COLUMNS=columns, WIDTH=width, BLOCK_ROWS=block_rows, **_OPTIONS,
+    )  # fmt: skip
+    return sums
+
+
+@triton.jit
+def _copy_slices_kernel(
+    X,  # pointer to the source
+    Y,  # pointer to the target
+    Sums,  # pointer to a sum for each program
+    slice_tiles,
+    READS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One slice after the other, each read READS times and written the last time."""
+    program = tl.program_id(0)
+    read = program // slice_tiles % READS
+    tile = program // slice_tiles // READS * slice_tiles + program % slice_tiles
+    offsets = tl.cast(tile, tl.int64) * TILE + tl.arange(0, TILE)
+    if read == READS - 1:
+        x = tl.load(X + offsets, eviction_policy="evict_first")
+        tl.store(Y + offsets, x, eviction_policy="evict_first")
+    else:
+        x = tl.load(X + offsets, eviction_policy="evict_last")
+    tl.store(Sums + program, tl.sum(x, 0))
+
+
+def copy_slices(source: Tensor, target: Tensor, slice_bytes: int, reads: int) -> Tensor:
+    """Copies as the ticketed kernels do: a slice is read so many times before the next one.
+
+    Returns:
+        Sums, slice by slice, of each reading.
+    """
+    programs = reads * source.numel() // TILE
+    sums = torch.empty(programs, dtype=torch.int32, device=source.device)
+    _copy_slices_kernel[(programs,)](
+        source, target, sums, slice_bytes // TILE_BYTES, READS=reads, TILE=TILE, **_OPTIONS
+    )
+    return sums
+
+
+@triton.jit
+def _touch_kernel(P):
+    tl.store(P + tl.program_id(0), 1)
+
+
+def touch(flags: Tensor) -> None:
+    """Next to nothing: sets each element, one a program."""
+    _touch_kernel[(flags.numel(),)](flags, **_OPTIONS)

@@ -1,0 +1,226 @@
+"""benchmarks/: rivals and strategies measured on a GPU.
+
+A GPU's part is played by stand-ins for `torch.cuda`, which keep its rules.
+"""
+
+import contextlib
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fastbn
+from benchmarks import measure, report, rivals, timing
+from benchmarks.forced import STRATEGIES
+from benchmarks.inputs import make_inputs
+from benchmarks.measure import Machine
+from benchmarks.rivals import Rival
+from fastbn.kernels import plan
+
+from .test_benchmarks_cases import CPU, TINY
+
+
+class FakeCuda:
+    """Streams, events, graphs and memory: enough of `torch.cuda` to see them used rightly."""
+
+    def __init__(self):
+        self.streams = ["default"]
+        self.now = 0.0  # ms
+        self.captures = self.replays = self.synchronised = 0
+        self.refuse = False
+        fake = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.time = fake.now
+
+            def elapsed_time(self, end):
+                assert fake.synchronised, "read before the device is done"
+                return end.time - self.time
+
+        class CUDAGraph:
+            def replay(self):
+                assert fake.streams == ["default"]
+                fake.replays += 1
+                fake.now += 3.0
+
+        self.Event, self.CUDAGraph = Event, CUDAGraph
+
+    def synchronize(self):
+        self.synchronised += 1
+
+    def Stream(self):
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    def current_stream(self):
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        self.streams.append(stream)
+        yield
+        self.streams = ["default"]
+
+    @contextlib.contextmanager
+    def graph(self, graph, stream):
+        assert self.streams[-1] is stream
+        self.captures += 1
+        yield
+        if self.refuse:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    fake = FakeCuda()
+    for name in (
+        "Event",
+        "CUDAGraph",
+        "synchronize",
+        "Stream",
+        "current_stream",
+        "stream",
+        "graph",
+    ):
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    memory = iter([100, 700] * 9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(memory))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(memory))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    timing._capture_stream.cache_clear()
+    yield fake
+    timing._capture_stream.cache_clear()
+
+
+class FakeGPU(Machine):
+    """A machine that has its tensors on the CPU and everything else on a GPU."""
+
+    gpu = True
+
+
+def measure_on(monkeypatch, notes):
+    monkeypatch.setattr(measure, "clock_of", lambda device: timing.CudaClock)
+    monkeypatch.setattr(timing, "WINDOW", 0.01)
+    sets = [make_inputs(TINY, CPU) for _ in range(3)]
+    return list(measure.measure(TINY, "eager", sets, FakeGPU(CPU, 1e9), notes.append))
+
+
+def advancing(fake, monkeypatch, ms):
+    """Every forward of eager's takes so long on the device."""
+    eager = rivals.eager
+
+    def slow(case, device):
+        right = eager(case, device)
+
+        def call(x, residual):
+            fake.now += ms
+            return right.call(x, residual)
+
+        return Rival(right.norm, call)
+
+    monkeypatch.setitem(rivals.RIVALS, "eager", slow)
+
+
+def test_measuring_on_a_gpu(cuda, monkeypatch):
+    advancing(cuda, monkeypatch, ms=2.0)
+    notes = []
+    rows = measure_on(monkeypatch, notes)
+    assert notes == []
+    assert [(row.direction, row.method) for row in rows] == list(
+        itertools.product(rivals.DIRECTIONS, ("calls", "graph"))
+    )
+    # A round of three calls takes 6 ms, its graph 3.
+    assert [row.median_us for row in rows] == pytest.approx([2000, 1000] * 2)
+    assert rows[1].gb_per_s == pytest.approx(2 * TINY.tensor_bytes / 1e-3 / 1e9)
+    assert rows[1].fraction_of_copy == pytest.approx(rows[1].gb_per_s)
+    assert rows[1].fraction_of_one_pass == pytest.approx(rows[1].gb_per_s)
+    assert rows[1].fraction_of_two_pass == pytest.approx(rows[1].gb_per_s * 3 / 2)
+    assert rows[3].fraction_of_two_pass == pytest.approx(rows[3].gb_per_s * 8 / 5)
+    assert [row.peak_memory for row in rows] == [None, None, 600, 600]
+    assert cuda.captures == 2
+    assert cuda.streams == ["default"]
+
+
+def test_what_cannot_be_captured_is_noted_and_still_timed(cuda, monkeypatch):
+    advancing(cuda, monkeypatch, ms=2.0)
+    cuda.refuse = True
+    notes = []
+    rows = measure_on(monkeypatch, notes)
+    assert [row.method for row in rows] == ["calls", "calls"]
+    assert len(notes) == 2
+    assert "eager, forward: no CUDA graph: RuntimeError: operation not permitted" in notes[0]
+    assert cuda.replays == 0
+
+
+@pytest.fixture
+def strategies_of_tiny(cuda, monkeypatch):
+    """Times each strategy on a GPU, as the report does, with kernels in Triton's interpreter."""
+    if not fastbn.explain(None, make_inputs(TINY, CPU).x).plan:
+        pytest.skip("no kernels for the CPU here")
+    monkeypatch.setattr(measure, "clock_of", lambda device: timing.CudaClock)
+    monkeypatch.setattr(timing, "WINDOW", 0.01)
+    monkeypatch.setattr(report, "Machine", FakeGPU)
+    monkeypatch.setattr(report, "kernels_only", lambda device: fastbn.use_backend("triton"))
+    found = report.Report(CPU, budget=60.0)
+    found.bandwidth = 1e9
+
+    def run():
+        report._strategies(found, TINY)
+        return found
+
+    return run
+
+
+def test_each_strategy_is_timed(strategies_of_tiny):
+    found = strategies_of_tiny()
+    assert found.failures == found.notes == []
+    served = [(one["forward"], one["backward"], one["direction"]) for one in found.strategies]
+    assert served == [
+        (strategy, None if direction == "forward" else strategy, direction)
+        for strategy, direction in itertools.product(STRATEGIES, rivals.DIRECTIONS)
+    ]
+    for one in found.strategies:
+        assert (one["rival"], one["method"], one["correct"]) == ("fastbn", "graph", True)
+        assert one["median_us"] == pytest.approx(3000 / 2)  # a graph of two input sets
+        assert one["predicted_us"] > 0
+    forward, both = found.strategies[:2]
+    assert forward["predicted_us"] < both["predicted_us"]
+    assert forward["fraction_of_two_pass"] == pytest.approx(3 * TINY.tensor_bytes / 1e9 / 1.5e-3)
+
+
+def test_a_strategy_that_is_wrong_is_reported_and_the_rest_goes_on(strategies_of_tiny, monkeypatch):
+    def fused(case, device):
+        right = rivals.fused(case, device)
+
+        def call(x, residual):
+            plan = fastbn.explain(right.norm, x).plan
+            return right.call(x, residual) * (1.01 if plan.forward.strategy == "resident" else 1)
+
+        return Rival(right.norm, call)
+
+    monkeypatch.setitem(rivals.RIVALS, "fastbn", fused)
+    found = strategies_of_tiny()
+    assert [failure["part"] for failure in found.failures] == [f"{TINY}, resident"]
+    assert [one["correct"] for one in found.strategies] == [
+        strategy != "resident" for strategy in STRATEGIES for _ in rivals.DIRECTIONS
+    ]
+
+
+def test_nothing_is_timed_that_another_strategy_did(strategies_of_tiny, monkeypatch):
+    """One that serves the backward alone, and one that serves nothing."""
+    schedules = plan.schedules
+
+    def some(problem, device, backward):
+        found = schedules(problem, device, backward)
+        del found["resident"]
+        if not backward:
+            del found["ticketed"]
+        return found
+
+    monkeypatch.setattr(plan, "schedules", some)
+    served = [(one["forward"], one["backward"]) for one in strategies_of_tiny().strategies]
+    assert served == [("two-pass", None), ("two-pass", "two-pass"), ("two-pass", "ticketed")]

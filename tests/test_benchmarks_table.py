@@ -1,0 +1,100 @@
+"""benchmarks/: speed-ups, their means, the tables and the plot, of made-up figures."""
+
+from dataclasses import asdict, replace
+
+import pytest
+
+import fastbn
+from benchmarks import report
+from benchmarks.measure import Row
+from benchmarks.plans import device_plan
+from benchmarks.plot import draw
+from benchmarks.summary import speed_ups, summarise
+from benchmarks.table import markdown
+from fastbn.kernels.device import H100
+
+from .test_benchmarks_cases import CPU, TINY
+
+ROW = Row(
+    "N", "8x4", "rows", "bfloat16", "BN+ReLU", "forward", "graph", "fastbn", 10.0, 0.02, 5.0, 0.5,
+    0.5, 0.75, None, True,
+)  # fmt: skip
+
+
+def made_up_rows():
+    """Against eager 2x and 8x, against compile 0.5x; what must not be compared is absurd."""
+    second = replace(ROW, shape="16x4")
+    return [
+        ROW,
+        replace(ROW, rival="eager", median_us=20.0),
+        replace(ROW, rival="compile", median_us=5.0),
+        second,
+        replace(second, rival="eager", median_us=80.0),
+        replace(second, rival="compile", median_us=1e6, correct=False),
+        replace(ROW, rival="eager", method="calls", median_us=1e6),
+        replace(ROW, rival="eager", epilogue="BN", median_us=1e6),
+    ]
+
+
+def test_summary():
+    found = summarise(made_up_rows())
+    means = {one["against"]: (one["speed_up"], one["cases"]) for one in found["geometric_means"]}
+    assert means == {"eager": (pytest.approx(4.0), 2), "compile": (pytest.approx(0.5), 1)}
+    assert [(one["against"], one["shape"], one["factor"]) for one in found["slower"]] == [
+        ("compile", "8x4", 0.5)
+    ]
+
+
+def test_the_slowest_comes_first():
+    rows = [ROW, replace(ROW, rival="eager", median_us=9.0)]
+    rows += [replace(row, layout="other", median_us=row.median_us ** (row.rival == "fastbn"))
+             for row in rows]  # fmt: skip
+    assert [one["factor"] for one in summarise(rows)["slower"]] == [0.1, 0.9]
+
+
+def test_table_of_strategies_and_facts():
+    """A plan of this GPU is named beside fastbn's figures, one of another GPU is not."""
+    planned = device_plan(TINY, H100) | {"network": "N", "dtype": "bfloat16"}
+    strategy = planned["forward"]["strategy"]
+    forced = {"strategy": "two-pass", "forward": "two-pass", "backward": None, "predicted_us": 7.0}
+    found = report.Report(CPU, budget=1.0)
+    found.rows, found.plans = made_up_rows(), [planned]
+    found.strategies = [
+        asdict(replace(ROW, median_us=8.0)) | forced,
+        asdict(replace(ROW, median_us=8.0, correct=False)) | forced,
+        asdict(replace(ROW, shape="not chosen")) | forced,
+    ]
+    found.device_facts = {
+        "line": 'Device("it")',
+        "copies": [{"share": 0.25, "once": 1e-6, "twice": 2e-6}],
+    }
+    found.environment["gpu"] = H100.name
+    table = markdown(found.as_dict(), found.rows)
+    row = "| N | 8x4 | rows | bfloat16 | BN+ReLU | forward |"
+    assert f"{row} graph | fastbn ({strategy}) | 10.0 | 2% | 5.0 | 50% | 50% | 75% |" in table
+    assert f"{row} two-pass | two-pass | - | 8.0 | 2% | 7.0 | 50% | 75% | 1.25x |" in table
+    assert f"{row} two-pass | two-pass | - | 8.0 | 2% | 7.0 | 50% | 75% | wrong |" in table
+    assert "| 50% | 75% | - |" in table
+    assert '\n    Device("it")\n' in table
+    assert "| 25% | 1.0 | 2.0 |" in table
+    found.environment["gpu"] = "another"
+    assert f"fastbn ({strategy})" not in markdown(found.as_dict(), found.rows)
+
+
+def test_table_and_plot_of_a_gpu_run(tmp_path):
+    rows = [replace(row, direction="forward+backward", peak_memory=10**9) for row in made_up_rows()]
+    found = report.Report(CPU, budget=1.0)
+    found.environment["gpu"] = "NVIDIA H100"
+    found.rows, found.bandwidth = rows, 2.5e12
+    table = markdown(found.as_dict(), rows)
+    assert table.startswith(f"# fastbn {fastbn.__version__} on NVIDIA H100\n")
+    assert "CPU run" not in table
+    assert "2,500 GB/s" in table
+    assert table.index("## Slower") < table.index("## Geometric") < table.index("## Figures")
+    assert (
+        "| N | 8x4 | rows | bfloat16 | BN+ReLU | forward+backward | graph | compile | 0.50x |"
+        in (table)
+    )
+    draw("made up", rows, tmp_path / "plot.png")
+    assert len((tmp_path / "plot.png").read_bytes()) > 10_000
+    assert len(speed_ups(rows)) == 3
