@@ -1,0 +1,93 @@
+"""The counters that programs of a launch share."""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastbn import counters
+from fastbn.counters import BLOCKS
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _none_before():
+    counters.discard()
+    yield
+    counters.discard()
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, BLOCKS - 1, BLOCKS, BLOCKS + 1, 70001])
+def test_zero_aligned_and_long_enough(blocks):
+    arrivals, tickets, served = counters.counters(CPU, blocks)
+    assert served >= blocks
+    assert arrivals.dtype == torch.int32
+    assert tickets.dtype == torch.int64
+    for part in (arrivals, tickets):
+        assert len(part) > blocks
+        assert not part.any()
+        # Or each launch would go the long way through Triton's dispatch.
+        assert part.data_ptr() % 16 == 0
+    arrivals.fill_(7)
+    assert not tickets.any()
+
+
+def test_one_set_that_grows():
+    first = counters.counters(CPU, 5)
+    assert counters.counters(CPU, BLOCKS) is first
+    more = counters.counters(CPU, BLOCKS + 1)
+    assert more is not first
+    assert counters.counters(CPU, 3) is more
+    counters.discard()
+    assert counters.counters(CPU, 3) is not more
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU as far as the counters ask for one: its streams, and whether a graph is captured."""
+    made = SimpleNamespace(stream=1, capturing=False, threads=[])
+    device = SimpleNamespace(type="cuda", index=0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: made.capturing)
+    monkeypatch.setattr(
+        torch._C, "_cuda_getCurrentRawStream", lambda index: made.stream, raising=False
+    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    zeros = counters._zeros
+
+    def spy(device, blocks):
+        made.threads.append(threading.current_thread())
+        return zeros(CPU, blocks)
+
+    monkeypatch.setattr(counters, "_zeros", spy)
+    made.device = type("Device", (), vars(device))()
+    return made
+
+
+def test_each_stream_has_its_own(gpu):
+    first = counters.counters(gpu.device, 5)
+    gpu.stream = 2
+    second = counters.counters(gpu.device, 5)
+    assert second.tickets.data_ptr() != first.tickets.data_ptr()
+    gpu.stream = 1
+    assert counters.counters(gpu.device, 5) is first
+
+
+def test_a_graph_has_its_own(gpu):
+    """It may be replayed in any stream, beside launches in this one."""
+    eager = counters.counters(gpu.device, 5)
+    gpu.capturing = True
+    captured = counters.counters(gpu.device, 5)
+    assert captured is not eager
+    assert counters.counters(gpu.device, 5) is not captured
+    gpu.capturing = False
+    assert counters.counters(gpu.device, 5) is eager
+
+
+def test_what_lasts_is_allocated_by_another_thread(gpu):
+    """The calling one may be about to record a graph, from whose memory nothing may be kept."""
+    counters.counters(gpu.device, 5)
+    gpu.capturing = True
+    counters.counters(gpu.device, 5)
+    assert [thread is threading.current_thread() for thread in gpu.threads] == [False, True]
