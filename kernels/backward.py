@@ -74,11 +74,13 @@ def finish_sums(
 
 
 @triton.jit
-def load_means(Sums, N, S, C, c0, acc: tl.constexpr, BLOCK_C: tl.constexpr):
+def load_means(
+    Sums, N, S, C, c0, acc: tl.constexpr, BLOCK_C: tl.constexpr, CACHE: tl.constexpr = ""
+):
     """Means of g and of g * (x - mean)."""
     count = (tl.cast(N, tl.int64) * S).to(acc)
-    sum_g = per_channel(Sums, c0, C, acc, BLOCK_C)
-    return sum_g / count, per_channel(Sums + C, c0, C, acc, BLOCK_C) / count
+    sum_g = per_channel(Sums, c0, C, acc, BLOCK_C, CACHE)
+    return sum_g / count, per_channel(Sums + C, c0, C, acc, BLOCK_C, CACHE) / count
 
 
 @triton.jit

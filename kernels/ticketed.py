@@ -65,8 +65,8 @@ def bn_ticketed_fwd_kernel(
         if applies:
             c0 = block * BLOCK_C
             wait_for_flag(Tickets + 1 + block, generation)
-            mean = per_channel(Mean, c0, C, acc, BLOCK_C)
-            rstd = per_channel(Rstd, c0, C, acc, BLOCK_C)
+            mean = per_channel(Mean, c0, C, acc, BLOCK_C, ".cg")
+            rstd = per_channel(Rstd, c0, C, acc, BLOCK_C, ".cg")
             scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
             s_tiles = blocks_of(S, BLOCK_S)
             for tile in range(split, blocks_of(N, BLOCK_N) * s_tiles, splits):
@@ -138,7 +138,7 @@ def bn_ticketed_bwd_kernel(
         scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
         if applies:
             wait_for_flag(Tickets + 1 + block, generation)
-            mean_g, mean_gx = load_means(Sums, N, S, C, c0, acc, BLOCK_C)
+            mean_g, mean_gx = load_means(Sums, N, S, C, c0, acc, BLOCK_C, ".cg")
             s_tiles = blocks_of(S, BLOCK_S)
             for tile in range(split, blocks_of(N, BLOCK_N) * s_tiles, splits):
                 n0 = tl.cast(tile // s_tiles, tl.int64) * BLOCK_N

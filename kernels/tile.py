@@ -117,10 +117,11 @@ def position(tile, N, C, S, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def per_channel(P, c0, C, acc: tl.constexpr, BLOCK_C: tl.constexpr):
+def per_channel(P, c0, C, acc: tl.constexpr, BLOCK_C: tl.constexpr, CACHE: tl.constexpr = ""):
     """Loads one value a channel, shaped to broadcast against a tile.
 
-    Past the first-level cache: other multiprocessors may have written it in this launch.
+    CACHE is ".cg", past the first-level cache, for what other multiprocessors
+    have written in this launch.
     """
     c = c0 + tl.arange(0, BLOCK_C)
-    return tl.load(P + c, c < C, other=0.0, cache_modifier=".cg").to(acc)[None, :, None]
+    return tl.load(P + c, c < C, other=0.0, cache_modifier=CACHE).to(acc)[None, :, None]

@@ -1,0 +1,81 @@
+"""Bytes loaded and stored, counted by `traffic.py`, are those of the plan."""
+
+import pytest
+import torch
+
+from fastbn.kernels import ticketed
+from fastbn.kernels.plan import PARTIALS_SHARE, SLICES_IN_CACHE
+
+if torch.cuda.is_available():
+    pytest.skip("only the interpreter counts", allow_module_level=True)
+
+from .traffic import LARGE, LAYOUTS, READ_AGAIN, Case, measure
+
+# Units from memory and from the cache, forward and backward, of batch norm alone.
+UNITS = {
+    "two-pass": ((3, 0), (5, 0)),
+    "resident": ((2, 0), (3, 0)),
+    "ticketed": ((2, 1), (3, 2)),
+    "frozen": ((2, 0), (3, 0)),
+}
+# What plans leave out, as a fraction of what they count, at most: first touches,
+# and all. The tensors here are small, and each program reads the vectors of its
+# channels: with channels last those of a tile are as long as a few of its rows.
+OTHER = {"NCHW": (0.03, 0.1), "NHWC": (0.06, 0.4), "flat": (0.06, 0.2)}
+
+
+CASES = [
+    (layout, strategy, *epilogue)
+    for strategy in UNITS
+    for layout in LAYOUTS
+    for epilogue in (("fp32", "none", False), ("bf16", "relu", True), ("bf16", "silu", True))
+    if layout == "flat" or "silu" not in epilogue
+]
+
+
+@pytest.mark.parametrize(("layout", "strategy", "dtype", "activation", "residual"), CASES)
+def test_units(layout, strategy, dtype, activation, residual):
+    case = Case(*LAYOUTS[layout], strategy, dtype, activation, residual)
+    for traffic, plain in zip(measure(case), UNITS[strategy]):
+        schedule, problem = traffic.schedule, traffic.problem
+        assert schedule.strategy == strategy
+        assert schedule.tile.flat == (layout == "flat" and strategy != "resident")
+        units, cached = schedule.units, schedule.cached_units
+        if activation == "none":
+            assert (units, cached) == plain
+        if activation == "relu" and strategy != "two-pass":
+            tensors = {"forward": 3, "backward": 4}[traffic.direction]
+            assert units == tensors + 1 / (8 * problem.itemsize)
+        assert traffic.units == units + cached
+        # Every element of every tensor.
+        for name in traffic.sizes.keys() & LARGE:
+            assert traffic.fresh[name] == traffic.sizes[name]
+        if strategy != "two-pass":
+            assert traffic.units_of_memory == units
+        if strategy == "ticketed":
+            apart = traffic.distance(READ_AGAIN[traffic.direction])
+            assert 0 < apart <= SLICES_IN_CACHE * traffic.slice_bytes
+        memory, all_of_it = OTHER[layout]
+        assert traffic.other_of_memory <= memory
+        assert traffic.other <= all_of_it
+
+
+def test_partial_results_are_few():
+    """With more values to a channel what plans leave out is little, even with channels last."""
+    for traffic in measure(Case((8, 64, 12, 12), True, "ticketed", "bf16")):
+        assert traffic.other_of_memory < PARTIALS_SHARE
+        assert traffic.other < 0.15
+
+
+def test_order_of_slices_matters(monkeypatch):
+    """Of the same tickets in the order of two passes, what is read again is too far apart."""
+
+    def reduce_all_first(ticket, slices, slice_blocks, splits):
+        blocks = slices * slice_blocks
+        applies = ticket >= blocks * splits
+        return applies, ticket % blocks, ticket % (blocks * splits) // blocks
+
+    monkeypatch.setattr(ticketed, "work_of", reduce_all_first)
+    for traffic in measure(Case(*LAYOUTS["NCHW"], "ticketed")):
+        apart = traffic.distance(READ_AGAIN[traffic.direction])
+        assert apart > SLICES_IN_CACHE * traffic.slice_bytes

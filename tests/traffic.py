@@ -1,0 +1,293 @@
+"""Counts the bytes that kernels load and store, to hold them against the plan's.
+
+    python -m tests.traffic
+
+The kernels run in Triton's interpreter, where an element counts if its mask is
+true, however a GPU gathers elements to sectors. There is no cache: an element's
+first touch stands for memory, all others for the cache. That they come from there
+is up to the GPU, and plausible if little is read in between; two passes don't
+count on it.
+
+Counted apart is what plans leave out: parameters, statistics, partial results,
+counters, and the sample, of up to 16 values a channel, that each program which
+computes moments reads before its tiles.
+
+Programs run one after the other, in the order of tickets; on a GPU those that run
+at the same time are as many tickets further apart.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from unittest import mock
+
+if __name__ == "__main__":
+    # Read when the kernels are imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import torch
+from triton.runtime.interpreter import InterpreterBuilder
+
+import fastbn
+from fastbn import calls
+from fastbn.autograd import saved_for
+from fastbn.kernels import plan
+from fastbn.kernels.device import INTERPRETER, Device
+from fastbn.kernels.plan import Schedule
+from fastbn.kernels.tiling import MASK_BITS, Problem
+from fastbn.launch import Launcher
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# Arguments of a tensor's size, or of a packed mask's; all others are small. In
+# the second phase a forward needs X again, a backward these.
+LARGE = ("X", "R", "Y", "Mask", "DY", "DX", "DR")
+READ_AGAIN = {"forward": ("X",), "backward": ("DY", "X", "R", "Mask")}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A forward and its backward, and the strategy to plan them by."""
+
+    shape: tuple[int, ...]
+    channels_last: bool
+    strategy: str
+    dtype: str = "fp32"
+    activation: str = "none"
+    residual: bool = False
+
+    @property
+    def epilogue(self) -> str:
+        activation = "" if self.activation == "none" else f"+{self.activation}"
+        return "BN" + "+add" * self.residual + activation
+
+
+class Traffic:
+    """All accesses of one direction of a call.
+
+    Attributes:
+        problem, schedule: what was planned.
+        sizes: bytes of each tensor, by its argument's name.
+        moved: bytes loaded or stored of it.
+        fresh: those of them that were not touched before.
+    """
+
+    def __init__(self, direction: str, problem: Problem, device: Device) -> None:
+        self.direction, self.problem = direction, problem
+        self.schedule: Schedule = getattr(plan.make_plan(problem, device), direction)
+        self.sizes: dict[str, int] = {}
+        self.moved: Counter[str] = Counter()
+        self.fresh: Counter[str] = Counter()
+        self._arguments: list[tuple[str, int, int]] = []
+        # Of each access a name and its fresh bytes; of each element the last access so far;
+        # and (access, the earliest of those that last touched its elements) pairs.
+        self._accesses: list[tuple[str, int]] = []
+        self._touched: dict[str, np.ndarray] = {}
+        self._again: list[tuple[int, int]] = []
+
+    def launch(self, launcher: Launcher, tensors: tuple) -> None:
+        """What is accessed from now on belongs to these."""
+        self._arguments = [
+            (name, tensor.data_ptr(), tensor.nbytes)
+            for name, tensor in zip(launcher.kernel.arg_names, tensors)
+            if tensor is not None
+        ]
+        self.sizes |= {name: bytes for name, _, bytes in self._arguments}
+
+    def access(self, pointers: np.ndarray, mask: np.ndarray, itemsize: int) -> None:
+        """A load or a store."""
+        pointers = pointers[np.broadcast_to(mask, pointers.shape)]
+        if not pointers.size:
+            return
+        name, start = next(
+            (name, start)
+            for name, start, bytes in self._arguments
+            if start <= pointers.min() and pointers.max() < start + bytes
+        )
+        if name not in self._touched:
+            self._touched[name] = np.full(self.sizes[name] // itemsize, -1)
+        touched = self._touched[name]
+        elements = (pointers - start) // itemsize
+        before = touched[elements]
+        touched[elements] = now = len(self._accesses)
+        fresh = np.count_nonzero(before < 0) * itemsize
+        self._accesses.append((name, fresh))
+        self.fresh[name] += fresh
+        self.moved[name] += pointers.size * itemsize
+        if name in LARGE and (before >= 0).any():
+            self._again.append((now, before[before >= 0].min()))
+
+    @property
+    def units(self) -> float:
+        """Loaded or stored, each tensor in units of its size as plans count; not the sample."""
+        return self._units(self.moved - Counter(X=self.sample))
+
+    @property
+    def units_of_memory(self) -> float:
+        """First touches alone."""
+        return self._units(self.fresh)
+
+    @property
+    def sample(self) -> int:
+        """Bytes of the sample: once for each program that computes moments."""
+        if self.direction == "backward" or self.schedule.strategy in ("resident", "frozen"):
+            return 0
+        problem = self.problem
+        values = problem.c * min(16, problem.n if problem.s == 1 else problem.s)
+        return self.schedule.reduce.splits * values * problem.itemsize
+
+    @property
+    def other(self) -> float:
+        """What plans leave out, as a fraction of what they count."""
+        small = sum(bytes for name, bytes in self.moved.items() if name not in LARGE)
+        return (small + self.sample) / (sum(self.moved.values()) - small - self.sample)
+
+    @property
+    def other_of_memory(self) -> float:
+        """First touches alone."""
+        small = sum(bytes for name, bytes in self.fresh.items() if name not in LARGE)
+        return small / (sum(self.fresh.values()) - small)
+
+    @property
+    def slice_bytes(self) -> float:
+        """What a ticketed launch reads again of a slice."""
+        channels = self.schedule.slice_blocks * self.schedule.reduce.tile.c
+        bytes = sum(self.sizes.get(name, 0) for name in READ_AGAIN[self.direction])
+        return bytes * channels / self.problem.c
+
+    def distance(self, names: tuple[str, ...] = LARGE) -> int:
+        """Most fresh bytes of these tensors from one touch of an element to its next."""
+        fresh = [bytes if name in names else 0 for name, bytes in self._accesses]
+        until = np.cumsum([0, *fresh])
+        return max((until[now] - until[before] for now, before in self._again), default=0)
+
+    def _units(self, bytes: Counter[str]) -> float:
+        # A mask's rows end in whole bytes, but plans count its bits.
+        worth = dict.fromkeys(LARGE, 1.0) | {"Mask": 1 / (MASK_BITS * self.problem.itemsize)}
+        return sum(worth[name] * bytes[name] / self.sizes[name] for name in LARGE if bytes[name])
+
+
+def measure(case: Case, device: Device = INTERPRETER) -> tuple[Traffic, Traffic]:
+    """Runs a case, planned for a device: the traffic of forward and backward."""
+    training, saves = case.strategy != "frozen", saved_for(case.activation, case.residual)
+    x = torch.randn(case.shape).to(DTYPES[case.dtype])
+    if case.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    weight, bias, mean, var = (torch.ones(x.shape[1]) for _ in range(4))
+    residual = torch.randn_like(x).requires_grad_() if case.residual else None
+    leaves = [t.requires_grad_() for t in (x.clone(), weight, bias)]
+    with _planned(case.strategy, device), fastbn.use_backend("triton"):
+        problem = calls.make_problem(x, training, case.residual, saves if saves == "mask" else None)
+        forward = Traffic("forward", problem, device)
+        problem = calls.make_problem(x, training, saves is not None, saves)
+        backward = Traffic("backward", problem, device)
+        with _counted(forward):
+            y = fastbn.batch_norm(
+                leaves[0], mean, var, *leaves[1:], training, activation=case.activation,
+                residual=residual,
+            )  # fmt: skip
+        with _counted(backward):
+            torch.autograd.grad(y, [*leaves, residual][: 3 + case.residual], x)
+    return forward, backward
+
+
+@contextmanager
+def _planned(strategy: str, device: Device) -> Iterator[None]:
+    """Calls are planned for the device and by the strategy."""
+    caches = (plan.make_plan, calls.forward_call, calls.backward_call)
+    for cached in caches:
+        cached.cache_clear()
+    with (
+        mock.patch.object(plan, "choose", lambda found: found[strategy]),
+        mock.patch.object(calls, "device_facts", return_value=device),
+    ):
+        yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+@contextmanager
+def _counted(traffic: Traffic) -> Iterator[None]:
+    """All launches' accesses are counted."""
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    atomic, launch = InterpreterBuilder.create_atomic_rmw, Launcher.__call__
+
+    def count(pointers, mask):
+        itemsize = pointers.get_element_ty().primitive_bitwidth // 8
+        traffic.access(pointers.data, mask.data, itemsize)
+
+    def counted_load(self, pointers, mask, *rest, **named):
+        count(pointers, mask)
+        return load(self, pointers, mask, *rest, **named)
+
+    def counted_store(self, pointers, value, mask, *rest, **named):
+        count(pointers, mask)
+        return store(self, pointers, value, mask, *rest, **named)
+
+    def counted_atomic(self, operation, pointers, value, mask, *rest):
+        count(pointers, mask)
+        return atomic(self, operation, pointers, value, mask, *rest)
+
+    def noted_launch(self, tensors, *floats):
+        traffic.launch(self, tensors)
+        return launch(self, tensors, *floats)
+
+    with (
+        mock.patch.object(InterpreterBuilder, "create_masked_load", counted_load),
+        mock.patch.object(InterpreterBuilder, "create_masked_store", counted_store),
+        mock.patch.object(InterpreterBuilder, "create_atomic_rmw", counted_atomic),
+        mock.patch.object(Launcher, "__call__", noted_launch),
+    ):
+        yield
+
+
+# Channels first and last, and odd planes that are flattened.
+LAYOUTS = {
+    "NCHW": ((4, 20, 10, 10), False),
+    "NHWC": ((3, 224, 8, 8), True),
+    "flat": ((4, 24, 7, 7), False),
+}
+STRATEGIES = ("two-pass", "resident", "ticketed", "frozen")
+EPILOGUES = (("none", False), ("relu", True), ("silu", True))
+
+
+def cases() -> Iterator[tuple[str, Case]]:
+    """Every combination, and the name of its layout."""
+    for strategy, name, dtype, epilogue in product(STRATEGIES, LAYOUTS, DTYPES, EPILOGUES):
+        yield name, Case(*LAYOUTS[name], strategy, dtype, *epilogue)
+
+
+def main() -> None:
+    """Prints a line for each case and direction.
+
+    Apart: slices first touched in between, of what is read again and of everything.
+    """
+    print(
+        f"{'strategy':<9} {'layout':<6} {'dtype':<5} {'epilogue':<12} {'direction':<9} "
+        f"{'planned':>9} {'+cached':>8} {'counted':>9} {'+again':>8} {'apart':>10} "
+        f"{'other memory':>13} {'other all':>10}"
+    )
+    for layout, case in cases():
+        for traffic in measure(case):
+            schedule, memory = traffic.schedule, traffic.units_of_memory
+            apart = ""
+            if schedule.strategy == "ticketed":
+                kept = traffic.distance(READ_AGAIN[traffic.direction])
+                bytes = traffic.slice_bytes
+                apart = f"{kept / bytes:.2f} {traffic.distance() / bytes:.2f}"
+            print(
+                f"{case.strategy:<9} {layout:<6} {case.dtype:<5} {case.epilogue:<12} "
+                f"{traffic.direction:<9} {schedule.units:>9g} {schedule.cached_units:>8g} "
+                f"{memory:>9g} {traffic.units - memory:>8g} {apart:>10} "
+                f"{traffic.other_of_memory:>13.1%} {traffic.other:>10.1%}"
+            )
+
+
+if __name__ == "__main__":
+    main()
