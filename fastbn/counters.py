@@ -7,6 +7,7 @@ two streams have two sets.
 
 from __future__ import annotations
 
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -29,7 +30,11 @@ _sets: dict[tuple[torch.device, int], Counters] = {}
 
 
 def counters(device: torch.device, blocks: int) -> Counters:
-    """Those of the device's current stream, for so many channel blocks at least."""
+    """Those of the device's current stream, for so many channel blocks at least.
+
+    Streams are told apart by their handles: one that is not PyTorch's may not be
+    destroyed, and its handle used anew, while launches in it still run.
+    """
     stream = 0
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
@@ -63,10 +68,14 @@ def _lasting_zeros(device: torch.device, blocks: int) -> Counters:
     (`torch.compile(mode="reduce-overhead")` does so while it warms up), where
     nothing may stay behind. Another thread does not.
     """
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    stream = contextlib.nullcontext()
+    if device.type in ("cuda", "xpu"):
+        streams = getattr(torch, device.type)
+        # Filled before the launches that follow in the caller's stream.
+        stream = streams.stream(streams.current_stream(device))
 
     def make() -> Counters:
-        with torch.inference_mode(False), torch.cuda.stream(stream):
+        with torch.inference_mode(False), stream:
             return _zeros(device, blocks)
 
     with ThreadPoolExecutor(1) as thread:

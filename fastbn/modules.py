@@ -41,18 +41,18 @@ def statistics_of(
     """What a batch norm module passes on: running mean and variance, counter, training or not."""
     # As `nn.Module` finds them, in a fifth of the time.
     buffers = module._buffers
-    try:
+    if "running_mean" in buffers and "running_var" in buffers:
         mean, var = buffers["running_mean"], buffers["running_var"]
-        counter = buffers["num_batches_tracked"]
-    except KeyError:  # attributes put in their place
+    else:  # an attribute in its place
         mean, var = module.running_mean, module.running_var
-        counter = module.num_batches_tracked
     if not module.training:
         return mean, var, None, mean is None and var is None
     if not module.track_running_stats:
         # In training, statistics that are not tracked are not to be written.
         return None, None, None, True
-    return mean, var, counter, True
+    if "num_batches_tracked" in buffers:
+        return mean, var, buffers["num_batches_tracked"], True
+    return mean, var, module.num_batches_tracked, True
 
 
 class FusedBatchNorm1d(_Fused, nn.BatchNorm1d):

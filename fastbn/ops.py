@@ -7,7 +7,7 @@ is None or, from an operator, whose schema has no optional results, an empty ten
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,22 +18,28 @@ from .layout import mask_sizes, memory_format, statistics_dtype
 
 _library = torch.library.Library("fastbn", "DEF")
 
+# Arguments of the backward that are tensors come first.
+_TENSORS = 8
+
 
 def _or_empty(tensor: Tensor | None, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty(0, dtype=dtype) if tensor is None else tensor
 
 
 def _forward_train(x, *args):
+    _check_devices(x, *args[:6])
     *results, mask = run.forward_train(x, *args)
     return *results, _or_empty(mask, x, torch.uint8)
 
 
 def _forward_eval(x, *args):
+    _check_devices(x, *args[:5])
     y, mask = run.forward_eval(x, *args)
     return y, _or_empty(mask, x, torch.uint8)
 
 
 def _backward(dy, x, residual, mask, weight, bias, *args):
+    _check_devices(dy, x, residual, mask, weight, bias, *args[:2])
     dx, dw, db, dr = run.backward(dy, x, residual, mask, weight, bias, *args)
     dw = _or_empty(dw, x if weight is None else weight)
     db = _or_empty(db, x if bias is None else bias)
@@ -75,21 +81,50 @@ def _fake_backward(
     return _empty_like(x, want_dx), dw, db, _empty_like(x, want_dr)
 
 
+def _heard() -> bool:
+    """Whether anybody listens to the dispatcher: a compiler, a tracer, a mode, the profiler."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    )
+
+
+def _plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether tensors are PyTorch's own: no subclass, and no batch of `is_grads_batched`."""
+    for t in tensors:
+        if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+            return False
+    return not torch._C._functorch.is_legacy_batchedtensor(tensors[0])
+
+
+def _check_devices(*tensors: Tensor | None) -> None:
+    """A launch from the cache would not look at them."""
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise RuntimeError(f"expected all tensors on one device, but got {names}")
+
+
 def _register(name: str, signature: str, implementation: Callable, fake: Callable) -> Callable:
     """Defines an operator and returns what to call for its results.
 
     PyTorch's dispatcher takes three microseconds to pass on a call. It is asked
-    only where somebody listens to it: a compiler, or a mode such as that of fake
-    tensors. (`torch.func` and subclasses of tensors don't get here.)
+    only where somebody listens to it, or for tensors that are not its own. What
+    goes forward has been looked at (`backend.unserved`); a gradient, and what
+    hooks make of saved tensors, may be anything.
     """
     _library.define(name + signature, tags=torch.Tag.pt2_compliant_tag)
     for key in ("CPU", "CUDA", "XPU"):
         _library.impl(name, implementation, key)
     torch.library.register_fake(f"fastbn::{name}", fake, lib=_library)
     operator, direct = getattr(torch.ops.fastbn, name).default, getattr(run, name)
+    unseen = _TENSORS if name == "backward" else 0
 
     def call(*args: Any) -> tuple[Tensor | None, ...]:
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        if _heard() or (unseen and not _plain(args[:unseen])):
             return operator(*args)
         return direct(*args)
 

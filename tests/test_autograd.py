@@ -5,6 +5,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
+from torch.testing._internal.two_tensor import TwoTensor
 
 import fastbn
 from fastbn.functional import batch_norm
@@ -266,3 +267,29 @@ def test_saved_tensor_hooks_that_change_strides(create_graph, activation, device
     packed = torch.autograd.grad(y, (x, w, b, r), grad, create_graph=create_graph)
     for a, b in zip(plain, packed):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["", "add"])
+def test_batched_gradients(residual, device):
+    """`is_grads_batched` and vectorised Jacobians call the backward with a batch of gradients."""
+    x = torch.randn(4, 3, 5, device=device, requires_grad=True)
+    grads = torch.randn(2, 4, 3, 5, device=device)
+    act = "relu" if residual else "silu"
+    with fastbn.use_backend("triton"):
+        y = fastbn.batch_norm(
+            x, None, None, training=True, activation=act, residual=x.detach() if residual else None
+        )
+        one_by_one = [torch.autograd.grad(y, x, g, retain_graph=True)[0] for g in grads]
+        (batched,) = torch.autograd.grad(y, x, grads, is_grads_batched=True)
+    torch.testing.assert_close(batched, torch.stack(one_by_one))
+
+
+def test_gradient_of_a_tensor_subclass(device):
+    x = torch.randn(4, 3, 5, device=device, requires_grad=True)
+    g = torch.randn(4, 3, 5, device=device)
+    with fastbn.use_backend("triton"):
+        y = fastbn.batch_norm(x, None, None, training=True, activation="relu")
+        (expected,) = torch.autograd.grad(y, x, g, retain_graph=True)
+        (twice,) = torch.autograd.grad(y, x, TwoTensor(g, g.clone()))
+    torch.testing.assert_close(twice.a, expected)
+    torch.testing.assert_close(twice.b, expected)

@@ -1,5 +1,6 @@
 """The counters that programs of a launch share."""
 
+import contextlib
 import threading
 from types import SimpleNamespace
 
@@ -47,13 +48,20 @@ def test_one_set_that_grows():
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU as far as the counters ask for one: its streams, and whether a graph is captured."""
-    made = SimpleNamespace(stream=1, capturing=False, threads=[])
+    made = SimpleNamespace(stream=1, capturing=False, threads=[], filled_in=[])
     device = SimpleNamespace(type="cuda", index=0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: made.capturing)
     monkeypatch.setattr(
         torch._C, "_cuda_getCurrentRawStream", lambda index: made.stream, raising=False
     )
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: made.stream)
+
+    @contextlib.contextmanager
+    def entered(stream):
+        made.filled_in.append(stream)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "stream", entered)
     zeros = counters._zeros
 
     def spy(device, blocks):
@@ -72,6 +80,8 @@ def test_each_stream_has_its_own(gpu):
     assert second.tickets.data_ptr() != first.tickets.data_ptr()
     gpu.stream = 1
     assert counters.counters(gpu.device, 5) is first
+    # Each is filled in the stream that it is for, before the launch that follows.
+    assert gpu.filled_in == [1, 2]
 
 
 def test_a_graph_has_its_own(gpu):

@@ -200,3 +200,12 @@ def test_backbone_with_channels_last_and_amp(device):
     for p1, p2 in zip(native.parameters(), fused.parameters()):
         difference = (p1.grad - p2.grad).norm() / p1.grad.norm()
         assert difference < 0.05
+
+
+def test_counter_that_is_gone_is_not_asked_for(device):
+    x = torch.randn(3, 4, 5, 5, device=device)
+    for module in (nn.BatchNorm2d(4), fastbn.FusedBatchNorm2d(4)):
+        del module.num_batches_tracked
+        module.to(device).eval()(x)
+        module.train().track_running_stats = False
+        module(x)

@@ -7,9 +7,10 @@ import torch
 import torch.nn as nn
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastbn
-from fastbn import FusedBatchNorm2d, FusedBatchNormAct2d, counters
+from fastbn import FusedBatchNorm2d, FusedBatchNormAct2d, counters, ops
 
 TESTS = (
     "test_schema",
@@ -177,6 +178,28 @@ def test_transforms_inside_compile(transform, device):
     torch.testing.assert_close(compiled, function(x))
 
 
+def test_whoever_listens_hears_the_operators(device):
+    """Without a listener the dispatcher is passed by."""
+    bn = FusedBatchNormAct2d(4).to(device).eval()
+    x = torch.randn(2, 4, 5, 5, device=device)
+    expected = bn(x)
+    with fastbn.use_backend("triton"):
+        with torch.profiler.profile(acc_events=True) as profile:
+            bn(x)
+        assert "fastbn::forward_eval" in {event.key for event in profile.key_averages()}
+        for pre_dispatch in (False, True):
+            graph = make_fx(bn, pre_dispatch=pre_dispatch)(x)
+            assert any("fastbn.forward_eval" in str(node.target) for node in graph.graph.nodes)
+            torch.testing.assert_close(graph(x), expected)
+
+
+def test_operators_refuse_tensors_on_two_devices(device):
+    x = torch.randn(2, 4, 5, 5, device=device)
+    mean, var = torch.zeros(4, device=device), torch.ones(4, device="meta")
+    with pytest.raises(RuntimeError, match=r"on one device, but got .*meta"):
+        ops._forward_eval(x, None, None, None, mean, var, 1e-5, "none", 0.0, False)
+
+
 @pytest.mark.parametrize("strategy", ["two-pass", "ticketed"])
 def test_nothing_is_written_if_memory_runs_out(strategy, device, monkeypatch, force_strategy):
     force_strategy(strategy)
@@ -210,7 +233,9 @@ def test_compile_with_cuda_graphs():
 
 
 @pytest.mark.gpu
-def test_graph_replay_and_two_streams():
+@pytest.mark.parametrize("strategy", ["two-pass", "ticketed"])
+def test_graph_replay_and_two_streams(strategy, force_strategy):
+    force_strategy(strategy)
     bn = FusedBatchNorm2d(64).cuda()
     x = torch.randn(16, 64, 32, 32, device="cuda")
     for _ in range(3):
@@ -234,3 +259,4 @@ def test_graph_replay_and_two_streams():
                 results.append(fastbn.batch_norm(x, None, None, training=True))
         torch.cuda.synchronize()
         assert results[0].equal(results[1])
+    assert not any(found.arrivals.any() for found in counters._sets.values())
