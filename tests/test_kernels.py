@@ -152,9 +152,10 @@ def test_first_value_far_from_the_others(device):
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
-def test_one_outlier_among_very_many_values(channels_last, device, force_strategy):
+def test_one_outlier_among_very_many_values(channels_last, device, strategy):
     """Errors of the ordinary values, which the outlier's size would hide in other tests."""
-    force_strategy("two-pass")  # so many values never stay in registers
+    if strategy == "resident":
+        pytest.skip("so many values never stay in registers")
     arguments = make_arguments(Call((2, 2, 256, 128), channels_last=channels_last), device)
     arguments.input[0, :, 0, 0] = 500.0
     exact, actual = run_exact(arguments)["output"], run_fastbn(clone(arguments))["output"]
