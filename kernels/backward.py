@@ -74,9 +74,7 @@ def finish_sums(
 
 
 @triton.jit
-def load_means(
-    Sums, N, S, C, c0, acc: tl.constexpr, BLOCK_C: tl.constexpr, CACHE: tl.constexpr = ""
-):
+def load_means(Sums, N, S, C, c0, acc: tl.constexpr, BLOCK_C: tl.constexpr, CACHE: tl.constexpr):
     """Means of g and of g * (x - mean)."""
     count = (tl.cast(N, tl.int64) * S).to(acc)
     sum_g = per_channel(Sums, c0, C, acc, BLOCK_C, CACHE)
@@ -180,8 +178,8 @@ def bn_reduce_bwd_kernel(
     block = tl.program_id(0) % blocks
     split = tl.program_id(0) // blocks
     c0 = block * BLOCK_C
-    mean = per_channel(Mean, c0, C, acc, BLOCK_C)
-    rstd = per_channel(Rstd, c0, C, acc, BLOCK_C)
+    mean = per_channel(Mean, c0, C, acc, BLOCK_C, "")
+    rstd = per_channel(Rstd, c0, C, acc, BLOCK_C, "")
     if FROZEN:
         rstd = 1.0 / tl.sqrt(rstd + tl.full((), eps, acc))
     scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
@@ -223,8 +221,8 @@ def bn_apply_bwd_kernel(
     acc = Mean.dtype.element_ty
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     n0, c0, s0 = position(tile, N, C, S, BLOCK_N, BLOCK_C, BLOCK_S)
-    mean = per_channel(Mean, c0, C, acc, BLOCK_C)
-    rstd = per_channel(Rstd, c0, C, acc, BLOCK_C)
+    mean = per_channel(Mean, c0, C, acc, BLOCK_C, "")
+    rstd = per_channel(Rstd, c0, C, acc, BLOCK_C, "")
     scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
     g, centred = load_gradient(
         DY, X, R, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
@@ -232,7 +230,7 @@ def bn_apply_bwd_kernel(
     )  # fmt: skip
     mean_g, mean_gx = mean, mean
     if DX is not None:
-        mean_g, mean_gx = load_means(Sums, N, S, C, c0, acc, BLOCK_C)
+        mean_g, mean_gx = load_means(Sums, N, S, C, c0, acc, BLOCK_C, "")
     store_gradients(
         g, centred, rstd, scale, mean_g, mean_gx, DX, DR, N, C, S, n0, c0, s0,
         FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S,

@@ -203,8 +203,8 @@ def bn_apply_fwd_kernel(
     acc = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     n0, c0, s0 = position(tile, N, C, S, BLOCK_N, BLOCK_C, BLOCK_S)
-    mean = per_channel(Mean, c0, C, acc, BLOCK_C)
-    rstd = per_channel(Rstd, c0, C, acc, BLOCK_C)
+    mean = per_channel(Mean, c0, C, acc, BLOCK_C, "")
+    rstd = per_channel(Rstd, c0, C, acc, BLOCK_C, "")
     if FROZEN:
         rstd = 1.0 / tl.sqrt(rstd + tl.full((), eps, acc))
     scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)

@@ -97,8 +97,8 @@ def bn_resident_bwd_kernel(
     C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
     acc = Mean.dtype.element_ty
     c0 = tl.program_id(0) * BLOCK_C
-    mean = per_channel(Mean, c0, C, acc, BLOCK_C)
-    rstd = per_channel(Rstd, c0, C, acc, BLOCK_C)
+    mean = per_channel(Mean, c0, C, acc, BLOCK_C, "")
+    rstd = per_channel(Rstd, c0, C, acc, BLOCK_C, "")
     scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
     g, centred = load_gradient(
         DY, X, R, Mask, mean, scale, bias, param, N, C, S, 0, c0, 0,

@@ -133,8 +133,8 @@ def bn_ticketed_bwd_kernel(
     applies, block, split = work_of(ticket, slices, slice_blocks, splits)
     if block < blocks:
         c0 = block * BLOCK_C
-        mean = per_channel(Mean, c0, C, acc, BLOCK_C)
-        rstd = per_channel(Rstd, c0, C, acc, BLOCK_C)
+        mean = per_channel(Mean, c0, C, acc, BLOCK_C, "")
+        rstd = per_channel(Rstd, c0, C, acc, BLOCK_C, "")
         scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
         if applies:
             wait_for_flag(Tickets + 1 + block, generation)

@@ -117,7 +117,7 @@ def position(tile, N, C, S, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def per_channel(P, c0, C, acc: tl.constexpr, BLOCK_C: tl.constexpr, CACHE: tl.constexpr = ""):
+def per_channel(P, c0, C, acc: tl.constexpr, BLOCK_C: tl.constexpr, CACHE: tl.constexpr):
     """Loads one value a channel, shaped to broadcast against a tile.
 
     CACHE is ".cg", past the first-level cache, for what other multiprocessors

@@ -71,11 +71,12 @@ def test_outputs_are_stored_wide(rows):
 def test_as_many_programs_fit_as_planned(rows):
     """Registers and shared memory leave room for the programs that the splits count on.
 
-    One less may fit of the heaviest epilogue (GELU): the splits then take turns.
+    One less may fit of the heaviest epilogue (GELU) and of flattened planes: the
+    splits then take turns.
     """
     for row in rows:
         # Nothing counts on more than one resident program: there spills are the limit.
         if row["target"] == "sm_90" and "resident" not in row["kernel"]:
-            programs = PROGRAMS_PER_SM - ("gelu" in row["case"])
+            programs = PROGRAMS_PER_SM - ("gelu" in row["case"] or row["flat"])
             assert row["registers"] * row["threads"] * programs <= REGISTERS, row
             assert row["shared"] * programs <= 227 * 1024, row
