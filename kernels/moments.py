@@ -23,21 +23,25 @@ def sample_mean(
     X, N, C, S, c0, acc: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Mean of a few values at the start of each channel, the same in every program.
+    """Trimmed mean of a few values at the start of each channel, the same in every program.
 
     Moments are taken about it. It lies a fraction of a standard deviation from
-    the mean, unless there are outliers among the few, and then no further than
-    sqrt(M) standard deviations (Samuelson): little is left to cancel.
+    the mean, as the smallest and the largest of the few, which may be outliers,
+    don't count. Any value lies within sqrt(M) standard deviations (Samuelson),
+    so that even with more outliers little is left to cancel.
     """
     n = tl.arange(0, BLOCK_N)[:, None, None]
     c = tl.arange(0, BLOCK_C)[None, :, None]
     s = tl.arange(0, BLOCK_S)[None, None, :]
-    mask = (n < N) & (c < C - c0) & (s < S)
+    few = (n < N) & (s < S)
     # 64 bits: these rows are not a tile, whose reach the planner has checked.
     offsets = (n.to(tl.int64) * C + c0 + c) * S + s
-    x = tl.load(X + offsets, mask, other=0.0).to(acc)
+    x = tl.load(X + offsets, few & (c < C - c0), other=0.0).to(acc)
+    smallest = tl.min(tl.min(tl.where(few, x, float("inf")), axis=2), axis=0)
+    largest = tl.max(tl.max(tl.where(few, x, float("-inf")), axis=2), axis=0)
     count = tl.minimum(N, BLOCK_N) * tl.minimum(S, BLOCK_S)
-    return sum_rows(x) / tl.cast(count, acc)
+    trimmed = tl.where(count > 2, smallest + largest, 0.0)
+    return (sum_rows(x) - trimmed) / (count - tl.where(count > 2, 2, 0)).to(acc)
 
 
 @triton.jit
