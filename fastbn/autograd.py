@@ -70,11 +70,13 @@ class BatchNorm(torch.autograd.Function):
             input, weight, bias, residual, running_mean, running_var, num_batches_tracked, options,
             saved == "mask",
         )  # fmt: skip
+        if saved == "mask":
+            # Hooks on saved tensors may change strides, and the mask's bits follow these.
+            ctx.format = memory_format(input)
+        else:
+            mask = None
         residual = residual if saved == "residual" else None
-        mask = mask if saved == "mask" else None
         ctx.save_for_backward(input, weight, bias, residual, mask, mean, rstd)
-        # Hooks on saved tensors may change strides, and the mask's bits follow these.
-        ctx.format = memory_format(input)
         ctx.options = options
         return output
 
@@ -90,7 +92,8 @@ class BatchNorm(torch.autograd.Function):
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of input, weight, bias and residual, each where asked for."""
     input, weight, bias, residual, mask, mean, rstd = ctx.saved_tensors
-    input = input.contiguous(memory_format=ctx.format)
+    if mask is not None:
+        input = input.contiguous(memory_format=ctx.format)
     training, _, eps, activation, param = ctx.options
     want_dx, want_dw, want_db, want_dr = ctx.needs_input_grad[:4]
     # With no activation the residual's gradient is the output's: no copy.

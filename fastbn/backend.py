@@ -20,7 +20,8 @@ if HAS_TRITON:
 
     INTERPRETING = knobs.runtime.interpret
 
-_DEVICES = ("cuda", "xpu", "cpu") if INTERPRETING else ("cuda", "xpu")
+PYTORCH_REFUSES = "PyTorch refuses it"
+
 _HALVES = (torch.float16, torch.bfloat16)
 _DTYPES = (*_HALVES, torch.float32, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -70,72 +71,97 @@ def use_backend(name: str) -> Iterator[None]:
         set_backend(before)
 
 
-def unserved(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    residual: Tensor | None,
-) -> str | None:
-    """Why the kernels can't serve a call that PyTorch can; None if they can."""
-    if not HAS_TRITON:
-        return "Triton is not installed"
-    if input.device.type not in _DEVICES:
-        hint = ", which takes TRITON_INTERPRET=1" if input.device.type == "cpu" else ""
-        return f"the input is on the device type {input.device.type!r}{hint}"
-    if input.layout != torch.strided:
-        return f"the input's layout is {input.layout}"
-    if input.dtype not in _DTYPES:
-        return f"the input's dtype is {input.dtype}"
-    if input.numel() == 0:
-        return "the input is empty"
-    # Straight on, without comprehensions: this runs in every call.
-    dtype, device = input.dtype, input.device
-    found = None
-    for t in (weight, bias, running_mean, running_var):
-        if t is None:
-            continue
-        if t.dtype is not found:
-            if found is not None:
-                return f"parameters and statistics are of {found} and {t.dtype}"
-            found = t.dtype
-            if found != dtype and (found != torch.float32 or dtype not in _HALVES):
-                return f"parameters or statistics of {found} don't go with an input of {dtype}"
-        if t.dim() != 1:
-            return "a parameter or running statistic is not one-dimensional"
-        if t.device != device:
-            return _DIFFERENT_DEVICES
-        if type(t) not in _PLAIN:
-            return _SUBCLASS
-    if running_mean is not None and not running_mean.is_contiguous():
-        return "the running statistics are not contiguous"
-    if running_var is not None and not running_var.is_contiguous():
-        return "the running statistics are not contiguous"
-    counter = num_batches_tracked
-    if counter is not None:
-        if counter.dtype != torch.int64 or counter.numel() != 1:
-            return "num_batches_tracked is not a single int64"
-        if counter.device != device:
-            return _DIFFERENT_DEVICES
-    if residual is not None:
-        if residual.dtype != dtype:
-            return f"the residual's dtype is {residual.dtype}, the input's {dtype}"
-        if residual.device != device:
-            return _DIFFERENT_DEVICES
-        if type(residual) not in _PLAIN:
-            return _SUBCLASS
-    if type(input) not in _PLAIN or (counter is not None and type(counter) not in _PLAIN):
-        return _SUBCLASS
+def set_aside() -> str | None:
+    """Why no call goes to the kernels now, or None."""
+    if _backend == "torch":
+        return "the backend is set to 'torch'"
+    if torch._C._are_functorch_transforms_active() or (
+        torch.autograd.forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
+    ):
+        return "torch.func or forward-mode AD is at work"
     return None
 
 
-def transformed() -> bool:
-    """Whether `torch.func` transforms or forward-mode AD are at work."""
-    if torch._C._are_functorch_transforms_active():
-        return True
-    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
+def unserved(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    residual: Tensor | None,
+) -> str | None:
+    """Why the kernels can't serve a call, or None if they can.
+
+    It is PYTORCH_REFUSES if PyTorch would not accept the sizes and numbers either.
+    """
+    if input.dim() < 2 or (running_mean is None) != (running_var is None):
+        return PYTORCH_REFUSES
+    device, dtype, channels = input.device, input.dtype, input.shape[1]
+    counter = num_batches_tracked
+    if training:
+        known_momentum = momentum is not None or counter is not None
+        if not (eps > 0 and known_momentum and input.numel() != channels):
+            return PYTORCH_REFUSES
+    elif eps < 0 or running_mean is None:
+        return PYTORCH_REFUSES
+
+    # This runs in every call: straight on, without comprehensions and helpers.
+    reason = found = None
+    for t in (weight, bias, running_mean, running_var):
+        if t is None:
+            continue
+        if t.numel() != channels:
+            return PYTORCH_REFUSES
+        if t.dtype is not found:
+            if found is not None:
+                reason = f"parameters and statistics are of {found} and {t.dtype}"
+            found = t.dtype
+            if found is not dtype and (found is not torch.float32 or dtype not in _HALVES):
+                reason = f"parameters or statistics of {found} don't go with an input of {dtype}"
+        if t.dim() != 1:
+            reason = "a parameter or running statistic is not one-dimensional"
+        if t.device != device:
+            reason = _DIFFERENT_DEVICES
+        if type(t) not in _PLAIN:
+            reason = _SUBCLASS
+    if running_mean is not None:
+        if running_mean.requires_grad or running_var.requires_grad:
+            return PYTORCH_REFUSES
+        if not (running_mean.is_contiguous() and running_var.is_contiguous()):
+            reason = "the running statistics are not contiguous"
+    if counter is not None:
+        if counter.dtype is not torch.int64 or counter.numel() != 1:
+            reason = "num_batches_tracked is not a single int64"
+        if counter.device != device:
+            reason = _DIFFERENT_DEVICES
+        if type(counter) not in _PLAIN:
+            reason = _SUBCLASS
+    if residual is not None:
+        if residual.dtype is not dtype:
+            reason = f"the residual's dtype is {residual.dtype}, the input's {dtype}"
+        if residual.device != device:
+            reason = _DIFFERENT_DEVICES
+        if type(residual) not in _PLAIN:
+            reason = _SUBCLASS
+
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if not (input.is_cuda or input.is_xpu or (INTERPRETING and input.is_cpu)):
+        hint = ", which takes TRITON_INTERPRET=1" if input.is_cpu else ""
+        return f"the input is on the device type {device.type!r}{hint}"
+    if input.layout is not torch.strided:
+        return f"the input's layout is {input.layout}"
+    if dtype not in _DTYPES:
+        return f"the input's dtype is {dtype}"
+    if input.numel() == 0:
+        return "the input is empty"
+    if type(input) not in _PLAIN:
+        return _SUBCLASS
+    return reason
 
 
 _warned: set[str] = set()

@@ -8,8 +8,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from . import backend
-from .functional import PYTORCH_REFUSES, left_to_pytorch
-from .modules import fused_activation, statistics_of
+from .modules import fused_activation, parameters_of, statistics_of
 
 if backend.HAS_TRITON:
     from .autograd import saved_for
@@ -91,7 +90,7 @@ def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = N
     weight = bias = running_mean = running_var = counter = None
     training, eps, activation = True, 1e-5, "none"
     if module is not None:
-        weight, bias, eps = module.weight, module.bias, module.eps
+        (weight, bias), eps = parameters_of(module), module.eps
         running_mean, running_var, counter, training = statistics_of(module)
         fused = fused_activation(module)
         activation = "none" if fused is None else fused[0]
@@ -99,14 +98,15 @@ def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = N
             residual = None  # added after the kernels
     if residual is not None and residual.shape != input.shape:
         return Explanation("none", "the residual is not of the input's shape")
-    reason = left_to_pytorch(
-        input, running_mean, running_var, counter, weight, bias, training, 0.1, eps
+    reason = backend.set_aside()
+    if reason is not None:
+        return Explanation("torch", reason)
+    reason = backend.unserved(
+        input, running_mean, running_var, counter, weight, bias, training, 0.1, eps, residual
     )
     if reason is not None:
-        return Explanation("none" if reason == PYTORCH_REFUSES else "torch", reason)
-    reason = backend.unserved(input, weight, bias, running_mean, running_var, counter, residual)
-    if reason is not None:
-        return Explanation("none" if backend.get_backend() == "triton" else "torch", reason)
+        refused = reason == backend.PYTORCH_REFUSES or backend.get_backend() == "triton"
+        return Explanation("none" if refused else "torch", reason)
 
     saves = saved_for(activation, residual is not None)
     device = device_facts(input.device)

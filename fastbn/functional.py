@@ -12,9 +12,6 @@ if backend.HAS_TRITON:
     from . import autograd
 
 
-PYTORCH_REFUSES = "PyTorch refuses it"
-
-
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -149,50 +146,18 @@ def _goes_to_kernels(
     residual,
 ) -> bool:  # fmt: skip
     """Whether the kernels take a call; PyTorch gets the others, to serve or to refuse."""
-    statistics = (running_mean, running_var)
-    reason = left_to_pytorch(
-        input, *statistics, num_batches_tracked, weight, bias, training, momentum, eps
-    )
-    if reason is not None:
+    if backend.set_aside() is not None:
         return False
-    reason = backend.unserved(input, weight, bias, *statistics, num_batches_tracked, residual)
+    reason = backend.unserved(
+        input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
+        eps, residual,
+    )  # fmt: skip
     if reason is None:
         return True
+    if reason == backend.PYTORCH_REFUSES:
+        return False
     if backend.get_backend() == "triton":
         raise RuntimeError(f"backend 'triton' can't serve this call because {reason}")
     if input.device.type in ("cuda", "xpu") and input.numel() and not torch.compiler.is_compiling():
         backend.warn_fallback(reason)
     return False
-
-
-def left_to_pytorch(
-    input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps
-) -> str | None:
-    """Why a call is PyTorch's whether or not the kernels could serve it, or None."""
-    if backend.get_backend() == "torch":
-        return "the backend is set to 'torch'"
-    if backend.transformed():
-        return "torch.func or forward-mode AD is at work"
-    if not _well_formed(
-        input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps
-    ):
-        return PYTORCH_REFUSES
-    return None
-
-
-def _well_formed(
-    input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps
-) -> bool:
-    """Whether PyTorch would accept the sizes and numbers of a call."""
-    if input.dim() < 2 or (running_mean is None) != (running_var is None):
-        return False
-    channels = input.shape[1]
-    for t in (running_mean, running_var, weight, bias):
-        if t is not None and t.numel() != channels:
-            return False
-    if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
-        return False
-    if training:
-        known_momentum = momentum is not None or num_batches_tracked is not None
-        return eps > 0 and known_momentum and input.numel() != channels
-    return eps >= 0 and running_mean is not None

@@ -12,6 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
+from torch.autograd import _profiler_enabled
+from torch.compiler import is_compiling
 
 from . import run
 from .layout import mask_sizes, memory_format, statistics_dtype
@@ -84,11 +88,11 @@ def _fake_backward(
 def _heard() -> bool:
     """Whether anybody listens to the dispatcher: a compiler, a tracer, a mode, the profiler."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
+        is_compiling()
+        or _len_torch_dispatch_stack() > 0
+        or _len_torch_dispatch_stack_pre_dispatch() > 0
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
     )
 
 
