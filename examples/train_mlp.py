@@ -169,7 +169,7 @@ def draw_boundary(axes, net, data):
         dots = {"color": color, "edgecolors": "black"}
         axes.scatter(*x_train[y_train == value].T, s=5, linewidths=0, **dots)
         axes.scatter(*x_val[y_val == value].T, s=15, linewidths=0.6, **dots)
-    axes.set(xlabel="X", ylabel="Y")
+    axes.set(xlabel="X", ylabel="Y", aspect="equal")
 
 
 def draw(path, nets, curves, data):

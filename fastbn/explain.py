@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import backend
-from .modules import fused_activation, parameters_of, statistics_of
+from .functional import check_residual
+from .modules import _Fused, _FusedAct, fused_activation, parameters_of, statistics_of
 
 if backend.HAS_TRITON:
     from .autograd import saved_for
@@ -27,6 +30,7 @@ class Explanation:
         reason: why.
         plan: all launch decisions, with the predicted time of both directions;
             None if PyTorch serves the call.
+        after: what PyTorch does after the kernels: drop layer, residual, activation.
         device: name of the device planned for.
         forward_bytes, backward_bytes: of tensors read and written; what the
             second of two passes finds in a cache counts too, what a ticketed
@@ -38,6 +42,7 @@ class Explanation:
     backend: str
     reason: str
     plan: Plan | None = None
+    after: tuple[str, ...] = ()
     device: str | None = None
     forward_bytes: int | None = None
     backward_bytes: int | None = None
@@ -57,6 +62,7 @@ class Explanation:
             f"Triton kernels serve this call: {self.reason}.\n"
             f"Input:    {problem.layout}, seen as (N, C, S) = {sizes}.\n"
             f"Forward:  {forward}\nBackward: {backward}"
+            + (f"\nAfter the kernels, in PyTorch: {', '.join(self.after)}." if self.after else "")
         )
 
 
@@ -65,12 +71,27 @@ def _in_words(schedule: Schedule, problem: Problem, bytes: int, seconds: float |
     access = f"{schedule.tile.access_bytes(problem.itemsize)}-byte accesses"
     if schedule.tile.flat:
         access += " to flattened planes"
-    cached = f" and {schedule.cached_units:g} from the cache" if schedule.cached_units else ""
+    size = f"{bytes / 1e6:.2f} MB" if bytes >= 1e6 else f"{bytes / 1e3:.2f} kB"
+    cached = f", {schedule.cached_units:g} more from the cache" if schedule.cached_units else ""
     time = "" if seconds is None else f", {seconds * 1e6:.1f} us at full bandwidth"
     return (
-        f"{schedule.strategy}, {launches}, {access}; {schedule.units:g} units of traffic"
-        f"{cached} = {bytes / 1e6:.2f} MB{time}."
+        f"{schedule.strategy}, {launches}, {access};"
+        f" {schedule.units:g} tensors read or written = {size}{time}{cached}."
     )
+
+
+def _refusal(reason: str, input, running_mean, running_var, *args) -> str | None:
+    """The error that a call ends with which for this reason the kernels don't get, or None."""
+    insists = backend.get_backend() == "triton" and backend.set_aside() is None
+    if insists and reason != backend.PYTORCH_REFUSES:
+        return f"backend 'triton' can't serve this call because {reason}"
+    copies = (None if t is None else t.clone() for t in (running_mean, running_var))
+    try:
+        with torch.no_grad():
+            F.batch_norm(input, *copies, *args)
+    except (RuntimeError, TypeError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = None) -> Explanation:
@@ -83,30 +104,50 @@ def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = N
         residual: the tensor it would add, if any.
 
     Returns:
-        A dataclass that prints as plain words. Bytes count each tensor of the
-        input's size once for every time that the kernels read or write it; not
-        statistics, parameters, or the copy that other strides need first.
+        A dataclass that prints as plain words. A call that is PyTorch's is tried,
+        on copies of the statistics, for the error that it may end with. Bytes
+        count each tensor of the input's size once for every time that the kernels
+        read or write it; not statistics, parameters, or the copy that other
+        strides need first.
+
+    Raises:
+        TypeError: the module is not one of fastbn's.
     """
+    if module is not None and not isinstance(module, _Fused):
+        raise TypeError(
+            f"module must be one of fastbn's or None, but got a {type(module).__name__}"
+        )
     weight = bias = running_mean = running_var = counter = None
-    training, eps, activation = True, 1e-5, "none"
+    training, eps, activation, after = True, 1e-5, "none", ()
+    try:
+        check_residual(input, residual)
+        if module is not None:
+            module._check_input_dim(input)
+    except ValueError as error:
+        return Explanation("none", str(error))
     if module is not None:
         (weight, bias), eps = parameters_of(module), module.eps
         running_mean, running_var, counter, training = statistics_of(module)
+        if residual is not None and not isinstance(module, _FusedAct):
+            return Explanation("none", f"{type(module).__name__} takes no residual")
         fused = fused_activation(module)
-        activation = "none" if fused is None else fused[0]
-        if fused is None and residual is not None and residual.shape == input.shape:
-            residual = None  # added after the kernels
-    if residual is not None and residual.shape != input.shape:
-        return Explanation("none", "the residual is not of the input's shape")
-    reason = backend.set_aside()
-    if reason is not None:
-        return Explanation("torch", reason)
-    reason = backend.unserved(
-        input, running_mean, running_var, counter, weight, bias, training, 0.1, eps, residual
+        if fused is not None:
+            activation = fused[0]
+        else:
+            layers = (module.drop, residual, module.act)  # in this order
+            after = tuple(
+                "residual" if layer is residual else type(layer).__name__
+                for layer in layers
+                if layer is not None and type(layer) is not nn.Identity
+            )
+            residual = None
+    statistics = (running_mean, running_var)
+    reason = backend.set_aside() or backend.unserved(
+        input, *statistics, counter, weight, bias, training, 0.1, eps, residual
     )
     if reason is not None:
-        refused = reason == backend.PYTORCH_REFUSES or backend.get_backend() == "triton"
-        return Explanation("none" if refused else "torch", reason)
+        error = _refusal(reason, input, *statistics, weight, bias, training, 0.1, eps)
+        return Explanation("none", error) if error else Explanation("torch", reason)
 
     saves = saved_for(activation, residual is not None)
     device = device_facts(input.device)
@@ -118,6 +159,6 @@ def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = N
         return None if device.bandwidth is None else bytes / device.bandwidth
 
     return Explanation(
-        "triton", f"{device.name} runs them", plan, device.name,
+        "triton", f"{device.name} runs them", plan, after, device.name,
         forward, backward, seconds(forward), seconds(backward),
     )  # fmt: skip

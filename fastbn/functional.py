@@ -55,7 +55,8 @@ def batch_norm(
     Raises:
         ValueError: an unknown activation, a parameter for one that takes none,
             a residual of another shape, one value per channel in training.
-        RuntimeError: sizes or dtypes that PyTorch's batch norm refuses.
+        RuntimeError: sizes or dtypes that PyTorch's batch norm refuses; under the
+            backend "triton", whatever the kernels can't serve.
     """
     return tracked_batch_norm(
         input, running_mean, running_var, None, weight, bias, training, momentum, eps,
@@ -129,10 +130,8 @@ def _checked_activation(name: str | None, param: float | None) -> tuple[str, flo
     if name is None:
         name = "none"
     if name not in reference.ACTIVATIONS:
-        raise ValueError(
-            f"activation must be None or one of {', '.join(reference.ACTIVATIONS)},"
-            f" but got {name!r}"
-        )
+        known = ", ".join(known for known in reference.ACTIVATIONS if known != "none")
+        raise ValueError(f"activation must be None or one of {known}, but got {name!r}")
     default = reference.DEFAULT_PARAMS.get(name)
     if param is None:
         return name, 0.0 if default is None else default

@@ -141,8 +141,10 @@ def _make_activation(
 ) -> nn.Module:
     if layer is None or layer == "":
         return nn.Identity()
+    if isinstance(layer, nn.Module):
+        raise TypeError(f"act_layer must be a class, not an instance: {type(layer).__name__}")
     if layer == "gelu_tanh":
-        return nn.GELU(approximate="tanh")
+        return nn.GELU(**{"approximate": "tanh", **kwargs})
     if isinstance(layer, str):
         if layer not in _LAYERS:
             raise ValueError(
@@ -195,15 +197,16 @@ _ACT_DOC = """`{base}`, an optional residual and an activation in one.
         num_features, eps, momentum, affine, track_running_stats, device, dtype:
             as for `nn.{base}`.
         apply_act: False leaves the activation out.
-        act_layer: a module class, its name, or None for no activation. Those
-            that `fastbn.functional.batch_norm` knows run inside the kernels,
-            any other one after them.
+        act_layer: a module class; a name that `fastbn.functional.batch_norm`
+            knows, "swish" or "hard_swish"; or None for no activation. What that
+            function knows runs inside the kernels, any other class after them.
         act_kwargs: arguments of `act_layer`.
         inplace: accepted for timm's sake; the fused output is new memory anyway.
         drop_layer: a module class applied between normalisation and residual;
             with one, nothing but the normalisation is fused.
 
     Raises:
+        TypeError: `act_layer` is a module and not a class.
         ValueError: `act_layer` is an unknown name, or the residual is of
             another shape than the input.
     """

@@ -192,7 +192,7 @@ class TestBadEpilogues:
             bn(torch.randn(2, 3, 4, 4), torch.randn(3, 1, 1))
 
     def test_unknown_activation(self, bn):
-        with pytest.raises(ValueError, match=r"activation must be None or one of none.*'mish'"):
+        with pytest.raises(ValueError, match=r"activation must be None or one of relu.*'mish'"):
             batch_norm(
                 torch.randn(2, 3), bn.running_mean, bn.running_var, training=True, activation="mish"
             )
@@ -210,8 +210,10 @@ def test_explain_in_words(device, force_strategy):
     text = str(explain(FusedBatchNormAct2d(6).to(device), torch.randn(2, 6, 8, 8, device=device)))
     assert "Triton kernels serve this call" in text
     assert "channels-first, seen as (N, C, S) = (2, 6, 64)." in text
-    assert "Forward:  resident, 1 launch, 16-byte accesses; 2 units of traffic = 0.01 MB." in text
-    assert "Backward: resident, 1 launch, 16-byte accesses; 3 units" in text
+    forward = "Forward:  resident, 1 launch, 16-byte accesses; 2 tensors read or written = 6.14 kB."
+    assert forward in text
+    assert "Backward: resident, 1 launch, 16-byte accesses; 3 tensors" in text
+    assert "After the kernels" not in text
 
 
 @pytest.mark.parametrize("strategy", ["two-pass", "resident", "ticketed"])
@@ -241,28 +243,44 @@ def test_explain_counts_what_the_call_moves(device, force_strategy):
 
 def test_explain_agrees_with_what_happens_after_the_kernels(device):
     x = torch.randn(2, 6, 8, 8, device=device)
-    for bn in (
-        FusedBatchNormAct2d(6, drop_layer=torch.nn.Dropout),
-        FusedBatchNormAct2d(6, act_layer=torch.nn.Mish),
+    for bn, after in (
+        (FusedBatchNormAct2d(6, drop_layer=torch.nn.Dropout), ("Dropout", "residual", "ReLU")),
+        (FusedBatchNormAct2d(6, act_layer=torch.nn.Mish), ("residual", "Mish")),
     ):
         found = explain(bn.to(device), x, x)
         assert found.plan.problem.saves is None
         assert not found.plan.problem.residual
+        last = f"After the kernels, in PyTorch: {', '.join(after)}."
+        assert str(found).endswith(last)
 
 
-def test_explain_what_pytorch_refuses(device):
-    bn = FusedBatchNorm2d(6).to(device)
-    for shape in ((1, 6, 1, 1), (2, 5, 4, 4), (6,)):
-        found = explain(bn, torch.randn(shape, device=device))
-        assert str(found) == "This call is an error: PyTorch refuses it."
-    x = torch.ones(2, 6, 4, 4, device=device)
-    for module in (None, FusedBatchNormAct2d(6, act_layer=torch.nn.Mish).to(device)):
-        assert "residual" in explain(module, x, x[:, :, :1, :1]).reason
-        assert explain(module, x, x[:, :, :1, :1]).backend == "none"
-    x = torch.ones(2, 6, 4, 4, device=device, dtype=torch.int32)
-    assert explain(bn, x).backend == "torch"
-    with fastbn.use_backend("triton"):
-        assert explain(bn, x).backend == "none"
+@pytest.mark.parametrize("chosen", ["auto", "triton", "torch"])
+def test_explain_what_is_refused(chosen, device):
+    """In the words of the call's own error."""
+    fastbn.set_backend(chosen)
+    bn = FusedBatchNormAct2d(6).to(device)
+    x = torch.randn(2, 6, 4, 4, device=device)
+    shapes = ((1, 6, 1, 1), (2, 5, 4, 4), (2, 6), (6,))
+    for wrong in (*(torch.randn(s, device=device) for s in shapes), x.int(), x.to_sparse()):
+        with pytest.raises((RuntimeError, ValueError)) as raised:
+            bn(wrong)
+        assert str(explain(bn, wrong)) == f"This call is an error: {raised.value}."
+    with pytest.raises(ValueError, match="residual") as raised:
+        bn(x, x[:1])
+    assert explain(bn, x, x[:1]).reason == str(raised.value)
+
+
+def test_explain_what_takes_no_residual(device):
+    x = torch.randn(2, 6, 4, 4, device=device)
+    found = explain(FusedBatchNorm2d(6).to(device), x, x)
+    assert str(found) == "This call is an error: FusedBatchNorm2d takes no residual."
+
+
+@pytest.mark.parametrize("module", [torch.nn.BatchNorm2d(6), torch.nn.ReLU()])
+def test_explain_what_is_not_ours(module):
+    message = f"module must be one of fastbn's or None, but got a {type(module).__name__}"
+    with pytest.raises(TypeError, match=message):
+        explain(module, torch.randn(2, 6, 4, 4))
 
 
 def test_explain_what_pytorch_serves(device):

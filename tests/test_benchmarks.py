@@ -55,6 +55,8 @@ def test_report_on_a_cpu(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "report.json").read_text())
     table = (tmp_path / "report.md").read_text()
+    assert "On a CPU fastbn is PyTorch's own batch norm" in table
+    assert "On a CPU fastbn is PyTorch's own batch norm" in done.stdout
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert "CPU run; no statement about any GPU" in found["title"]
     assert table.startswith(f"# {found['title']}\n")

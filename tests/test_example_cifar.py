@@ -88,9 +88,10 @@ def curves(metrics, norm):
 
 def test_fused_equals_torch_through_the_interpreter(pictures):
     env = {"TRITON_INTERPRET": "1", "FASTBN_BACKEND": "triton"}
-    tiny = ["--max-train-samples=16", "-b=8", "--epochs=1", "--device=cpu", "--output-dir=out"]
+    tiny = ["--max-train-samples=8", "-b=4", "--epochs=1", "--device=cpu", "--output-dir=out"]
     done = run_script("--data-path", pictures, "--norm", "torch", "fused", *tiny, **env)
     assert (done.returncode, done.stderr) == (0, "")
+    assert "PyTorch computed the fused norm" not in done.stdout
     metrics = json.loads(Path("out/metrics.json").read_text())
     (expected,), (row,) = curves(metrics, "torch"), curves(metrics, "fused")
     # Adam's first steps are the sign of the gradient, which amplifies rounding a little.
@@ -107,6 +108,7 @@ def test_no_arguments_and_no_network_end_on_the_stand_in():
     done = run_script("--max-train-samples=256", "--epochs=2", "-b=64", "--device=cpu")
     assert (done.returncode, done.stderr) == (0, "")
     assert "CIFAR-10 cannot be downloaded" in done.stdout
+    assert "PyTorch computed the fused norm" in done.stdout
     assert f"{LABEL}: 256 training and 2,000 validation images" in done.stdout
     out = Path("runs/cifar")
     metrics = json.loads((out / "metrics.json").read_text())

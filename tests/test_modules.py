@@ -157,6 +157,16 @@ def test_drop_layer(device):
     torch.testing.assert_close(ours(x, r), F.relu(bn(x) / 2 + r))
 
 
+def test_instance_for_a_layer():
+    with pytest.raises(TypeError, match="act_layer must be a class, not an instance: ReLU"):
+        FusedBatchNormAct2d(3, act_layer=nn.ReLU())
+
+
+def test_arguments_of_a_named_layer():
+    with pytest.raises(TypeError, match="unexpected"):
+        FusedBatchNormAct2d(3, act_layer="gelu_tanh", act_kwargs={"slope": 1})
+
+
 def test_unknown_layer():
     with pytest.raises(ValueError, match=r"act_layer must be a module class or one of .*'rellu'"):
         FusedBatchNormAct2d(3, act_layer="rellu")
