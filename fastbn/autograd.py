@@ -36,8 +36,8 @@ def forward(
     num_batches_tracked: Tensor | None,
     options: Options,
     save_mask: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Output, mean, rstd (the variance if not training) and packed mask if it is saved."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Output, (2, C) mean and rstd (or the frozen mean), and packed mask if it is saved."""
     training, momentum, eps, activation, param = options
     if training:
         return ops.forward_train(
@@ -47,7 +47,7 @@ def forward(
     output, mask = ops.forward_eval(
         input, residual, weight, bias, running_mean, running_var, eps, activation, param, save_mask
     )
-    return output, running_mean, running_var, mask
+    return output, running_mean, mask
 
 
 class BatchNorm(torch.autograd.Function):
@@ -66,7 +66,7 @@ class BatchNorm(torch.autograd.Function):
         options: Options,
     ) -> Tensor:
         saved = saved_for(options[3], residual is not None)
-        output, mean, rstd, mask = forward(
+        output, statistics, mask = forward(
             input, weight, bias, residual, running_mean, running_var, num_batches_tracked, options,
             saved == "mask",
         )  # fmt: skip
@@ -76,7 +76,8 @@ class BatchNorm(torch.autograd.Function):
         else:
             mask = None
         residual = residual if saved == "residual" else None
-        ctx.save_for_backward(input, weight, bias, residual, mask, mean, rstd)
+        var = None if options[0] else running_var
+        ctx.save_for_backward(input, weight, bias, residual, mask, statistics, var)
         ctx.options = options
         return output
 
@@ -91,16 +92,16 @@ class BatchNorm(torch.autograd.Function):
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of input, weight, bias and residual, each where asked for."""
-    input, weight, bias, residual, mask, mean, rstd = ctx.saved_tensors
+    input, weight, bias, residual, mask, statistics, var = ctx.saved_tensors
     if mask is not None:
         input = input.contiguous(memory_format=ctx.format)
-    training, _, eps, activation, param = ctx.options
+    _, _, eps, activation, param = ctx.options
     want_dx, want_dw, want_db, want_dr = ctx.needs_input_grad[:4]
     # With no activation the residual's gradient is the output's: no copy.
     compute_dr = want_dr and activation != "none"
     dx, dw, db, dr = ops.backward(
-        grad_output, input, residual, mask, weight, bias, mean, rstd, eps, activation, param,
-        not training, [want_dx, want_dw, want_db, compute_dr],
+        grad_output, input, residual, mask, weight, bias, statistics, var, eps, activation, param,
+        [want_dx, want_dw, want_db, compute_dr],
     )  # fmt: skip
     return (
         dx if want_dx else None,
@@ -112,19 +113,18 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """The same gradients through the reference, for second derivatives (`create_graph`)."""
-    *inputs, mask, mean, rstd = ctx.saved_tensors
+    *inputs, mask, statistics, var = ctx.saved_tensors
     training, _, eps, activation, param = ctx.options
     # Views, so that a path from one input to another, or one tensor in two
     # places, is left to the engine and not counted twice.
     inputs = [None if t is None else t.view_as(t) for t in inputs]
     input, weight, bias, residual = inputs
-    statistics = (mean, rstd) if not training else (None, None)
+    mean = None if training else statistics
 
     def normalised(act: str, residual: Tensor | None) -> Tensor:
         return reference.batch_norm(
-            input, *statistics, weight, bias, training, 0.0, eps, act, param,
-            residual,
-        )  # fmt: skip
+            input, mean, var, weight, bias, training, 0.0, eps, act, param, residual
+        )
 
     if mask is not None:
         # The residual was not kept, but where the argument is positive was,

@@ -27,6 +27,7 @@ _DTYPES = (*_HALVES, torch.float32, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _DIFFERENT_DEVICES = "tensors are on different devices"
 _SUBCLASS = "an argument is a tensor subclass"
+_NEGATIVE = "an argument is negated lazily"
 
 
 def _checked(name: str, source: str) -> str:
@@ -111,6 +112,7 @@ def unserved(
 
     # This runs in every call: straight on, without comprehensions and helpers.
     reason = found = None
+    eager = not torch.compiler.is_compiling()  # Dynamo can't ask for a tensor's sign
     for t in (weight, bias, running_mean, running_var):
         if t is None:
             continue
@@ -128,6 +130,8 @@ def unserved(
             reason = _DIFFERENT_DEVICES
         if type(t) not in _PLAIN:
             reason = _SUBCLASS
+        if eager and t.is_neg():
+            reason = _NEGATIVE
     if running_mean is not None:
         if running_mean.requires_grad or running_var.requires_grad:
             return PYTORCH_REFUSES
@@ -147,11 +151,13 @@ def unserved(
             reason = _DIFFERENT_DEVICES
         if type(residual) not in _PLAIN:
             reason = _SUBCLASS
+        if eager and residual.is_neg():
+            reason = _NEGATIVE
 
     if not HAS_TRITON:
         return "Triton is not installed"
     if not (input.is_cuda or input.is_xpu or (INTERPRETING and input.is_cpu)):
-        hint = ", which takes TRITON_INTERPRET=1" if input.is_cpu else ""
+        hint = ", for which TRITON_INTERPRET=1 must be set at the start" if input.is_cpu else ""
         return f"the input is on the device type {device.type!r}{hint}"
     if input.layout is not torch.strided:
         return f"the input's layout is {input.layout}"
@@ -161,6 +167,8 @@ def unserved(
         return "the input is empty"
     if type(input) not in _PLAIN:
         return _SUBCLASS
+    if eager and input.is_neg():
+        return _NEGATIVE
     return reason
 
 
@@ -172,5 +180,7 @@ def warn_fallback(reason: str) -> None:
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(
-            f"fastbn falls back to PyTorch's batch norm because {reason}", RuntimeWarning, 3
+            f"fastbn falls back to PyTorch's batch norm because {reason}",
+            RuntimeWarning,
+            stacklevel=5,  # the caller of `batch_norm`
         )

@@ -79,10 +79,7 @@ def forward_call(
             bn_stats_fwd_kernel, reduce.tile, setup.programs_of(reduce), reduce.splits,
             MERGE=reduce.merge, CUMULATIVE=cumulative,
         )  # fmt: skip
-    second = setup.launcher(
-        bn_apply_fwd_kernel, tile, setup.programs(tile), ACTIVATION=activation,
-        FROZEN=not training,
-    )  # fmt: skip
+    second = setup.launcher(bn_apply_fwd_kernel, tile, setup.programs(tile), ACTIVATION=activation)
     return setup.call(schedule, whole, first, None if whole else second, counts=True)
 
 
@@ -112,7 +109,7 @@ def backward_call(
         )  # fmt: skip
     first = setup.launcher(
         bn_reduce_bwd_kernel, reduce.tile, setup.programs_of(reduce), reduce.splits,
-        MERGE=reduce.merge, ACTIVATION=activation, FROZEN=not training,
+        MERGE=reduce.merge, ACTIVATION=activation,
     )  # fmt: skip
     second = setup.launcher(bn_apply_bwd_kernel, tile, setup.programs(tile), ACTIVATION=activation)
     return setup.call(schedule, whole, first, second if training else None, counts=False)

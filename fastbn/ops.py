@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import is_legacy_batchedtensor
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import _profiler_enabled
 from torch.compiler import is_compiling
@@ -21,6 +22,8 @@ from . import run
 from .layout import mask_sizes, memory_format, statistics_dtype
 
 _library = torch.library.Library("fastbn", "DEF")
+
+_OWN = (Tensor, torch.nn.Parameter)
 
 # Arguments of the backward that are tensors come first.
 _TENSORS = 8
@@ -69,8 +72,8 @@ def _fake_forward_train(
     x, residual, weight, bias, running_mean, running_var, batches_tracked, momentum, eps,
     activation, param, save_mask,
 ):  # fmt: skip
-    mean = torch.empty(x.shape[1], dtype=statistics_dtype(x.dtype), device=x.device)
-    return _empty_like(x), mean, torch.empty_like(mean), _empty_mask(x, save_mask)
+    statistics = x.new_empty((2, x.shape[1]), dtype=statistics_dtype(x.dtype))
+    return _empty_like(x), statistics, _empty_mask(x, save_mask)
 
 
 def _fake_forward_eval(x, residual, weight, bias, mean, var, eps, activation, param, save_mask):
@@ -78,7 +81,7 @@ def _fake_forward_eval(x, residual, weight, bias, mean, var, eps, activation, pa
 
 
 def _fake_backward(
-    dy, x, residual, mask, weight, bias, mean, rstd, eps, activation, param, frozen, wanted
+    dy, x, residual, mask, weight, bias, statistics, var, eps, activation, param, wanted
 ):
     want_dx, want_dw, want_db, want_dr = wanted
     dw, db = _empty_parameter(weight, x, want_dw), _empty_parameter(bias, x, want_db)
@@ -97,15 +100,16 @@ def _heard() -> bool:
 
 
 def _plain(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether tensors are PyTorch's own: no subclass, and no batch of `is_grads_batched`."""
+    """Whether tensors are what they seem: of one device, no subclass, not negated, no batch."""
+    device = tensors[0].device
     for t in tensors:
-        if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+        if t is not None and (type(t) not in _OWN or t.is_neg() or t.device != device):
             return False
-    return not torch._C._functorch.is_legacy_batchedtensor(tensors[0])
+    return not is_legacy_batchedtensor(tensors[0])  # of `is_grads_batched`
 
 
 def _check_devices(*tensors: Tensor | None) -> None:
-    """A launch from the cache would not look at them."""
+    """The operators' tensors may be anything; a launch from the cache would not look at them."""
     devices = {t.device for t in tensors if t is not None}
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
@@ -140,7 +144,7 @@ forward_train = _register(
     "(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean,"
     " Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps,"
     " str activation, float activation_param, bool save_mask)"
-    " -> (Tensor output, Tensor mean, Tensor rstd, Tensor mask)",
+    " -> (Tensor output, Tensor statistics, Tensor mask)",
     _forward_train,
     _fake_forward_train,
 )
@@ -155,8 +159,8 @@ forward_eval = _register(
 backward = _register(
     "backward",
     "(Tensor grad_output, Tensor input, Tensor? residual, Tensor? mask, Tensor? weight,"
-    " Tensor? bias, Tensor mean, Tensor rstd, float eps, str activation, float activation_param,"
-    " bool frozen, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? bias, Tensor statistics, Tensor? var, float eps, str activation,"
+    " float activation_param, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
 )

@@ -44,8 +44,8 @@ def _written(*tensors: Tensor | None) -> None:
 def forward_train(
     x, residual, weight, bias, running_mean, running_var, batches_tracked, momentum, eps,
     activation, param, save_mask,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Output, mean, rstd and packed mask; running statistics and counter are updated."""
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Output, (2, C) mean and rstd, and packed mask; running statistics and counter are updated."""
     cumulative = momentum is None and batches_tracked is not None
     call = forward_call(
         x.shape, x.stride(), x.dtype, x.device, residual is not None, save_mask, True, activation,
@@ -57,25 +57,24 @@ def forward_train(
     weight, bias = _dense(weight), _dense(bias)
     y = torch.empty_like(x, memory_format=call.format)
     mask = _empty_mask(call, x, save_mask)
-    mean = torch.empty(x.shape[1], dtype=call.statistics, device=x.device)
-    rstd = torch.empty_like(mean)
+    statistics = torch.empty((2, x.shape[1]), dtype=call.statistics, device=x.device)
     momentum = 0.0 if momentum is None else momentum
     outputs = (x, residual, y, mask, weight, bias)
-    statistics = (mean, rstd, running_mean, running_var, batches_tracked)
+    written = (statistics, running_mean, running_var, batches_tracked)
     if call.schedule.strategy == "resident":
         arrivals = counters(x.device, 1).arrivals if cumulative else None
-        call.whole((*outputs, *statistics, arrivals), momentum, eps, param)
+        call.whole((*outputs, *written, arrivals), momentum, eps, param)
     else:
         arrivals, tickets, _ = counters(x.device, call.blocks)
-        partials = torch.empty(call.partials, dtype=mean.dtype, device=x.device)
+        partials = torch.empty(call.partials, dtype=call.statistics, device=x.device)
         if call.whole is not None:
-            tensors = (*outputs, *statistics, partials, arrivals, tickets)
+            tensors = (*outputs, *written, partials, arrivals, tickets)
             call.whole(tensors, momentum, eps, param)
         else:
-            call.reduce((x, *statistics, partials, arrivals), momentum, eps)
-            call.apply((*outputs, mean, rstd), eps, param)
+            call.reduce((x, *written, partials, arrivals), momentum, eps)
+            call.apply((*outputs, statistics, None), eps, param)
     _written(running_mean, running_var, batches_tracked)
-    return y, mean, rstd, mask
+    return y, statistics, mask
 
 
 def forward_eval(
@@ -94,39 +93,45 @@ def forward_eval(
 
 
 def backward(
-    dy, x, residual, mask, weight, bias, mean, rstd, eps, activation, param, frozen, wanted
+    dy, x, residual, mask, weight, bias, statistics, var, eps, activation, param, wanted
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input, weight, bias and residual, each where it is wanted."""
+    """Gradients of input, weight, bias and residual, each where it is wanted.
+
+    Args:
+        statistics: a batch's (2, C) mean and rstd, or the frozen mean.
+        var: the frozen variance, or None.
+    """
     saves = "mask" if mask is not None else None if residual is None else "residual"
     call = backward_call(
-        x.shape, x.stride(), x.dtype, x.device, saves, not frozen, activation,
-        dy.dtype, _kind(residual), _kind(weight), _kind(bias), mean.dtype, rstd.dtype, *wanted,
+        x.shape, x.stride(), x.dtype, x.device, saves, var is None, activation,
+        dy.dtype, _kind(residual), _kind(weight), _kind(bias), statistics.dtype, _kind(var),
+        *wanted,
     )  # fmt: skip
     want_dx, want_dw, want_db, want_dr = wanted
     dy, x, residual = _in(call.format, dy), _in(call.format, x), _in(call.format, residual)
-    weight, bias, mean, rstd = _dense(weight), _dense(bias), _dense(mean), _dense(rstd)
+    weight, bias, statistics, var = _dense(weight), _dense(bias), _dense(statistics), _dense(var)
     dx = torch.empty_like(x, memory_format=call.format) if want_dx else None
     dr = torch.empty_like(x, memory_format=call.format) if want_dr else None
     dw, db = _empty_parameter(weight, x, want_dw), _empty_parameter(bias, x, want_db)
-    inputs = (dy, x, residual, mask, weight, bias, mean, rstd, dw, db)
-    need_sums = want_dw or want_db or (want_dx and not frozen)
+    inputs = (dy, x, residual, mask, weight, bias, statistics)
+    need_sums = want_dw or want_db or (want_dx and var is None)
     if not (need_sums or want_dx or want_dr):
         return dx, dw, db, dr
     if call.schedule.strategy == "resident":
-        call.whole((*inputs, dx, dr), param)
+        call.whole((*inputs, dw, db, dx, dr), param)
         return dx, dw, db, dr
     sums = partials = arrivals = None
     if need_sums:
         sums = torch.empty(2 * x.shape[1], dtype=call.statistics, device=x.device)
         partials = torch.empty(call.partials, dtype=call.statistics, device=x.device)
         arrivals, tickets, _ = counters(x.device, call.blocks)
-    if frozen:
-        call.reduce((*inputs, sums, dx, dr, partials, arrivals), eps, param)
+    if var is not None:
+        call.reduce((*inputs, var, dw, db, sums, dx, dr, partials, arrivals), eps, param)
     elif call.whole is not None and want_dx:
-        call.whole((*inputs, sums, dx, dr, partials, arrivals, tickets), param)
+        call.whole((*inputs, dw, db, sums, dx, dr, partials, arrivals, tickets), param)
     else:
         if need_sums:
-            call.reduce((*inputs, sums, None, None, partials, arrivals), eps, param)
+            call.reduce((*inputs, None, dw, db, sums, None, None, partials, arrivals), eps, param)
         if want_dx or want_dr:
-            call.apply((*inputs[:8], sums, dx, dr), param)
+            call.apply((*inputs, sums, dx, dr), param)
     return dx, dw, db, dr

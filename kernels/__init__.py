@@ -1,5 +1,5 @@
 """Triton kernels of batch norm and the planner that decides their launches.
 
-Nothing in here imports torch: `plan` and `device` are plain Python and can be
-tested on any machine; the other modules need Triton.
+Nothing in here imports torch: `device`, `tiling` and `plan` are plain Python and
+can be tested on any machine; the other modules need Triton.
 """

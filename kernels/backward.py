@@ -15,6 +15,7 @@ import triton.language as tl
 from .epilogue import (
     activation_backward,
     mask_box,
+    mean_and_rstd,
     normalise,
     scale_and_bias,
     sign_backward,
@@ -22,7 +23,17 @@ from .epilogue import (
 )
 from .moments import sum_partials, sum_rows
 from .tickets import last_to_arrive
-from .tile import blocks_of, box, extents, load_tile, per_channel, position, store_tile
+from .tile import (
+    blocks_of,
+    box,
+    extents,
+    load_tile,
+    per_channel,
+    position,
+    position_in_block,
+    store_tile,
+    tiles_of_block,
+)
 
 
 @triton.jit
@@ -109,13 +120,10 @@ def store_partial_sums(
     acc: tl.constexpr = mean.dtype
     c0 = block * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
-    s_tiles = blocks_of(S, BLOCK_S)
-    tiles = blocks_of(N, BLOCK_N) * s_tiles
     sum_g = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), acc)
     sum_gx = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), acc)
-    for tile in range(split, tiles, splits):
-        n0 = tl.cast(tile // s_tiles, tl.int64) * BLOCK_N
-        s0 = tl.cast(tile % s_tiles, tl.int64) * BLOCK_S
+    for tile in range(split, tiles_of_block(N, S, BLOCK_N, BLOCK_S), splits):
+        n0, s0 = position_in_block(tile, S, BLOCK_N, BLOCK_S)
         g, centred = load_gradient(
             DY, X, R, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
             ACTIVATION, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S,
@@ -132,7 +140,7 @@ def store_partial_sums(
             store_tile(DR, g, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
     if SUMS:
         tl.store(Partials + split * C + c, sum_rows(sum_g), c < C)
-        tl.store(Partials + (splits + split) * C + c, sum_rows(sum_gx), c < C)
+        tl.store(Partials + splits * C + split * C + c, sum_rows(sum_gx), c < C)
 
 
 @triton.jit
@@ -143,13 +151,13 @@ def bn_reduce_bwd_kernel(
     Mask,  # pointer to the packed signs of the activation's argument, or None
     W,  # pointer to the weight, or None
     B,  # pointer to the bias, or None
-    Mean,  # pointer to the mean
-    Rstd,  # pointer to 1 / sqrt(var + eps), or to var if FROZEN
+    Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps); or to a mean alone
+    Var,  # pointer to the variance that goes with a mean alone, or None
     DW,  # pointer to the weight's gradient, or None
     DB,  # pointer to the bias' gradient, or None
     Sums,  # pointer to (2, C): sum(g), sum(g * (x - mean)); None: no sums wanted at all
-    DX,  # pointer to the input's gradient, if FROZEN, or None
-    DR,  # pointer to the residual's gradient, if FROZEN, or None
+    DX,  # pointer to the input's gradient with frozen statistics, or None
+    DR,  # pointer to the residual's gradient with frozen statistics, or None
     Partials,  # pointer to (2, splits, C) sums
     Arrivals,  # pointer to a zero for each channel block
     N,
@@ -161,7 +169,6 @@ def bn_reduce_bwd_kernel(
     ALIGN: tl.constexpr,
     MERGE: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    FROZEN: tl.constexpr,
     FLAT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -178,10 +185,7 @@ def bn_reduce_bwd_kernel(
     block = tl.program_id(0) % blocks
     split = tl.program_id(0) // blocks
     c0 = block * BLOCK_C
-    mean = per_channel(Mean, c0, C, acc, BLOCK_C, "")
-    rstd = per_channel(Rstd, c0, C, acc, BLOCK_C, "")
-    if FROZEN:
-        rstd = 1.0 / tl.sqrt(rstd + tl.full((), eps, acc))
+    mean, rstd = mean_and_rstd(Statistics, Var, eps, c0, C, acc, BLOCK_C, "")
     scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
     store_partial_sums(
         DY, X, R, Mask, Partials, DX, DR, mean, scale, bias, param, N, C, S, block, split, splits,
@@ -200,8 +204,7 @@ def bn_apply_bwd_kernel(
     Mask,  # pointer to the packed signs of the activation's argument, or None
     W,  # pointer to the weight, or None
     B,  # pointer to the bias, or None
-    Mean,  # pointer to the mean
-    Rstd,  # pointer to 1 / sqrt(var + eps)
+    Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps)
     Sums,  # pointer to (2, C): sum(g), sum(g * (x - mean)), if DX is wanted
     DX,  # pointer to the input's gradient, or None
     DR,  # pointer to the residual's gradient, or None
@@ -218,11 +221,10 @@ def bn_apply_bwd_kernel(
 ):
     """One tile a program, last tiles first: the sums left those in the L2 cache."""
     C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
-    acc = Mean.dtype.element_ty
+    acc = Statistics.dtype.element_ty
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     n0, c0, s0 = position(tile, N, C, S, BLOCK_N, BLOCK_C, BLOCK_S)
-    mean = per_channel(Mean, c0, C, acc, BLOCK_C, "")
-    rstd = per_channel(Rstd, c0, C, acc, BLOCK_C, "")
+    mean, rstd = mean_and_rstd(Statistics, None, 0.0, c0, C, acc, BLOCK_C, "")
     scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
     g, centred = load_gradient(
         DY, X, R, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,

@@ -10,7 +10,7 @@ class Device:
     """The facts of one device that launch decisions and predictions rest on.
 
     Those with a default are assumptions, the same for all devices until
-    `python -m benchmarks.report`, which prints them all, has run on one.
+    `python -m benchmarks.report`, which measures most of them, has run on one.
 
     Attributes:
         name: as the driver gives it.

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tile import blocks_of, box
+from .tile import blocks_of, box, per_channel
 from .tiling import MASK_BITS
 
 _BITS = tl.constexpr(MASK_BITS)
@@ -23,15 +23,27 @@ def normalise(x, mean, scale, bias):
 
 
 @triton.jit
+def mean_and_rstd(
+    Statistics, Var, eps, c0, C, acc: tl.constexpr, BLOCK_C: tl.constexpr, CACHE: tl.constexpr
+):
+    """Of a batch, as its forward left them; or of frozen statistics, rstd = 1 / sqrt(var + eps)."""
+    mean = per_channel(Statistics, c0, C, acc, BLOCK_C, CACHE)
+    if Var is None:
+        rstd = per_channel(Statistics + C, c0, C, acc, BLOCK_C, CACHE)
+    else:
+        rstd = 1.0 / tl.sqrt(per_channel(Var, c0, C, acc, BLOCK_C, CACHE) + tl.full((), eps, acc))
+    return mean, rstd
+
+
+@triton.jit
 def scale_and_bias(W, B, rstd, c0, C, BLOCK_C: tl.constexpr):
     """rstd * weight and bias, each of which may be left out."""
-    c = c0 + tl.arange(0, BLOCK_C)
     scale = rstd
     bias = tl.zeros_like(rstd)
     if W is not None:
-        scale *= tl.load(W + c, c < C, other=0.0).to(rstd.dtype)[None, :, None]
+        scale *= per_channel(W, c0, C, rstd.dtype, BLOCK_C, "")
     if B is not None:
-        bias += tl.load(B + c, c < C, other=0.0).to(rstd.dtype)[None, :, None]
+        bias += per_channel(B, c0, C, rstd.dtype, BLOCK_C, "")
     return scale, bias
 
 
@@ -99,13 +111,14 @@ def activation_backward(dy, z, param, ACTIVATION: tl.constexpr):
     """dy times the activation's derivative at z.
 
     At the kinks it takes PyTorch's side: 0 at 0 (ReLU, ReLU6), the negative
-    slope at 0 (leaky ReLU), 0 at 6 (ReLU6).
+    slope at 0 (leaky ReLU), 0 at 6 (ReLU6); and where z is NaN, dy or, of
+    leaky ReLU, the negative slope.
     """
     g = dy
     if ACTIVATION == "relu":
         g = tl.where(z <= 0, 0.0, dy)
     elif ACTIVATION == "leaky_relu":
-        g = tl.where(z <= 0, dy * param, dy)
+        g = tl.where(z > 0, dy, dy * param)
     elif ACTIVATION == "silu":
         sigmoid = 1.0 / (1.0 + tl.exp(-z))
         g = dy * sigmoid * (1.0 + z * (1.0 - sigmoid))
@@ -118,11 +131,11 @@ def activation_backward(dy, z, param, ACTIVATION: tl.constexpr):
         slope = (1.0 + z * z * (3.0 * _GELU_CUBIC)) * _SQRT_2_OVER_PI
         g = dy * (0.5 * (1.0 + tanh(inner)) + 0.5 * z * sech2(inner) * slope)
     elif ACTIVATION == "hardswish":
-        g = tl.where(z <= -3, 0.0, tl.where(z >= 3, dy, dy * (z / 3 + 0.5)))
+        g = tl.where(z <= -3, 0.0, tl.where(z < 3, dy * (z / 3 + 0.5), dy))
     elif ACTIVATION == "relu6":
         g = tl.where((z <= 0) | (z >= 6), 0.0, dy)
     elif ACTIVATION == "elu":
-        g = tl.where(z > 0, dy, dy * param * tl.exp(tl.where(z > 0, 0.0, z)))
+        g = tl.where(z <= 0, dy * param * tl.exp(tl.where(z <= 0, z, 0.0)), dy)
     elif ACTIVATION == "sigmoid":
         sigmoid = 1.0 / (1.0 + tl.exp(-z))
         g = dy * sigmoid * (1.0 - sigmoid)
@@ -141,6 +154,15 @@ def sign_backward(dy, positive, param, ACTIVATION: tl.constexpr):
     else:
         tl.static_assert(ACTIVATION == "leaky_relu")
         return tl.where(positive, dy, dy * param)
+
+
+@triton.jit
+def is_positive(z, ACTIVATION: tl.constexpr):
+    """On which side of 0 `sign_backward` is to find z; NaN where PyTorch has it."""
+    if ACTIVATION == "relu":
+        return (z > 0) | (z != z)
+    else:
+        return z > 0
 
 
 @triton.jit

@@ -13,10 +13,27 @@ With M = N * S values x to a channel:
 import triton
 import triton.language as tl
 
-from .epilogue import activate, mask_box, normalise, pack, scale_and_bias
+from .epilogue import (
+    activate,
+    is_positive,
+    mask_box,
+    mean_and_rstd,
+    normalise,
+    pack,
+    scale_and_bias,
+)
 from .moments import merge, merge_partials, sample_mean, tile_moments
 from .tickets import last_to_arrive
-from .tile import blocks_of, box, extents, load_tile, per_channel, position, store_tile
+from .tile import (
+    blocks_of,
+    box,
+    extents,
+    load_tile,
+    position,
+    position_in_block,
+    store_tile,
+    tiles_of_block,
+)
 
 
 @triton.jit
@@ -38,16 +55,16 @@ def averaging_factor(momentum, BatchesTracked, CUMULATIVE: tl.constexpr, acc: tl
 
 @triton.jit
 def store_statistics(
-    count, mean, m2, Mean, Rstd, RunningMean, RunningVar, factor, eps, c, in_block
+    count, mean, m2, Statistics, RunningMean, RunningVar, factor, eps, c, C
 ):  # fmt: skip
     """Writes a channel block's statistics, updates the running ones, and returns rstd."""
     rstd = 1.0 / tl.sqrt(m2 / count + tl.full((), eps, mean.dtype))
-    tl.store(Mean + c, mean, in_block)
-    tl.store(Rstd + c, rstd, in_block)
+    tl.store(Statistics + c, mean, c < C)
+    tl.store(Statistics + C + c, rstd, c < C)
     if RunningMean is not None:
-        update_running(RunningMean, mean, factor, c, in_block)
+        update_running(RunningMean, mean, factor, c, c < C)
     if RunningVar is not None:
-        update_running(RunningVar, m2 / (count - 1.0), factor, c, in_block)
+        update_running(RunningVar, m2 / (count - 1.0), factor, c, c < C)
     return rstd
 
 
@@ -75,14 +92,11 @@ def store_partial_moments(
     SAMPLE_S: tl.constexpr = 1 if BLOCK_S == 1 else 16
     shift = sample_mean(X, N, C, S, c0, acc, SAMPLE_N, BLOCK_C, SAMPLE_S)
 
-    s_tiles = blocks_of(S, BLOCK_S)
-    tiles = blocks_of(N, BLOCK_N) * s_tiles
     count = tl.cast(0, acc)
     mean = tl.zeros((BLOCK_C,), acc)
     m2 = tl.zeros((BLOCK_C,), acc)
-    for tile in range(split, tiles, splits):
-        n0 = tl.cast(tile // s_tiles, tl.int64) * BLOCK_N
-        s0 = tl.cast(tile % s_tiles, tl.int64) * BLOCK_S
+    for tile in range(split, tiles_of_block(N, S, BLOCK_N, BLOCK_S), splits):
+        n0, s0 = position_in_block(tile, S, BLOCK_N, BLOCK_S)
         x = load_tile(X, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
         x = x.to(acc) - shift[None, :, None]
         _, _, inside = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
@@ -90,19 +104,21 @@ def store_partial_moments(
         tile_mean, tile_m2 = tile_moments(x, inside, tile_count)
         count, mean, m2 = merge(count, mean, m2, tile_count, tile_mean, tile_m2)
 
+    M2s = Partials + splits * C
+    Counts = M2s + splits * C + block * splits
     tl.store(Partials + split * C + c, mean, in_block)
-    tl.store(Partials + (splits + split) * C + c, m2, in_block)
-    tl.store(Partials + 2 * splits * C + block * splits + split, count)
+    tl.store(M2s + split * C + c, m2, in_block)
+    tl.store(Counts + split, count)
     return shift
 
 
 @triton.jit
 def finish_statistics(
-    Partials, shift, Mean, Rstd, RunningMean, RunningVar, BatchesTracked, Arrivals, C, block,
+    Partials, shift, Statistics, RunningMean, RunningVar, BatchesTracked, Arrivals, C, block,
     splits, momentum, eps, CUMULATIVE: tl.constexpr, MERGE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Merges the partial moments of a channel block and writes what follows from them."""
-    acc: tl.constexpr = Mean.dtype.element_ty
+    acc: tl.constexpr = Statistics.dtype.element_ty
     c0 = block * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
     M2s = Partials + splits * C
@@ -110,7 +126,7 @@ def finish_statistics(
     count, mean, m2 = merge_partials(Partials, M2s, Counts, splits, C, c0, MERGE, BLOCK_C)
     factor = averaging_factor(momentum, BatchesTracked, CUMULATIVE, acc)
     store_statistics(
-        count, mean + shift, m2, Mean, Rstd, RunningMean, RunningVar, factor, eps, c, c < C
+        count, mean + shift, m2, Statistics, RunningMean, RunningVar, factor, eps, c, C
     )
     blocks = blocks_of(C, BLOCK_C)
     count_batch(BatchesTracked, block == 0, Arrivals + blocks, blocks, CUMULATIVE)
@@ -130,7 +146,7 @@ def store_output(
     y = activate(z, tl.full((), param, z.dtype), ACTIVATION)
     store_tile(Y, y, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
     if Mask is not None:
-        packed = pack((z > 0) | (z != z), BLOCK_N, BLOCK_C, BLOCK_S)
+        packed = pack(is_positive(z, ACTIVATION), BLOCK_N, BLOCK_C, BLOCK_S)
         start, offsets, inside = mask_box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
         tl.store(Mask + start + offsets, packed, inside, eviction_policy=EVICTION)
 
@@ -138,8 +154,7 @@ def store_output(
 @triton.jit
 def bn_stats_fwd_kernel(
     X,  # pointer to the input
-    Mean,  # pointer to the batch mean, written
-    Rstd,  # pointer to 1 / sqrt(var + eps), written
+    Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps), written
     RunningMean,  # pointer to the running mean, updated, or None
     RunningVar,  # pointer to the running variance, updated, or None
     BatchesTracked,  # pointer to the counter of batches, incremented, or None
@@ -161,7 +176,7 @@ def bn_stats_fwd_kernel(
 ):
     """Program (split, channel block): moments of every splits-th tile of the block."""
     C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
-    acc = Mean.dtype.element_ty
+    acc = Statistics.dtype.element_ty
     blocks = blocks_of(C, BLOCK_C)
     block = tl.program_id(0) % blocks
     split = tl.program_id(0) // blocks
@@ -170,7 +185,7 @@ def bn_stats_fwd_kernel(
     )
     if last_to_arrive(Arrivals + block, splits):
         finish_statistics(
-            Partials, shift, Mean, Rstd, RunningMean, RunningVar, BatchesTracked, Arrivals, C,
+            Partials, shift, Statistics, RunningMean, RunningVar, BatchesTracked, Arrivals, C,
             block, splits, momentum, eps, CUMULATIVE, MERGE, BLOCK_C,
         )  # fmt: skip
 
@@ -183,8 +198,8 @@ def bn_apply_fwd_kernel(
     Mask,  # pointer to the packed signs of the activation's argument, or None
     W,  # pointer to the weight, or None
     B,  # pointer to the bias, or None
-    Mean,  # pointer to the mean
-    Rstd,  # pointer to 1 / sqrt(var + eps), or to var if FROZEN
+    Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps); or to a mean alone
+    Var,  # pointer to the variance that goes with a mean alone, or None
     N,
     C,
     S,
@@ -192,7 +207,6 @@ def bn_apply_fwd_kernel(
     param: "fp64",
     ALIGN: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    FROZEN: tl.constexpr,
     FLAT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -203,10 +217,7 @@ def bn_apply_fwd_kernel(
     acc = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     n0, c0, s0 = position(tile, N, C, S, BLOCK_N, BLOCK_C, BLOCK_S)
-    mean = per_channel(Mean, c0, C, acc, BLOCK_C, "")
-    rstd = per_channel(Rstd, c0, C, acc, BLOCK_C, "")
-    if FROZEN:
-        rstd = 1.0 / tl.sqrt(rstd + tl.full((), eps, acc))
+    mean, rstd = mean_and_rstd(Statistics, Var, eps, c0, C, acc, BLOCK_C, "")
     scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
     x = load_tile(X, N, C, S, n0, c0, s0, FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S).to(acc)
     store_output(

@@ -37,11 +37,19 @@ def sample_mean(
     # 64 bits: these rows are not a tile, whose reach the planner has checked.
     offsets = (n.to(tl.int64) * C + c0 + c) * S + s
     x = tl.load(X + offsets, few & (c < C - c0), other=0.0).to(acc)
+    # Sums of sixteenths, which is exact, don't overflow where the mean doesn't.
+    x *= 0.0625
     smallest = tl.min(tl.min(tl.where(few, x, float("inf")), axis=2), axis=0)
     largest = tl.max(tl.max(tl.where(few, x, float("-inf")), axis=2), axis=0)
     count = tl.minimum(N, BLOCK_N) * tl.minimum(S, BLOCK_S)
     trimmed = tl.where(count > 2, smallest + largest, 0.0)
-    return (sum_rows(x) - trimmed) / (count - tl.where(count > 2, 2, 0)).to(acc)
+    sixteenths = (count - tl.where(count > 2, 2, 0)).to(acc) * 0.0625
+    mean = (sum_rows(x) - trimmed) / sixteenths
+    if BLOCK_C == 1:
+        # By way of a scalar: to bring a vector into the tile's layout, Triton 3.6
+        # stores it a thousand times to shared memory.
+        mean = tl.full((1,), tl.sum(mean, axis=0), acc)
+    return mean
 
 
 @triton.jit

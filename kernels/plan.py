@@ -19,8 +19,10 @@ from .tiling import (
     resident_tile,
 )
 
-# The last program to arrive merges one partial result a split, alone.
+# The last program to arrive merges one partial result a split, alone. There are
+# fewer where partial results are counted in 31 bits.
 MAX_SPLITS = 1024
+MAX_PARTIALS = 2**31 - 1
 MERGE_ELEMENTS = 2048
 
 # Partial results are written and read once more: they may come to this fraction
@@ -90,7 +92,7 @@ class Schedule:
 
     @property
     def tile(self) -> Tile:
-        """That of the first pass."""
+        """That of the first pass; those of a second have accesses of the same width."""
         return self.apply if self.strategy == "resident" else self.reduce.tile
 
     def tickets(self, problem: Problem) -> int:
@@ -190,7 +192,10 @@ def ticketed(problem: Problem, device: Device, backward: bool) -> Schedule:
     n_tiles, blocks, s_tiles = tile.grid(problem)
     tiles = n_tiles * s_tiles
     summed = tile.elements * problem.itemsize * reads
-    share = max(ceil(PARTIAL_BYTES * tile.c / (summed * PARTIALS_SHARE)), ceil(tiles / MAX_SPLITS))
+    share = max(
+        ceil(PARTIAL_BYTES * tile.c / (summed * PARTIALS_SHARE)),
+        ceil(tiles / _max_splits(problem)),
+    )
     splits = ceil(tiles / share)
 
     at_once = PROGRAMS_PER_SM * device.sm_count
@@ -242,10 +247,14 @@ def _filling_pass(problem: Problem, device: Device, reads: int) -> Pass:
     n_tiles, blocks, s_tiles = tile.grid(problem)
     tiles = n_tiles * s_tiles
     wanted = -(-PROGRAMS_PER_SM * device.sm_count // blocks)
-    splits = min(tiles, wanted, MAX_SPLITS)
+    splits = min(tiles, wanted, _max_splits(problem))
     # Even shares: with 600 tiles, 300 programs of two each end sooner than
     # 528 programs, most of one and some of two.
     return _pass(tile, -(-tiles // -(-tiles // splits)))
+
+
+def _max_splits(problem: Problem) -> int:
+    return max(1, min(MAX_SPLITS, MAX_PARTIALS // problem.c))
 
 
 def _pass(tile: Tile, splits: int) -> Pass:

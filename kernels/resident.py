@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 
 from .backward import load_gradient, store_gradients, store_parameter_gradients
-from .epilogue import scale_and_bias
+from .epilogue import mean_and_rstd, scale_and_bias
 from .forward import averaging_factor, count_batch, store_output, store_statistics
 from .moments import sum_rows, tile_moments
-from .tile import box, extents, load_tile, per_channel
+from .tile import box, extents, load_tile
 
 
 @triton.jit
@@ -22,8 +22,7 @@ def bn_resident_fwd_kernel(
     Mask,  # pointer to the packed signs of the activation's argument, or None
     W,  # pointer to the weight, or None
     B,  # pointer to the bias, or None
-    Mean,  # pointer to the batch mean, written
-    Rstd,  # pointer to 1 / sqrt(var + eps), written
+    Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps), written
     RunningMean,  # pointer to the running mean, updated, or None
     RunningVar,  # pointer to the running variance, updated, or None
     BatchesTracked,  # pointer to the counter of batches, incremented, or None
@@ -44,10 +43,9 @@ def bn_resident_fwd_kernel(
 ):
     """Program i: channel block i, all of whose values are one tile."""
     C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
-    acc = Mean.dtype.element_ty
+    acc = Statistics.dtype.element_ty
     c0 = tl.program_id(0) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
-    in_block = c < C
     factor = averaging_factor(momentum, BatchesTracked, CUMULATIVE, acc)
 
     _, _, inside = box(N, C, S, 0, c0, 0, BLOCK_N, BLOCK_C, BLOCK_S)
@@ -57,9 +55,7 @@ def bn_resident_fwd_kernel(
     about = sum_rows(x * (1.0 / count))
     mean, m2 = tile_moments(x - about[None, :, None], inside, count)
     mean += about
-    rstd = store_statistics(
-        count, mean, m2, Mean, Rstd, RunningMean, RunningVar, factor, eps, c, in_block
-    )
+    rstd = store_statistics(count, mean, m2, Statistics, RunningMean, RunningVar, factor, eps, c, C)
     scale, bias = scale_and_bias(W, B, rstd[None, :, None], c0, C, BLOCK_C)
     store_output(
         x, R, Y, Mask, mean[None, :, None], scale, bias, param, N, C, S, 0, c0, 0,
@@ -76,8 +72,7 @@ def bn_resident_bwd_kernel(
     Mask,  # pointer to the packed signs of the activation's argument, or None
     W,  # pointer to the weight, or None
     B,  # pointer to the bias, or None
-    Mean,  # pointer to the mean
-    Rstd,  # pointer to 1 / sqrt(var + eps)
+    Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps)
     DW,  # pointer to the weight's gradient, or None
     DB,  # pointer to the bias' gradient, or None
     DX,  # pointer to the input's gradient, or None
@@ -95,10 +90,9 @@ def bn_resident_bwd_kernel(
 ):
     """Program i: channel block i, all of whose values are one tile."""
     C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
-    acc = Mean.dtype.element_ty
+    acc = Statistics.dtype.element_ty
     c0 = tl.program_id(0) * BLOCK_C
-    mean = per_channel(Mean, c0, C, acc, BLOCK_C, "")
-    rstd = per_channel(Rstd, c0, C, acc, BLOCK_C, "")
+    mean, rstd = mean_and_rstd(Statistics, None, 0.0, c0, C, acc, BLOCK_C, "")
     scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
     g, centred = load_gradient(
         DY, X, R, Mask, mean, scale, bias, param, N, C, S, 0, c0, 0,

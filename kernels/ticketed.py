@@ -15,10 +15,10 @@ from .backward import (
     store_gradients,
     store_partial_sums,
 )
-from .epilogue import scale_and_bias
+from .epilogue import mean_and_rstd, scale_and_bias
 from .forward import finish_statistics, store_output, store_partial_moments
 from .tickets import draw_ticket, last_to_arrive, raise_flag, wait_for_flag, work_of
-from .tile import blocks_of, extents, load_tile, per_channel
+from .tile import blocks_of, extents, load_tile, position_in_block, tiles_of_block
 
 
 @triton.jit
@@ -29,8 +29,7 @@ def bn_ticketed_fwd_kernel(
     Mask,  # pointer to the packed signs of the activation's argument, or None
     W,  # pointer to the weight, or None
     B,  # pointer to the bias, or None
-    Mean,  # pointer to the batch mean, written
-    Rstd,  # pointer to 1 / sqrt(var + eps), written
+    Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps), written
     RunningMean,  # pointer to the running mean, updated, or None
     RunningVar,  # pointer to the running variance, updated, or None
     BatchesTracked,  # pointer to the counter of batches, incremented, or None
@@ -56,7 +55,7 @@ def bn_ticketed_fwd_kernel(
 ):
     """One ticket a program: moments of every splits-th tile of a channel block, or their output."""
     C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
-    acc = Mean.dtype.element_ty
+    acc = Statistics.dtype.element_ty
     blocks = blocks_of(C, BLOCK_C)
     ticket, generation = draw_ticket(Tickets)
     slices = blocks_of(blocks, slice_blocks)
@@ -65,13 +64,10 @@ def bn_ticketed_fwd_kernel(
         if applies:
             c0 = block * BLOCK_C
             wait_for_flag(Tickets + 1 + block, generation)
-            mean = per_channel(Mean, c0, C, acc, BLOCK_C, ".cg")
-            rstd = per_channel(Rstd, c0, C, acc, BLOCK_C, ".cg")
+            mean, rstd = mean_and_rstd(Statistics, None, 0.0, c0, C, acc, BLOCK_C, ".cg")
             scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
-            s_tiles = blocks_of(S, BLOCK_S)
-            for tile in range(split, blocks_of(N, BLOCK_N) * s_tiles, splits):
-                n0 = tl.cast(tile // s_tiles, tl.int64) * BLOCK_N
-                s0 = tl.cast(tile % s_tiles, tl.int64) * BLOCK_S
+            for tile in range(split, tiles_of_block(N, S, BLOCK_N, BLOCK_S), splits):
+                n0, s0 = position_in_block(tile, S, BLOCK_N, BLOCK_S)
                 x = load_tile(
                     X, N, C, S, n0, c0, s0, FLAT, "evict_first", BLOCK_N, BLOCK_C, BLOCK_S
                 )
@@ -86,7 +82,7 @@ def bn_ticketed_fwd_kernel(
             )  # fmt: skip
             if last_to_arrive(Arrivals + block, splits):
                 finish_statistics(
-                    Partials, shift, Mean, Rstd, RunningMean, RunningVar, BatchesTracked,
+                    Partials, shift, Statistics, RunningMean, RunningVar, BatchesTracked,
                     Arrivals, C, block, splits, momentum, eps, CUMULATIVE, MERGE, BLOCK_C,
                 )  # fmt: skip
                 raise_flag(Tickets + 1 + block, generation)
@@ -100,8 +96,7 @@ def bn_ticketed_bwd_kernel(
     Mask,  # pointer to the packed signs of the activation's argument, or None
     W,  # pointer to the weight, or None
     B,  # pointer to the bias, or None
-    Mean,  # pointer to the mean
-    Rstd,  # pointer to 1 / sqrt(var + eps)
+    Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps)
     DW,  # pointer to the weight's gradient, or None
     DB,  # pointer to the bias' gradient, or None
     Sums,  # pointer to (2, C): sum(g), sum(g * (x - mean))
@@ -126,23 +121,20 @@ def bn_ticketed_bwd_kernel(
 ):
     """One ticket a program: sums over every splits-th tile of a channel block, or their dx."""
     C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
-    acc = Mean.dtype.element_ty
+    acc = Statistics.dtype.element_ty
     blocks = blocks_of(C, BLOCK_C)
     ticket, generation = draw_ticket(Tickets)
     slices = blocks_of(blocks, slice_blocks)
     applies, block, split = work_of(ticket, slices, slice_blocks, splits)
     if block < blocks:
         c0 = block * BLOCK_C
-        mean = per_channel(Mean, c0, C, acc, BLOCK_C, "")
-        rstd = per_channel(Rstd, c0, C, acc, BLOCK_C, "")
+        mean, rstd = mean_and_rstd(Statistics, None, 0.0, c0, C, acc, BLOCK_C, "")
         scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
         if applies:
             wait_for_flag(Tickets + 1 + block, generation)
             mean_g, mean_gx = load_means(Sums, N, S, C, c0, acc, BLOCK_C, ".cg")
-            s_tiles = blocks_of(S, BLOCK_S)
-            for tile in range(split, blocks_of(N, BLOCK_N) * s_tiles, splits):
-                n0 = tl.cast(tile // s_tiles, tl.int64) * BLOCK_N
-                s0 = tl.cast(tile % s_tiles, tl.int64) * BLOCK_S
+            for tile in range(split, tiles_of_block(N, S, BLOCK_N, BLOCK_S), splits):
+                n0, s0 = position_in_block(tile, S, BLOCK_N, BLOCK_S)
                 g, centred = load_gradient(
                     DY, X, R, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
                     ACTIVATION, FLAT, "evict_first", BLOCK_N, BLOCK_C, BLOCK_S,

@@ -117,6 +117,21 @@ def position(tile, N, C, S, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def tiles_of_block(N, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
+    """How many tiles a channel block has."""
+    return blocks_of(N, BLOCK_N) * blocks_of(S, BLOCK_S)
+
+
+@triton.jit
+def position_in_block(tile, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
+    """(n0, s0) of a channel block's tile, tiles numbered in the order of memory."""
+    s_tiles = blocks_of(S, BLOCK_S)
+    n0 = tl.cast(tile // s_tiles, tl.int64) * BLOCK_N
+    s0 = tl.cast(tile % s_tiles, tl.int64) * BLOCK_S
+    return n0, s0
+
+
+@triton.jit
 def per_channel(P, c0, C, acc: tl.constexpr, BLOCK_C: tl.constexpr, CACHE: tl.constexpr):
     """Loads one value a channel, shaped to broadcast against a tile.
 

@@ -129,7 +129,9 @@ def apply_tile(problem: Problem, device: Device, reads: int) -> Tile:
         s, c = 1, _clamp(256, problem.c, elements)
     else:
         s = _clamp(elements, problem.s, elements)
-        c = min(elements // s, power_of_2(problem.c))
+        # Of flattened planes no more than it takes: a thread has values of many
+        # channels there, and loads the parameters of each.
+        c = align if flat else min(elements // s, power_of_2(problem.c))
     return _within_int32(problem, elements, c, s, align, flat)
 
 

@@ -53,7 +53,7 @@ class Call:
 
 @dataclass
 class Arguments:
-    """The tensors of a call; `named` lists those present."""
+    """The tensors of a call; None where there is none."""
 
     call: Call
     input: Tensor

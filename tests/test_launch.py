@@ -116,18 +116,17 @@ def call(
     if without == "counter":
         counter = None
     r = torch.empty_like(x) if residual else None
-    _, m, rstd, mask = run.forward_train(
+    _, statistics, mask = run.forward_train(
         x, r, weight, bias, mean, var, counter, momentum, eps, activation, 0.0, residual
     )
     run.backward(
-        dy, x, None, mask, weight, bias, m, rstd, eps, activation, 0.0, False, [*wanted, residual]
+        dy, x, None, mask, weight, bias, statistics, None, eps, activation, 0.0, [*wanted, residual]
     )
     if mean is not None:
         _, mask = run.forward_eval(x, r, weight, bias, mean, var, eps, activation, 0.0, residual)
         run.backward(
-            dy, x, None, mask, weight, bias, mean, var, eps, activation, 0.0, True,
-            [*wanted, residual],
-        )  # fmt: skip
+            dy, x, None, mask, weight, bias, mean, var, eps, activation, 0.0, [*wanted, residual]
+        )
 
 
 def options_of(change):

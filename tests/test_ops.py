@@ -59,7 +59,8 @@ def test_opcheck_forward_eval(save_mask, device):
 @pytest.mark.parametrize("wanted", WANTED)
 def test_opcheck_backward(wanted, frozen, device):
     x, r, dy, w, b, mean, var, _ = tensors(device)
-    args = (dy, x, r, None, w, b, mean, var, 1e-5, "silu", 0.0, frozen, wanted)
+    statistics = (mean, var) if frozen else (torch.stack([mean, var]), None)
+    args = (dy, x, r, None, w, b, *statistics, 1e-5, "silu", 0.0, wanted)
     torch.library.opcheck(torch.ops.fastbn.backward.default, args, test_utils=TESTS)
 
 
@@ -116,7 +117,7 @@ def test_export(device):
     torch.testing.assert_close(exported(x), bn(x))
 
 
-def test_functionalized_mutation_is_visible(device):
+def test_autograd_sees_what_kernels_write(device):
     bn = FusedBatchNorm2d(4).to(device)
     before = bn.running_mean.clone()
     version = bn.running_mean._version
@@ -198,6 +199,33 @@ def test_operators_refuse_tensors_on_two_devices(device):
     mean, var = torch.zeros(4, device=device), torch.ones(4, device="meta")
     with pytest.raises(RuntimeError, match=r"on one device, but got .*meta"):
         ops._forward_eval(x, None, None, None, mean, var, 1e-5, "none", 0.0, False)
+
+
+@pytest.mark.parametrize("negative", ["input", "weight", "residual", "grad_output"])
+def test_lazily_negated(negative, device):
+    """Memory holds the values with the other sign."""
+    x, r, dy, w, b, *_ = tensors(device)
+    tensors_of = {"input": x, "weight": w, "residual": r, "grad_output": dy}
+    results = []
+    for view in (torch._neg_view, torch.neg):
+        given = {k: view(t) if k == negative else t for k, t in tensors_of.items()}
+        leaf = given["input"].detach().requires_grad_()
+        y = fastbn.batch_norm(
+            leaf, None, None, given["weight"], b, True, activation="silu",
+            residual=given["residual"],
+        )  # fmt: skip
+        results.append((y, *torch.autograd.grad(y, leaf, given["grad_output"])))
+    for lazy, eager in zip(*results):
+        torch.testing.assert_close(lazy, eager)
+
+
+def test_saved_tensors_that_come_back_elsewhere(device):
+    """A launch would take their memory for the device's."""
+    x = torch.randn(4, 6, 5, device=device, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.to("meta")):
+        y = fastbn.batch_norm(x, None, None, training=True)
+    with pytest.raises(RuntimeError, match="meta"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("strategy", ["two-pass", "ticketed"])

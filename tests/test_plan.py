@@ -61,6 +61,7 @@ def test_what_always_holds(found):
         reduce = schedule.reduce
         n, blocks, s = reduce.tile.grid(problem)
         assert 1 <= reduce.splits <= min(n * s, MAX_SPLITS)
+        assert reduce.splits == 1 or reduce.splits * problem.c < 2**31
         assert reduce.merge & (reduce.merge - 1) == 0
         # Even shares: with fewer programs the longest share would be longer.
         share = math.ceil(n * s / reduce.splits)
