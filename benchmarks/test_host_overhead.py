@@ -1,8 +1,9 @@
 """`pytest benchmarks/test_host_overhead.py --benchmark-only`: what a call costs the host.
 
-Up to the driver: the launch itself does nothing here, so that any machine can
-measure it, with tensors in any memory. PyTorch's own modules stand beside it;
-theirs includes, on a CPU, computing a few values.
+Up to Triton's launcher: the launch itself does nothing here, so that any machine
+can measure it, with tensors in any memory. The problem is a small one, of one
+resident launch each way. PyTorch's own modules stand beside it; theirs includes,
+on a CPU, computing a few values.
 """
 
 import contextlib

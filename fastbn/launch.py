@@ -1,4 +1,4 @@
-"""Launching kernels on a device, at no more cost than the driver's."""
+"""Launching kernels on a device, at little more cost than Triton's own launcher."""
 
 from __future__ import annotations
 
