@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 
 import fastbn
 from fastbn import counters
+from fastbn.calls import make_problem
 from fastbn.kernels.device import H100
-from fastbn.kernels.tiling import Problem, reduce_tile
+from fastbn.kernels.tiling import Problem, reduce_tile, resident_fits
 from fastbn.reference import ACTIVATIONS
 
-from .oracle import Call, check, clone, compare, make_arguments, run_fastbn
+from .oracle import CHANNELS_LAST, Call, check, clone, compare, make_arguments, run_fastbn
 
 
 @pytest.fixture(params=["two-pass", "resident", "ticketed"], autouse=True)
@@ -20,6 +21,15 @@ def strategy(request, force_strategy):
     """Each test for each way to do it."""
     force_strategy(request.param)
     return request.param
+
+
+def skip_what_never_stays(strategy, shape, dtype, channels_last=False):
+    """What does not fit registers takes two passes, which are a case of their own."""
+    x = torch.empty(shape, dtype=dtype)
+    if channels_last:
+        x = x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
+    if strategy == "resident" and not resident_fits(make_problem(x)):
+        pytest.skip("it does not fit registers")
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -42,20 +52,24 @@ NAMES = ["x".join(map(str, shape)) for shape in SHAPES]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=NAMES)
-def test_shapes_and_dtypes(shape, dtype, device):
+def test_shapes_and_dtypes(shape, dtype, device, strategy):
+    skip_what_never_stays(strategy, shape, dtype)
     check(Call(shape, dtype, activation="relu"), device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [s for s in SHAPES if len(s) >= 4])
-def test_channels_last(shape, dtype, device):
+def test_channels_last(shape, dtype, device, strategy):
+    skip_what_never_stays(strategy, shape, dtype, channels_last=True)
     check(Call(shape, dtype, channels_last=True, activation="relu"), device)
 
 
 @pytest.mark.usefixtures("tiny_tiles")
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("shape", [(3, 20, 7, 7), (5, 3, 12, 9), (4, 40, 4, 4), (2, 1, 19, 19)])
-def test_many_tiles_and_splits(shape, channels_last, device):
+def test_many_tiles_and_splits(shape, channels_last, device, strategy):
+    if strategy == "resident":
+        pytest.skip("it has one tile a channel block and no splits")
     call = Call(shape, channels_last=channels_last, activation="relu", residual=True)
     check(call, device)
 
