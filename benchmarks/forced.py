@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from fastbn.calls import backward_call, forward_call
+from fastbn import recall
 from fastbn.kernels import plan
 from fastbn.kernels.device import Device
 from fastbn.kernels.plan import Schedule
@@ -27,15 +27,9 @@ def forced(strategy: str) -> Iterator[None]:
         return {strategy: found[strategy]} if strategy in found else found
 
     plan.schedules = narrowed
-    _forget()
+    recall.forget()
     try:
         yield
     finally:
         plan.schedules = schedules
-        _forget()
-
-
-def _forget() -> None:
-    """Plans, and the launchers made from them."""
-    for cached in (plan.make_plan, forward_call, backward_call):
-        cached.cache_clear()
+        recall.forget()

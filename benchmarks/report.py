@@ -205,10 +205,13 @@ def _strategies(report: Report, case: Case) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 1 if anything failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results",
+        help="folder for the JSON, the table and the plots (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="fewer shapes, one dtype")
     parser.add_argument(
-        "--budget", type=float, default=540.0, help="seconds until it begins no more"
+        "--budget", type=float, default=540.0, help="seconds until it begins no more (%(default)s)"
     )
     options = parser.parse_args(arguments)
 

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
-from fastbn import FusedBatchNorm1d
+from fastbn import FusedBatchNorm1d, explain
 
 NORMS = {"none": None, "torch": nn.BatchNorm1d, "fused": FusedBatchNorm1d}
 ORDERS = ("norm-act", "act-norm")
@@ -189,7 +189,8 @@ def draw(path, nets, curves, data):
     panels["val_accuracy"].set(ylabel="validation accuracy", ylim=(None, 1.02), xlabel="epoch")
     for key in ("val_loss", "val_accuracy"):
         panels[key].spines[["top", "right"]].set_visible(False)
-    panels["val_loss"].legend(frameon=False)
+    # Above the curves, which may be anywhere.
+    panels["val_loss"].legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     figure.savefig(path, dpi=100)
 
 
@@ -210,13 +211,13 @@ def prepare(args):
     return [part.to(args.device) for part in parts]
 
 
-def at_least(kind, minimum):
-    """An argparse type: a finite number no smaller than the minimum."""
+def within(kind, minimum, maximum=sys.maxsize):
+    """An argparse type: a number within limits."""
 
     def parse(text):
         value = kind(text)
-        if not minimum <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least {minimum}")
+        if not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {minimum} to {maximum}")
         return value
 
     parse.__name__ = kind.__name__
@@ -231,11 +232,11 @@ def parse_args(argv):
     add("--norm", nargs="+", choices=NORMS, default=["none", "fused"], help="networks to train")
     add("--order", choices=ORDERS, default="norm-act", help="batch norm before or after ReLU")
     add("--csv", type=Path, metavar="FILE", help="data with columns X,Y,class instead of circles")
-    add("--samples", type=at_least(int, 5), default=1000, help="points on the circles")
-    add("--epochs", type=at_least(int, 1), default=200, help="passes over the training data")
-    add("-b", "--batch-size", type=at_least(int, 2), default=32, help="samples per step")
-    add("--lr", type=at_least(float, 0), default=0.01, help="Adam's learning rate")
-    add("--seed", type=int, default=0, help="for circles, split, weights and batches")
+    add("--samples", type=within(int, 5), default=1000, help="points on the circles")
+    add("--epochs", type=within(int, 1), default=200, help="passes over the training data")
+    add("-b", "--batch-size", type=within(int, 2), default=32, help="samples per step")
+    add("--lr", type=within(float, 0, 1e6), default=0.01, help="Adam's learning rate")
+    add("--seed", type=within(int, 0), default=0, help="for circles, split, weights and batches")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     add("--output-dir", type=Path, default=Path("runs/mlp"), help="for circles.png, metrics.json")
     return parser.parse_args(argv)
@@ -255,8 +256,15 @@ def main(argv=None):
         curves[norm] = train(nets[norm], data, args)
         last = {key: values[-1] for key, values in curves[norm].items()}
         print("{:<8}{train_loss:>12.4f}{val_loss:>12.4f}{val_accuracy:>15.1%}".format(norm, **last))
-    (args.output_dir / "metrics.json").write_text(json.dumps(curves, indent=1) + "\n")
+    # JSON has no NaN, which the loss of a diverged network may be: null instead.
+    metrics = {
+        norm: {key: [v if math.isfinite(v) else None for v in values] for key, values in c.items()}
+        for norm, c in curves.items()
+    }
+    (args.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     draw(args.output_dir / "circles.png", nets, curves, data)
+    if "fused" in nets and explain(None, data[0]).backend == "torch":
+        print("PyTorch computed the fused norm: its curves say nothing of fastbn's kernels.")
     print(f"wrote circles.png and metrics.json to {args.output_dir}")
     return 0
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import backend, ops, recall, reference, run
+from .calls import Call, backward_call, forward_call
 from .layout import memory_format, unpack_mask
 
 # Activations whose derivative is the sign's: with a residual one bit is saved.
@@ -25,29 +27,42 @@ def saved_for(activation: str, residual: bool) -> str | None:
 # and its parameter. A plain tuple: a named one takes four times as long to make.
 Options = tuple[bool, float | None, float, str, float]
 
+# Input, residual, weight, bias, running mean and variance, counter of batches.
+Tensors = Sequence[Tensor | None]
 
-def forward(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    options: Options,
-    save_mask: bool = False,
+
+def recalled(tensors: Tensors, options: Options) -> Call | None:
+    """The plan of a call like an earlier one, or None."""
+    return recall.find(forward_call, tensors, *_planned_by(tensors, options))
+
+
+def batch_norm(tensors: Tensors, options: Options, call: Call | None) -> Tensor:
+    """Batch norm, residual and activation, by a recalled plan or a new one."""
+    if call is None:
+        call = recall.keep(forward_call, tensors, *_planned_by(tensors, options))
+    if torch.is_grad_enabled():
+        return BatchNorm.apply(*tensors, options, call)
+    return _forward(tensors, options, call, save_mask=False)[0]
+
+
+def _planned_by(tensors: Tensors, options: Options) -> tuple[bool, bool, str, bool]:
+    """What a plan depends on besides the tensors."""
+    training, momentum, _, activation, _ = options
+    save_mask = torch.is_grad_enabled() and saved_for(activation, tensors[1] is not None) == "mask"
+    return training, momentum is None, activation, save_mask
+
+
+def _forward(
+    tensors: Tensors, options: Options, call: Call | None, save_mask: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output, (2, C) mean and rstd (or the frozen mean), and packed mask if it is saved."""
     training, momentum, eps, activation, param = options
+    if call is not None:
+        return run.forward(call, *tensors, momentum, eps, param)
     if training:
-        return ops.forward_train(
-            input, residual, weight, bias, running_mean, running_var, num_batches_tracked,
-            momentum, eps, activation, param, save_mask,
-        )  # fmt: skip
-    output, mask = ops.forward_eval(
-        input, residual, weight, bias, running_mean, running_var, eps, activation, param, save_mask
-    )
-    return output, running_mean, mask
+        return ops.forward_train(*tensors, momentum, eps, activation, param, save_mask)
+    output, mask = ops.forward_eval(*tensors[:6], eps, activation, param, save_mask)
+    return output, tensors[4], mask
 
 
 class BatchNorm(torch.autograd.Function):
@@ -57,99 +72,111 @@ class BatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any,
         input: Tensor,
+        residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        residual: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
         num_batches_tracked: Tensor | None,
         options: Options,
+        call: Call | None,
     ) -> Tensor:
-        saved = saved_for(options[3], residual is not None)
-        output, statistics, mask = forward(
-            input, weight, bias, residual, running_mean, running_var, num_batches_tracked, options,
-            saved == "mask",
-        )  # fmt: skip
+        training, _, _, activation, _ = options
+        saved = saved_for(activation, residual is not None)
+        tensors = (input, residual, weight, bias, running_mean, running_var, num_batches_tracked)
+        output, statistics, mask = _forward(tensors, options, call, saved == "mask")
         if saved == "mask":
-            # Hooks on saved tensors may change strides, and the mask's bits follow these.
+            # Hooks on saved tensors may change strides; the mask's bits follow the input's.
             ctx.format = memory_format(input)
         else:
-            mask = None
+            mask, ctx.format = None, None
         residual = residual if saved == "residual" else None
-        var = None if options[0] else running_var
-        ctx.save_for_backward(input, weight, bias, residual, mask, statistics, var)
+        # What the backward does not read may change before it, as in PyTorch.
+        bias = None if saved == "mask" or activation == "none" else bias
+        var = None if training else running_var
+        ctx.save_for_backward(input, residual, mask, weight, bias, statistics, var)
         ctx.options = options
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _differentiable_backward(ctx, grad_output)
+        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if differentiable or backend.transformed():
+            dx, dr, dw, db = _differentiable_backward(ctx, grad_output)
         else:
-            grads = _backward(ctx, grad_output)
-        return (*grads, *[None] * 4)
+            dx, dr, dw, db = _backward(ctx, grad_output)
+        return dx, dr, dw, db, None, None, None, None, None
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of input, weight, bias and residual, each where asked for."""
-    input, weight, bias, residual, mask, statistics, var = ctx.saved_tensors
-    if mask is not None:
-        input = input.contiguous(memory_format=ctx.format)
+    """Gradients of input, residual, weight and bias, each where asked for."""
+    input, residual, mask, weight, bias, statistics, var = ctx.saved_tensors
     _, _, eps, activation, param = ctx.options
-    want_dx, want_dw, want_db, want_dr = ctx.needs_input_grad[:4]
+    want_dx, want_dr, want_dw, want_db = ctx.needs_input_grad[:4]
     # With no activation the residual's gradient is the output's: no copy.
     compute_dr = want_dr and activation != "none"
-    dx, dw, db, dr = ops.backward(
-        grad_output, input, residual, mask, weight, bias, statistics, var, eps, activation, param,
-        [want_dx, want_dw, want_db, compute_dr],
-    )  # fmt: skip
+    wanted = (want_dx, compute_dr, want_dw, want_db)
+    tensors = (grad_output, input, residual, mask, weight, bias, statistics, var)
+    kind = (backward_call, tensors, activation, wanted, ctx.format)
+    call = recall.find(*kind)
+    if call is None:
+        call = recall.keep(*kind)
+    if call is not None:
+        dx, dr, dw, db = run.backward(call, *tensors, eps, param, wanted)
+    else:
+        dx, dr, dw, db = ops.backward(*tensors, eps, activation, param, wanted, ctx.format)
     return (
         dx if want_dx else None,
+        dr if compute_dr else grad_output if want_dr else None,
         dw if want_dw else None,
         db if want_db else None,
-        dr if compute_dr else grad_output if want_dr else None,
     )
 
 
 def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    """The same gradients through the reference, for second derivatives (`create_graph`)."""
-    *inputs, mask, statistics, var = ctx.saved_tensors
+    """The same gradients through the reference, for derivatives of the derivative."""
+    input, residual, mask, weight, bias, statistics, var = ctx.saved_tensors
     training, _, eps, activation, param = ctx.options
-    # Views, so that a path from one input to another, or one tensor in two
-    # places, is left to the engine and not counted twice.
-    inputs = [None if t is None else t.view_as(t) for t in inputs]
-    input, weight, bias, residual = inputs
     mean = None if training else statistics
+    create_graph = torch.is_grad_enabled()
 
     def normalised(act: str, residual: Tensor | None) -> Tensor:
         return reference.batch_norm(
             input, mean, var, weight, bias, training, 0.0, eps, act, param, residual
         )
 
-    if mask is not None:
-        # The residual was not kept, but where the argument is positive was,
-        # and that is all that the derivatives depend on.
-        slope = param if activation == "leaky_relu" else 0.0
-        positive = unpack_mask(mask, input.contiguous(memory_format=ctx.format))
-        grad_residual = torch.where(positive, grad_output, grad_output * slope)
-        output, grad_output = normalised("none", None), grad_residual
-    elif ctx.needs_input_grad[3] and residual is None:
-        grad_residual = grad_output
-        output = normalised(activation, None)
-    else:
-        grad_residual = None
-        output = normalised(activation, residual)
+    with torch.enable_grad():
+        if bias is None and ctx.needs_input_grad[3]:
+            # Not kept: no derivative depends on its values.
+            bias = torch.zeros_like(statistics[0] if training else mean, requires_grad=True)
+        # Views, so that a path from one input to another, or one tensor in two
+        # places, is left to the engine and not counted twice.
+        inputs = [None if t is None else t.view_as(t) for t in (input, residual, weight, bias)]
+        input, residual, weight, bias = inputs
+        if mask is not None:
+            # The residual was not kept, but where the argument is positive was,
+            # and that is all that the derivatives depend on.
+            positive = unpack_mask(mask, input.contiguous(memory_format=ctx.format))
+            negative = grad_output * param if activation == "leaky_relu" else 0.0
+            grad_output = grad_residual = torch.where(positive, grad_output, negative)
+            output = normalised("none", None)
+        elif ctx.needs_input_grad[1] and residual is None:
+            grad_residual = grad_output
+            output = normalised(activation, None)
+        else:
+            grad_residual = None
+            output = normalised(activation, residual)
 
-    wanted = [needed and t is not None for needed, t in zip(ctx.needs_input_grad, inputs)]
-    grads = iter(
-        torch.autograd.grad(
-            output,
-            [t for t, needed in zip(inputs, wanted) if needed],
-            grad_output,
-            create_graph=True,
+        wanted = [needed and t is not None for needed, t in zip(ctx.needs_input_grad, inputs)]
+        grads = iter(
+            torch.autograd.grad(
+                output,
+                [t for t, needed in zip(inputs, wanted) if needed],
+                grad_output,
+                create_graph=create_graph,
+            )
+            if any(wanted)
+            else ()
         )
-        if any(wanted)
-        else ()
-    )
-    dx, dw, db, dr = (next(grads) if needed else None for needed in wanted)
-    return dx, dw, db, grad_residual if ctx.needs_input_grad[3] and dr is None else dr
+    dx, dr, dw, db = (next(grads) if needed else None for needed in wanted)
+    return dx, grad_residual if ctx.needs_input_grad[1] and dr is None else dr, dw, db

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -25,9 +27,6 @@ PYTORCH_REFUSES = "PyTorch refuses it"
 _HALVES = (torch.float16, torch.bfloat16)
 _DTYPES = (*_HALVES, torch.float32, torch.float64)
 _PLAIN = (Tensor, torch.nn.Parameter)
-_DIFFERENT_DEVICES = "tensors are on different devices"
-_SUBCLASS = "an argument is a tensor subclass"
-_NEGATIVE = "an argument is negated lazily"
 
 
 def _checked(name: str, source: str) -> str:
@@ -76,11 +75,19 @@ def set_aside() -> str | None:
     """Why no call goes to the kernels now, or None."""
     if _backend == "torch":
         return "the backend is set to 'torch'"
-    if torch._C._are_functorch_transforms_active() or (
-        torch.autograd.forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
-    ):
+    # `is_exporting()` is what counts, but in PyTorch 2.11 `torch.compile` takes it for True.
+    if torch.compiler._is_exporting_flag:
+        return "torch.export is at work"
+    if transformed():
         return "torch.func or forward-mode AD is at work"
     return None
+
+
+def transformed() -> bool:
+    """Whether `torch.func` or forward-mode AD is at work, which the kernels don't know."""
+    return _are_functorch_transforms_active() or (
+        forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
+    )
 
 
 def unserved(
@@ -99,77 +106,64 @@ def unserved(
 
     It is PYTORCH_REFUSES if PyTorch would not accept the sizes and numbers either.
     """
+    if not (isinstance(eps, (float, int)) and isinstance(momentum, (float, int, type(None)))):
+        return "momentum or eps is not a number"
     if input.dim() < 2 or (running_mean is None) != (running_var is None):
         return PYTORCH_REFUSES
-    device, dtype, channels = input.device, input.dtype, input.shape[1]
-    counter = num_batches_tracked
-    if training:
-        known_momentum = momentum is not None or counter is not None
-        if not (eps > 0 and known_momentum and input.numel() != channels):
-            return PYTORCH_REFUSES
-    elif eps < 0 or running_mean is None:
+    if momentum is None and num_batches_tracked is None:
         return PYTORCH_REFUSES
-
-    # This runs in every call: straight on, without comprehensions and helpers.
-    reason = found = None
-    eager = not torch.compiler.is_compiling()  # Dynamo can't ask for a tensor's sign
-    for t in (weight, bias, running_mean, running_var):
-        if t is None:
-            continue
-        if t.numel() != channels:
-            return PYTORCH_REFUSES
-        if t.dtype is not found:
-            if found is not None:
-                reason = f"parameters and statistics are of {found} and {t.dtype}"
-            found = t.dtype
-            if found is not dtype and (found is not torch.float32 or dtype not in _HALVES):
-                reason = f"parameters or statistics of {found} don't go with an input of {dtype}"
-        if t.dim() != 1:
-            reason = "a parameter or running statistic is not one-dimensional"
-        if t.device != device:
-            reason = _DIFFERENT_DEVICES
-        if type(t) not in _PLAIN:
-            reason = _SUBCLASS
-        if eager and t.is_neg():
-            reason = _NEGATIVE
-    if running_mean is not None:
-        if running_mean.requires_grad or running_var.requires_grad:
-            return PYTORCH_REFUSES
-        if not (running_mean.is_contiguous() and running_var.is_contiguous()):
-            reason = "the running statistics are not contiguous"
-    if counter is not None:
-        if counter.dtype is not torch.int64 or counter.numel() != 1:
-            reason = "num_batches_tracked is not a single int64"
-        if counter.device != device:
-            reason = _DIFFERENT_DEVICES
-        if type(counter) not in _PLAIN:
-            reason = _SUBCLASS
-    if residual is not None:
-        if residual.dtype is not dtype:
-            reason = f"the residual's dtype is {residual.dtype}, the input's {dtype}"
-        if residual.device != device:
-            reason = _DIFFERENT_DEVICES
-        if type(residual) not in _PLAIN:
-            reason = _SUBCLASS
-        if eager and residual.is_neg():
-            reason = _NEGATIVE
+    channels = input.shape[1]
+    parameters = [t for t in (weight, bias, running_mean, running_var) if t is not None]
+    if any(t.numel() != channels for t in parameters):
+        return PYTORCH_REFUSES
+    if training and not (eps > 0 and input.numel() != channels):
+        return PYTORCH_REFUSES
+    if not training and (eps < 0 or running_mean is None):
+        return PYTORCH_REFUSES
 
     if not HAS_TRITON:
         return "Triton is not installed"
     if not (input.is_cuda or input.is_xpu or (INTERPRETING and input.is_cpu)):
         hint = ", for which TRITON_INTERPRET=1 must be set at the start" if input.is_cpu else ""
-        return f"the input is on the device type {device.type!r}{hint}"
-    if input.layout is not torch.strided:
-        return f"the input's layout is {input.layout}"
-    if dtype not in _DTYPES:
-        return f"the input's dtype is {dtype}"
+        return f"the input is on the device type {input.device.type!r}{hint}"
+    if input.dtype not in _DTYPES:
+        return f"the input's dtype is {input.dtype}"
     if input.numel() == 0:
         return "the input is empty"
-    if type(input) not in _PLAIN:
-        return _SUBCLASS
-    if eager and input.is_neg():
-        return _NEGATIVE
-    return reason
+    if eps == 0:
+        return "eps is 0"
+    for t in (input, *parameters, num_batches_tracked, residual):
+        if t is None:
+            continue
+        if t.layout is not torch.strided:
+            return f"an argument's layout is {t.layout}"
+        if t.device != input.device:
+            return "tensors are on different devices"
+        if type(t) not in _PLAIN:
+            return "an argument is a tensor subclass"
+        # Dynamo, which can't ask for these, has no such tensors.
+        if not torch.compiler.is_compiling() and (t.is_neg() or t._is_zerotensor()):
+            return "an argument is lazily negated, or lazily zero"
+    for t in parameters:
+        if t.dim() != 1:
+            return "a parameter or running statistic is not one-dimensional"
+        if t.dtype is not parameters[0].dtype:
+            return f"parameters and statistics are of {parameters[0].dtype} and {t.dtype}"
+        if t.dtype is not input.dtype and (
+            t.dtype is not torch.float32 or input.dtype not in _HALVES
+        ):
+            return f"parameters or statistics of {t.dtype} don't go with an input of {input.dtype}"
+    for t in (running_mean, running_var):
+        if t is not None and t.requires_grad:
+            return "a running statistic requires a gradient"
+        if t is not None and not t.is_contiguous():
+            return "the running statistics are not contiguous"
+    counter = num_batches_tracked
+    if counter is not None and (counter.dtype is not torch.int64 or counter.numel() != 1):
+        return "num_batches_tracked is not a single int64"
+    if residual is not None and residual.dtype is not input.dtype:
+        return f"the residual's dtype is {residual.dtype}, the input's {input.dtype}"
+    return None
 
 
 _warned: set[str] = set()

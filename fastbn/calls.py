@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -32,7 +33,7 @@ class Call:
     Attributes:
         format: in which the kernels take tensors of the input's sizes.
         statistics: dtype of mean and rstd.
-        mask_bytes: of the packed mask.
+        mask_bytes: of the packed mask, 0 if none is saved.
         blocks: channel blocks, each of which needs a counter.
         partials: elements of the partial results.
         whole: the only launch; None if there are two, or may be.
@@ -50,19 +51,62 @@ class Call:
     apply: Launcher | None
 
 
-@lru_cache(maxsize=1024)
 def forward_call(
-    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device,
-    residual: bool, save_mask: bool, training: bool, activation: str, cumulative: bool,
-    *kinds: torch.dtype | bool | None,
+    tensors: Sequence[Tensor | None], training: bool, cumulative: bool, activation: str,
+    save_mask: bool,
 ) -> Call:  # fmt: skip
-    """What a forward does with an input of these sizes and strides.
+    """What a forward does.
 
     Args:
-        kinds: dtypes of the other tensors, None where there is none: launchers
-            are not shared between them.
+        tensors: input, residual, weight, bias, running mean and variance, counter.
+        cumulative: momentum is the counter's.
+        save_mask: for the backward.
     """
-    setup = _Setup(shape, stride, dtype, device, training, residual, "mask" if save_mask else None)
+    options = (training, cumulative, activation, save_mask)
+    return _forward_call(*_looks(tensors, tensors[0]), *options)
+
+
+def backward_call(
+    tensors: Sequence[Tensor | None],
+    activation: str,
+    wanted: tuple[bool, ...],
+    format: torch.memory_format | None,
+) -> Call:
+    """What a backward does.
+
+    Args:
+        tensors: gradient of the output, input, residual, mask, weight, bias, statistics
+            (a batch's mean and rstd, or the frozen mean), frozen variance.
+        wanted: of input, residual, weight and bias, which gradients.
+        format: of the tensors that the mask was made for; None without a mask.
+
+    Raises:
+        RuntimeError: mean and rstd are no longer of the forward's dtype.
+    """
+    *_, statistics, var = tensors
+    if var is None and statistics.dtype != statistics_dtype(tensors[1].dtype):
+        raise RuntimeError(
+            f"saved statistics must be of {statistics_dtype(tensors[1].dtype)},"
+            f" but hooks made them {statistics.dtype}"
+        )
+    return _backward_call(*_looks(tensors, tensors[1]), activation, wanted, format)
+
+
+def _looks(tensors: Sequence[Tensor | None], x: Tensor) -> tuple:
+    """Sizes, strides and device of the input, and the dtypes of all: None where there is none."""
+    return x.shape, x.stride(), x.device, tuple(None if t is None else t.dtype for t in tensors)
+
+
+# Launchers are not shared between calls that differ in anything that these take.
+@lru_cache(maxsize=1024)
+def _forward_call(
+    shape: tuple[int, ...], stride: tuple[int, ...], device: torch.device,
+    dtypes: tuple[torch.dtype | None, ...], training: bool, cumulative: bool, activation: str,
+    save_mask: bool,
+) -> Call:  # fmt: skip
+    dtype, residual, *_ = dtypes
+    saves = "mask" if save_mask else None
+    setup = _Setup(shape, stride, dtype, device, training, residual is not None, saves)
     problem, schedule = setup.problem, make_plan(setup.problem, device_facts(device)).forward
     reduce, tile = schedule.reduce, schedule.apply
     one_pass = {"ACTIVATION": activation, "CUMULATIVE": cumulative}
@@ -84,17 +128,15 @@ def forward_call(
 
 
 @lru_cache(maxsize=1024)
-def backward_call(
-    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device,
-    saves: str | None, training: bool, activation: str, *kinds: torch.dtype | bool | None,
+def _backward_call(
+    shape: tuple[int, ...], stride: tuple[int, ...], device: torch.device,
+    dtypes: tuple[torch.dtype | None, ...], activation: str, wanted: tuple[bool, ...],
+    format: torch.memory_format | None,
 ) -> Call:  # fmt: skip
-    """What a backward does, given the forward's input.
-
-    Args:
-        kinds: dtypes of the other tensors, None where there is none, and the
-            gradients wanted: launchers are not shared between them.
-    """
-    setup = _Setup(shape, stride, dtype, device, training, saves is not None, saves)
+    _, dtype, residual, mask, *_, var = dtypes
+    training = var is None
+    saves = "mask" if mask is not None else None if residual is None else "residual"
+    setup = _Setup(shape, stride, dtype, device, training, saves is not None, saves, format)
     problem, schedule = setup.problem, make_plan(setup.problem, device_facts(device)).backward
     reduce, tile = schedule.reduce, schedule.apply
     whole = None
@@ -115,11 +157,21 @@ def backward_call(
     return setup.call(schedule, whole, first, second if training else None, counts=False)
 
 
+def forget() -> None:
+    """Forgets all calls: what comes next is planned anew."""
+    for cached in (make_plan, _forward_call, _backward_call):
+        cached.cache_clear()
+
+
 class _Setup:
     """The problem that an input poses, and launchers for it."""
 
-    def __init__(self, shape, stride, dtype, device, training, residual, saves) -> None:
+    def __init__(
+        self, shape, stride, dtype, device, training, residual, saves, format=None
+    ) -> None:
         self.like = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        if format is not None:
+            self.like = self.like.contiguous(memory_format=format)
         self.format, self.device = memory_format(self.like), device
         self.problem = make_problem(self.like, training, residual, saves)
 
@@ -145,7 +197,7 @@ class _Setup:
             schedule=schedule,
             format=self.format,
             statistics=statistics_dtype(self.like.dtype),
-            mask_bytes=prod(mask_sizes(self.like)),
+            mask_bytes=prod(mask_sizes(self.like)) if self.problem.saves == "mask" else 0,
             blocks=blocks,
             partials=splits * (2 * self.problem.c + counts * blocks),
             whole=whole,

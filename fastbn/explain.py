@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -80,17 +79,18 @@ def _in_words(schedule: Schedule, problem: Problem, bytes: int, seconds: float |
     )
 
 
-def _refusal(reason: str, input, running_mean, running_var, *args) -> str | None:
-    """The error that a call ends with which for this reason the kernels don't get, or None."""
+def _error(reason: str, input, running_mean, running_var, *args, residual) -> str | None:
+    """The error that a call is answered with which the kernels can't serve, or None."""
     insists = backend.get_backend() == "triton" and backend.set_aside() is None
     if insists and reason != backend.PYTORCH_REFUSES:
         return f"backend 'triton' can't serve this call because {reason}"
     copies = (None if t is None else t.clone() for t in (running_mean, running_var))
     try:
-        with torch.no_grad():
-            F.batch_norm(input, *copies, *args)
-    except (RuntimeError, TypeError, ValueError) as error:
-        return str(error)
+        output = F.batch_norm(input, *copies, *args)
+        if residual is not None:
+            output + residual
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        return str(error).rstrip(".")
     return None
 
 
@@ -118,16 +118,16 @@ def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = N
             f"module must be one of fastbn's or None, but got a {type(module).__name__}"
         )
     weight = bias = running_mean = running_var = counter = None
-    training, eps, activation, after = True, 1e-5, "none", ()
+    training, momentum, eps, activation, after = True, 0.1, 1e-5, "none", ()
     try:
         check_residual(input, residual)
         if module is not None:
             module._check_input_dim(input)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         return Explanation("none", str(error))
     if module is not None:
         (weight, bias), eps = parameters_of(module), module.eps
-        running_mean, running_var, counter, training = statistics_of(module)
+        running_mean, running_var, counter, training, momentum = statistics_of(module)
         if residual is not None and not isinstance(module, _FusedAct):
             return Explanation("none", f"{type(module).__name__} takes no residual")
         fused = fused_activation(module)
@@ -143,10 +143,11 @@ def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = N
             residual = None
     statistics = (running_mean, running_var)
     reason = backend.set_aside() or backend.unserved(
-        input, *statistics, counter, weight, bias, training, 0.1, eps, residual
+        input, *statistics, counter, weight, bias, training, momentum, eps, residual
     )
     if reason is not None:
-        error = _refusal(reason, input, *statistics, weight, bias, training, 0.1, eps)
+        numbers = (training, 0.1 if momentum is None else momentum, eps)
+        error = _error(reason, input, *statistics, weight, bias, *numbers, residual=residual)
         return Explanation("none", error) if error else Explanation("torch", reason)
 
     saves = saved_for(activation, residual is not None)

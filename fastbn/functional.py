@@ -86,30 +86,24 @@ def tracked_batch_norm(
     """
     activation, param = _checked_activation(activation, activation_param)
     check_residual(input, residual)
-    statistics = (running_mean, running_var)
-    if _goes_to_kernels(
-        input, *statistics, num_batches_tracked, weight, bias, training, momentum, eps, residual
-    ):
-        # `torch.compile` refuses one tensor in two places of a Function.
-        if residual is input:
-            residual = input.view_as(input)
-        if bias is weight and bias is not None:
-            bias = bias.view_as(bias)
-        options = (training, momentum, eps, activation, param)
-        args = (input, weight, bias, residual, *statistics, num_batches_tracked, options)
-        if torch.is_grad_enabled() and (
-            input.requires_grad
-            or (weight is not None and weight.requires_grad)
-            or (bias is not None and bias.requires_grad)
-            or (residual is not None and residual.requires_grad)
-        ):
-            return autograd.BatchNorm.apply(*args)
-        return autograd.forward(*args)[0]
+    # Neither `torch.compile` nor recalled calls know one tensor in two places.
+    if residual is input:
+        residual = input.view_as(input)
+    if bias is weight and bias is not None:
+        bias = bias.view_as(bias)
+    tensors = (input, residual, weight, bias, running_mean, running_var, num_batches_tracked)
+    options = (training, momentum, eps, activation, param)
+    if backend.set_aside() is None:
+        # A plan says nothing of numbers.
+        sound = type(eps) is float and eps > 0 and type(momentum) in (float, int, type(None))
+        call = autograd.recalled(tensors, options) if backend.HAS_TRITON and sound else None
+        if call is not None or _goes_to_kernels(*tensors, training, momentum, eps):
+            return autograd.batch_norm(tensors, options, call)
 
     # Nothing is written before PyTorch has accepted the call: the counter follows it.
     if momentum is None and num_batches_tracked is not None:
         momentum = 1.0 / (float(num_batches_tracked) + 1.0)
-    output = F.batch_norm(input, *statistics, weight, bias, training, momentum, eps)
+    output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if residual is not None:
@@ -118,8 +112,12 @@ def tracked_batch_norm(
 
 
 def check_residual(input: Tensor, residual: Tensor | None) -> None:
-    """Raises a ValueError if the residual is not of the input's shape."""
-    if residual is not None and residual.shape != input.shape:
+    """Raises an error if the residual is no tensor of the input's shape."""
+    if residual is None:
+        return
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual must be a tensor or None, but got a {type(residual).__name__}")
+    if residual.shape != input.shape:
         raise ValueError(
             f"residual must have the input's shape {tuple(input.shape)},"
             f" but got {tuple(residual.shape)}"
@@ -141,12 +139,10 @@ def _checked_activation(name: str | None, param: float | None) -> tuple[str, flo
 
 
 def _goes_to_kernels(
-    input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps,
-    residual,
+    input, residual, weight, bias, running_mean, running_var, num_batches_tracked, training,
+    momentum, eps,
 ) -> bool:  # fmt: skip
     """Whether the kernels take a call; PyTorch gets the others, to serve or to refuse."""
-    if backend.set_aside() is not None:
-        return False
     reason = backend.unserved(
         input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
         eps, residual,

@@ -25,6 +25,13 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch._prims_common.suggest_memory_format(x)
 
 
+def dense(tensor: Tensor, format: torch.memory_format) -> Tensor:
+    """A tensor in a memory format, by a copy if need be; one of few axes has a single format."""
+    if tensor.dim() not in _CHANNELS_LAST:
+        format = torch.contiguous_format
+    return tensor.contiguous(memory_format=format)
+
+
 def sizes(x: Tensor, format: torch.memory_format) -> tuple[int, int, int]:
     """(N, C, S) of a tensor that is dense in the given format.
 

@@ -26,10 +26,7 @@ class _Fused:
     ) -> Tensor:
         self._check_input_dim(input)
         weight, bias = parameters_of(self)
-        running_mean, running_var, counter, training = statistics_of(self)
-        momentum = self.momentum
-        if momentum is None and counter is None:
-            momentum = 0.0
+        running_mean, running_var, counter, training, momentum = statistics_of(self)
         return tracked_batch_norm(
             input, running_mean, running_var, counter, weight, bias, training, momentum, self.eps,
             activation, activation_param, residual,
@@ -47,21 +44,30 @@ def parameters_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
 
 def statistics_of(
     module: nn.Module,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool]:
-    """What a batch norm module passes on: running mean and variance, counter, training or not."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool, float | None]:
+    """What a batch norm module passes on.
+
+    Running mean and variance, counter, training or not, and momentum, which is None
+    for the counter's.
+    """
     buffers = module._buffers  # as for `parameters_of`
     if "running_mean" in buffers and "running_var" in buffers:
         mean, var = buffers["running_mean"], buffers["running_var"]
     else:  # an attribute in its place
         mean, var = module.running_mean, module.running_var
+    counter, training, momentum = None, True, module.momentum
     if not module.training:
-        return mean, var, None, mean is None and var is None
-    if not module.track_running_stats:
+        training = mean is None and var is None
+    elif not module.track_running_stats:
         # In training, statistics that are not tracked are not to be written.
-        return None, None, None, True
-    if "num_batches_tracked" in buffers:
-        return mean, var, buffers["num_batches_tracked"], True
-    return mean, var, module.num_batches_tracked, True
+        mean = var = None
+    elif "num_batches_tracked" in buffers:
+        counter = buffers["num_batches_tracked"]
+    else:
+        counter = module.num_batches_tracked
+    if momentum is None and counter is None:
+        momentum = 0.0
+    return mean, var, counter, training, momentum
 
 
 class FusedBatchNorm1d(_Fused, nn.BatchNorm1d):
@@ -120,11 +126,11 @@ def fused_activation(module: nn.Module) -> tuple[str, float | None] | None:
     """
     layers = module._modules
     act, drop = layers.get("act"), layers.get("drop")
+    if drop is not None and (type(drop) is not nn.Identity or _hooks(drop)):
+        return None
     if act is None:
         return "none", None
-    if type(act) not in _FUSIBLE or type(drop) is not nn.Identity:
-        return None
-    if _hooks(act) or _hooks(drop):
+    if type(act) not in _FUSIBLE or _hooks(act):
         return None
     return _FUSIBLE[type(act)](act)
 
@@ -184,8 +190,12 @@ class _FusedAct(_Fused):
         if fused is not None:
             return self._normalise(input, *fused, residual)
         check_residual(input, residual)
-        output = self.drop(self._normalise(input))
-        return self.act(output if residual is None else output + residual)
+        output = self._normalise(input)
+        if self.drop is not None:
+            output = self.drop(output)
+        if residual is not None:
+            output = output + residual
+        return output if self.act is None else self.act(output)
 
 
 _ACT_DOC = """`{base}`, an optional residual and an activation in one.

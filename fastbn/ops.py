@@ -1,56 +1,78 @@
 """The operators `torch.ops.fastbn.*`: what `run.py` does, as PyTorch's machinery sees it.
 
-They know nothing of gradients: `autograd.py` wraps them. What is not asked for
-is None or, from an operator, whose schema has no optional results, an empty tensor.
+They know nothing of gradients: `autograd.py` wraps them. They take tensors of any
+strides, on one device. What is not asked for is None or, from an operator, whose schema
+has no optional results, an empty tensor.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack
-from torch._C._functorch import is_legacy_batchedtensor
-from torch._ops import _len_torch_dispatch_stack_pre_dispatch
-from torch.autograd import _profiler_enabled
-from torch.compiler import is_compiling
 
 from . import run
-from .layout import mask_sizes, memory_format, statistics_dtype
+from .calls import Call, backward_call, forward_call
+from .layout import dense, mask_sizes, memory_format, statistics_dtype
 
 _library = torch.library.Library("fastbn", "DEF")
-
-_OWN = (Tensor, torch.nn.Parameter)
-
-# Arguments of the backward that are tensors come first.
-_TENSORS = 8
 
 
 def _or_empty(tensor: Tensor | None, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty(0, dtype=dtype) if tensor is None else tensor
 
 
-def _forward_train(x, *args):
-    _check_devices(x, *args[:6])
-    *results, mask = run.forward_train(x, *args)
-    return *results, _or_empty(mask, x, torch.uint8)
+def _parameter_dtype(parameter: Tensor | None, other: Tensor | None, x: Tensor) -> torch.dtype:
+    """Of a weight's or bias's gradient, as in `run.py`."""
+    if parameter is None:
+        parameter = other
+    return statistics_dtype(x.dtype) if parameter is None else parameter.dtype
 
 
-def _forward_eval(x, *args):
-    _check_devices(x, *args[:5])
-    y, mask = run.forward_eval(x, *args)
+def _check_devices(*tensors: Tensor | None) -> None:
+    """A launch from the cache would not look at them."""
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise RuntimeError(f"expected all tensors on one device, but got {names}")
+
+
+def _dense(call: Call, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else dense(t, call.format) for t in tensors]
+
+
+def _forward_train(
+    x, residual, weight, bias, running_mean, running_var, batches_tracked, momentum, eps,
+    activation, param, save_mask,
+):  # fmt: skip
+    given, written = (x, residual, weight, bias), (running_mean, running_var, batches_tracked)
+    _check_devices(*given, *written)
+    call = forward_call((*given, *written), True, momentum is None, activation, save_mask)
+    tensors = (*_dense(call, given), *written)
+    y, statistics, mask = run.forward(call, *tensors, momentum, eps, param)
+    return y, statistics, _or_empty(mask, x, torch.uint8)
+
+
+def _forward_eval(x, residual, weight, bias, mean, var, eps, activation, param, save_mask):
+    tensors = (x, residual, weight, bias, mean, var, None)
+    _check_devices(*tensors)
+    call = forward_call(tensors, False, False, activation, save_mask)
+    y, _, mask = run.forward(call, *_dense(call, tensors), 0.0, eps, param)
     return y, _or_empty(mask, x, torch.uint8)
 
 
-def _backward(dy, x, residual, mask, weight, bias, *args):
-    _check_devices(dy, x, residual, mask, weight, bias, *args[:2])
-    dx, dw, db, dr = run.backward(dy, x, residual, mask, weight, bias, *args)
-    dw = _or_empty(dw, x if weight is None else weight)
-    db = _or_empty(db, x if bias is None else bias)
-    return _or_empty(dx, x), dw, db, _or_empty(dr, x)
+def _backward(
+    dy, x, residual, mask, weight, bias, statistics, var, eps, activation, param, wanted, format
+):
+    tensors = (dy, x, residual, mask, weight, bias, statistics, var)
+    _check_devices(*tensors)
+    call = backward_call(tensors, activation, tuple(wanted), format)
+    dx, dr, dw, db = run.backward(call, *_dense(call, tensors), eps, param, wanted)
+    dw = _or_empty(dw, x, _parameter_dtype(weight, bias, x))
+    db = _or_empty(db, x, _parameter_dtype(bias, weight, x))
+    return _or_empty(dx, x), _or_empty(dr, x), dw, db
 
 
 def _empty_like(x: Tensor, wanted: bool = True) -> Tensor:
@@ -62,10 +84,6 @@ def _empty_like(x: Tensor, wanted: bool = True) -> Tensor:
 def _empty_mask(x: Tensor, wanted: bool) -> Tensor:
     size = math.prod(mask_sizes(x)) if wanted else 0
     return torch.empty(size, dtype=torch.uint8, device=x.device)
-
-
-def _empty_parameter(parameter: Tensor | None, x: Tensor, wanted: bool) -> Tensor:
-    return (x if parameter is None else parameter).new_empty(x.shape[1] if wanted else 0)
 
 
 def _fake_forward_train(
@@ -81,62 +99,20 @@ def _fake_forward_eval(x, residual, weight, bias, mean, var, eps, activation, pa
 
 
 def _fake_backward(
-    dy, x, residual, mask, weight, bias, statistics, var, eps, activation, param, wanted
+    dy, x, residual, mask, weight, bias, statistics, var, eps, activation, param, wanted, format
 ):
-    want_dx, want_dw, want_db, want_dr = wanted
-    dw, db = _empty_parameter(weight, x, want_dw), _empty_parameter(bias, x, want_db)
-    return _empty_like(x, want_dx), dw, db, _empty_like(x, want_dr)
-
-
-def _heard() -> bool:
-    """Whether anybody listens to the dispatcher: a compiler, a tracer, a mode, the profiler."""
-    return (
-        is_compiling()
-        or _len_torch_dispatch_stack() > 0
-        or _len_torch_dispatch_stack_pre_dispatch() > 0
-        or _get_tracing_state() is not None
-        or _profiler_enabled()
-    )
-
-
-def _plain(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether tensors are what they seem: of one device, no subclass, not negated, no batch."""
-    device = tensors[0].device
-    for t in tensors:
-        if t is not None and (type(t) not in _OWN or t.is_neg() or t.device != device):
-            return False
-    return not is_legacy_batchedtensor(tensors[0])  # of `is_grads_batched`
-
-
-def _check_devices(*tensors: Tensor | None) -> None:
-    """The operators' tensors may be anything; a launch from the cache would not look at them."""
-    devices = {t.device for t in tensors if t is not None}
-    if len(devices) > 1:
-        names = ", ".join(sorted(map(str, devices)))
-        raise RuntimeError(f"expected all tensors on one device, but got {names}")
+    want_dx, want_dr, want_dw, want_db = wanted
+    dw = x.new_empty(x.shape[1] if want_dw else 0, dtype=_parameter_dtype(weight, bias, x))
+    db = x.new_empty(x.shape[1] if want_db else 0, dtype=_parameter_dtype(bias, weight, x))
+    return _empty_like(x, want_dx), _empty_like(x, want_dr), dw, db
 
 
 def _register(name: str, signature: str, implementation: Callable, fake: Callable) -> Callable:
-    """Defines an operator and returns what to call for its results.
-
-    PyTorch's dispatcher takes three microseconds to pass on a call. It is asked
-    only where somebody listens to it, or for tensors that are not its own. What
-    goes forward has been looked at (`backend.unserved`); a gradient, and what
-    hooks make of saved tensors, may be anything.
-    """
     _library.define(name + signature, tags=torch.Tag.pt2_compliant_tag)
     for key in ("CPU", "CUDA", "XPU"):
         _library.impl(name, implementation, key)
     torch.library.register_fake(f"fastbn::{name}", fake, lib=_library)
-    operator, direct = getattr(torch.ops.fastbn, name).default, getattr(run, name)
-    unseen = _TENSORS if name == "backward" else 0
-
-    def call(*args: Any) -> tuple[Tensor | None, ...]:
-        if _heard() or (unseen and not _plain(args[:unseen])):
-            return operator(*args)
-        return direct(*args)
-
-    return call
+    return getattr(torch.ops.fastbn, name).default
 
 
 forward_train = _register(
@@ -160,7 +136,8 @@ backward = _register(
     "backward",
     "(Tensor grad_output, Tensor input, Tensor? residual, Tensor? mask, Tensor? weight,"
     " Tensor? bias, Tensor statistics, Tensor? var, float eps, str activation,"
-    " float activation_param, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    " float activation_param, bool[4] wanted, MemoryFormat? format)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
 )

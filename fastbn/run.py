@@ -1,65 +1,50 @@
-"""What the operators do: allocate, and launch what the call's plan says.
+"""What a planned call does: allocate, and launch what the plan says.
 
-What a call does not ask for (no mask, a gradient not wanted) is None.
+All tensors are of one device and lie in memory as the kernels take them
+(`layout.dense`). What a call does not ask for (no mask, a gradient not wanted) is None.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from .calls import Call, backward_call, forward_call
+from .calls import Call
 from .counters import counters
 
 
-def _in(format: torch.memory_format, tensor: Tensor | None) -> Tensor | None:
-    """A tensor in a memory format, by a copy if need be."""
-    return None if tensor is None else tensor.contiguous(memory_format=format)
+def _parameter_like(
+    parameter: Tensor | None, other: Tensor | None, x: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Memory for the gradient of a weight or bias, which the backward itself may not need."""
+    if parameter is None:
+        parameter = other
+    if parameter is None:
+        return torch.empty(x.shape[1], dtype=dtype, device=x.device)
+    return torch.empty_like(parameter)
 
 
-def _kind(tensor: Tensor | None) -> torch.dtype | None:
-    return None if tensor is None else tensor.dtype
-
-
-def _dense(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.contiguous()
-
-
-def _empty_mask(call: Call, x: Tensor, wanted: bool) -> Tensor | None:
-    return torch.empty(call.mask_bytes, dtype=torch.uint8, device=x.device) if wanted else None
-
-
-def _empty_parameter(parameter: Tensor | None, x: Tensor, wanted: bool) -> Tensor | None:
-    """For the gradient of a weight or bias."""
-    if not wanted:
-        return None
-    return x.new_empty(x.shape[1]) if parameter is None else torch.empty_like(parameter)
-
-
-def _written(*tensors: Tensor | None) -> None:
-    """Tells autograd, which checks saved tensors for changes, of a kernel's writes."""
-    torch.autograd.graph.increment_version([t for t in tensors if t is not None])
-
-
-def forward_train(
-    x, residual, weight, bias, running_mean, running_var, batches_tracked, momentum, eps,
-    activation, param, save_mask,
+def forward(
+    call: Call, x, residual, weight, bias, running_mean, running_var, batches_tracked,
+    momentum, eps, param,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Output, (2, C) mean and rstd, and packed mask; running statistics and counter are updated."""
-    cumulative = momentum is None and batches_tracked is not None
-    call = forward_call(
-        x.shape, x.stride(), x.dtype, x.device, residual is not None, save_mask, True, activation,
-        cumulative, _kind(residual), _kind(weight), _kind(bias), _kind(running_mean),
-        _kind(running_var), batches_tracked is None,
-    )  # fmt: skip
+    """Output, (2, C) mean and rstd (or the frozen mean), and packed mask.
+
+    In training, running statistics and counter are updated.
+    """
     # All memory is there before anything is written: what runs out leaves no trace.
-    x, residual = _in(call.format, x), _in(call.format, residual)
-    weight, bias = _dense(weight), _dense(bias)
-    y = torch.empty_like(x, memory_format=call.format)
-    mask = _empty_mask(call, x, save_mask)
-    statistics = torch.empty((2, x.shape[1]), dtype=call.statistics, device=x.device)
-    momentum = 0.0 if momentum is None else momentum
+    y, mask = torch.empty_like(x, memory_format=call.format), None
+    if call.mask_bytes:
+        mask = torch.empty(call.mask_bytes, dtype=torch.uint8, device=x.device)
     outputs = (x, residual, y, mask, weight, bias)
+    if call.schedule.strategy == "frozen":
+        call.apply((*outputs, running_mean, running_var), eps, param)
+        return y, running_mean, mask
+
+    statistics = torch.empty((2, x.shape[1]), dtype=call.statistics, device=x.device)
+    cumulative = momentum is None
+    momentum = 0.0 if cumulative else momentum
     written = (statistics, running_mean, running_var, batches_tracked)
     if call.schedule.strategy == "resident":
         arrivals = counters(x.device, 1).arrivals if cumulative else None
@@ -73,53 +58,35 @@ def forward_train(
         else:
             call.reduce((x, *written, partials, arrivals), momentum, eps)
             call.apply((*outputs, statistics, None), eps, param)
-    _written(running_mean, running_var, batches_tracked)
+    # Autograd checks saved tensors for changes, and does not see a kernel's.
+    if running_mean is not None:
+        increment_version((running_mean, running_var))
+    if batches_tracked is not None:
+        increment_version(batches_tracked)
     return y, statistics, mask
 
 
-def forward_eval(
-    x, residual, weight, bias, mean, var, eps, activation, param, save_mask
-) -> tuple[Tensor, Tensor | None]:
-    """Output and packed mask, with given statistics."""
-    call = forward_call(
-        x.shape, x.stride(), x.dtype, x.device, residual is not None, save_mask, False, activation,
-        False, _kind(residual), _kind(weight), _kind(bias), mean.dtype, var.dtype,
-    )  # fmt: skip
-    x, residual = _in(call.format, x), _in(call.format, residual)
-    y, mask = torch.empty_like(x, memory_format=call.format), _empty_mask(call, x, save_mask)
-    parameters = (_dense(weight), _dense(bias), _dense(mean), _dense(var))
-    call.apply((x, residual, y, mask, *parameters), eps, param)
-    return y, mask
-
-
 def backward(
-    dy, x, residual, mask, weight, bias, statistics, var, eps, activation, param, wanted
+    call: Call, dy, x, residual, mask, weight, bias, statistics, var, eps, param, wanted
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input, weight, bias and residual, each where it is wanted.
+    """Gradients of input, residual, weight and bias, each where it is wanted.
 
     Args:
         statistics: a batch's (2, C) mean and rstd, or the frozen mean.
         var: the frozen variance, or None.
     """
-    saves = "mask" if mask is not None else None if residual is None else "residual"
-    call = backward_call(
-        x.shape, x.stride(), x.dtype, x.device, saves, var is None, activation,
-        dy.dtype, _kind(residual), _kind(weight), _kind(bias), statistics.dtype, _kind(var),
-        *wanted,
-    )  # fmt: skip
-    want_dx, want_dw, want_db, want_dr = wanted
-    dy, x, residual = _in(call.format, dy), _in(call.format, x), _in(call.format, residual)
-    weight, bias, statistics, var = _dense(weight), _dense(bias), _dense(statistics), _dense(var)
+    want_dx, want_dr, want_dw, want_db = wanted
     dx = torch.empty_like(x, memory_format=call.format) if want_dx else None
     dr = torch.empty_like(x, memory_format=call.format) if want_dr else None
-    dw, db = _empty_parameter(weight, x, want_dw), _empty_parameter(bias, x, want_db)
+    dw = _parameter_like(weight, bias, x, call.statistics) if want_dw else None
+    db = _parameter_like(bias, weight, x, call.statistics) if want_db else None
     inputs = (dy, x, residual, mask, weight, bias, statistics)
     need_sums = want_dw or want_db or (want_dx and var is None)
     if not (need_sums or want_dx or want_dr):
-        return dx, dw, db, dr
+        return dx, dr, dw, db
     if call.schedule.strategy == "resident":
         call.whole((*inputs, dw, db, dx, dr), param)
-        return dx, dw, db, dr
+        return dx, dr, dw, db
     sums = partials = arrivals = None
     if need_sums:
         sums = torch.empty(2 * x.shape[1], dtype=call.statistics, device=x.device)
@@ -134,4 +101,4 @@ def backward(
             call.reduce((*inputs, None, dw, db, sums, None, None, partials, arrivals), eps, param)
         if want_dx or want_dr:
             call.apply((*inputs, sums, dx, dr), param)
-    return dx, dw, db, dr
+    return dx, dr, dw, db

@@ -25,10 +25,10 @@ def sample_mean(
 ):  # fmt: skip
     """Trimmed mean of a few values at the start of each channel, the same in every program.
 
-    Moments are taken about it. It lies a fraction of a standard deviation from
-    the mean, as the smallest and the largest of the few, which may be outliers,
-    don't count. Any value lies within sqrt(M) standard deviations (Samuelson),
-    so that even with more outliers little is left to cancel.
+    Moments are taken about it: the nearer it lies to the mean, the fewer digits
+    cancel. Among three values or more the smallest and the largest, which may be
+    outliers, don't count. No value of M lies more than sqrt(M) standard deviations
+    from the mean (Samuelson), so that even a bad sample leaves digits.
     """
     n = tl.arange(0, BLOCK_N)[:, None, None]
     c = tl.arange(0, BLOCK_C)[None, :, None]
@@ -37,7 +37,7 @@ def sample_mean(
     # 64 bits: these rows are not a tile, whose reach the planner has checked.
     offsets = (n.to(tl.int64) * C + c0 + c) * S + s
     x = tl.load(X + offsets, few & (c < C - c0), other=0.0).to(acc)
-    # Sums of sixteenths, which is exact, don't overflow where the mean doesn't.
+    # Sums of sixteenths, which are exact but for denormals, don't overflow where the mean doesn't.
     x *= 0.0625
     smallest = tl.min(tl.min(tl.where(few, x, float("inf")), axis=2), axis=0)
     largest = tl.max(tl.max(tl.where(few, x, float("-inf")), axis=2), axis=0)
@@ -58,7 +58,8 @@ def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
     count = count_a + count_b
     delta = mean_b - mean_a
     mean = mean_a + delta * (count_b / count)
-    m2 = m2_a + m2_b + delta * delta * (count_a * (count_b / count))
+    # In this order, so that where count_a is 0 no square overflows.
+    m2 = m2_a + m2_b + delta * (delta * (count_a * (count_b / count)))
     return count, mean, m2
 
 

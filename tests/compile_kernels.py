@@ -30,10 +30,11 @@ from triton.runtime import driver
 
 from benchmarks.plans import problem_of
 from benchmarks.shapes import cases
-from fastbn import calls, run
+from fastbn import calls, ops
 from fastbn.kernels.device import H100
 from fastbn.kernels.plan import make_plan
 from fastbn.launch import Launcher
+from fastbn.layout import memory_format
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -159,6 +160,7 @@ def compile_case(case: Case, target_name: str) -> list[dict]:
                 "thread_bytes": tile * itemsize // threads,
                 "access_bytes": min(16, arguments["ALIGN"] * itemsize, tile * itemsize // threads),
                 "flat": arguments["FLAT"],
+                "contracted": kernel.metadata.enable_fp_fusion,
                 **_resources(kernel),
             }
         )
@@ -180,17 +182,19 @@ def _call(case: Case) -> None:
     signs = case.residual and case.activation in ("relu", "leaky_relu")
     epilogue = (1e-5, case.activation, 0.01)
     if case.training:
-        _, statistics, mask = run.forward_train(
+        _, statistics, mask = ops._forward_train(
             x, residual, weight, bias, mean, var, counter, 0.1, *epilogue, signs
         )
         var = None
     else:
         statistics = mean
-        _, mask = run.forward_eval(x, residual, weight, bias, mean, var, *epilogue, signs)
-    run.backward(
-        x, x, None if signs else residual, mask, weight, bias, statistics, var, *epilogue,
-        [True, True, True, case.residual],
-    )  # fmt: skip
+        _, mask = ops._forward_eval(x, residual, weight, bias, mean, var, *epilogue, signs)
+    saved = (None, mask) if signs else (residual, None)
+    format = memory_format(x) if signs else None
+    options = (*epilogue, (True, case.residual, True, True), format)
+    if signs or case.activation == "none":
+        bias = None  # not read
+    ops._backward(x, x, *saved, weight, bias, statistics, var, *options)
 
 
 @cache

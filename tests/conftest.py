@@ -32,17 +32,12 @@ def _seed():
 
 @pytest.fixture
 def replan():
-    """Forgets all plans and launchers, now and after the test."""
-    from fastbn import calls
-    from fastbn.kernels import plan
+    """Forgets all calls and plans, now and after the test."""
+    from fastbn import recall
 
-    def forget():
-        for cached in (plan.make_plan, calls.forward_call, calls.backward_call):
-            cached.cache_clear()
-
-    forget()
-    yield forget
-    forget()
+    recall.forget()
+    yield recall.forget
+    recall.forget()
 
 
 @pytest.fixture

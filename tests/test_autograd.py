@@ -293,3 +293,77 @@ def test_gradient_of_a_tensor_subclass(device):
         (twice,) = torch.autograd.grad(y, x, TwoTensor(g, g.clone()))
     torch.testing.assert_close(twice.a, expected)
     torch.testing.assert_close(twice.b, expected)
+
+
+def around_the_backward(kind, y, inputs, grad):
+    """Gradients by a transform of the backward alone."""
+
+    def backward(grad):
+        return torch.autograd.grad(y, inputs, grad, retain_graph=True)
+
+    if kind == "vmap":
+        return torch.vmap(backward)(torch.stack([grad, 2 * grad + 1]))
+    if kind == "zero":
+        return backward(torch._efficientzerotensor(y.shape, dtype=y.dtype, device=y.device))
+    with fwAD.dual_level():
+        return [fwAD.unpack_dual(g).tangent for g in backward(fwAD.make_dual(grad, grad.sin()))]
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["", "add"])
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("kind", ["vmap", "zero", "forward mode"])
+def test_transforms_around_the_backward_alone(kind, activation, residual, device):
+    inputs = [t for t in leaves(4, 3, 5, device=device, residual=residual) if t is not None]
+    grad = torch.randn(4, 3, 5, dtype=torch.double, device=device)
+    found = around_the_backward(kind, call(activation)(*inputs), inputs, grad)
+    with fastbn.use_backend("torch"):
+        expected = around_the_backward(kind, call(activation)(*inputs), inputs, grad)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b)
+        assert not a.requires_grad
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize(("activation", "residual"), [("none", False), ("relu", True)])
+def test_what_the_backward_does_not_read_may_change(activation, residual, create_graph, device):
+    x, w, b, r = leaves(4, 3, 5, device=device)
+    inputs = (x, w, b, r) if residual else (x, w, b)
+    grad = torch.randn_like(x)
+    y, same = (call(activation)(*inputs) for _ in range(2))
+    expected = torch.autograd.grad(y, inputs, grad)
+    with torch.no_grad():
+        b.add_(1)
+    found = torch.autograd.grad(same, inputs, grad, create_graph=create_graph)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gradient_of_a_bias_alone(dtype, device):
+    """In its dtype, though the backward does not read it."""
+    x = torch.randn(64, 3, 5, device=device).to(dtype).requires_grad_()
+    bias = torch.zeros(3, device=device, requires_grad=True)
+    grad = torch.randn_like(x)
+    y = batch_norm(x, None, None, None, bias, training=True)
+    _, found = torch.autograd.grad(y, (x, bias), grad)
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, grad.double().sum((0, 2)).float())
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_infinite_gradient_where_relu_is_off(create_graph, device):
+    """0 there, not 0 times infinity."""
+    x, w, b, r = leaves(4, 3, 5, device=device)
+    y = call("relu")(x, w, b, r)
+    grad = torch.where(y > 0, 1.0, float("inf"))
+    (found,) = torch.autograd.grad(y, r, grad, create_graph=create_graph)
+    assert found.equal((y > 0).double())
+
+
+def test_hooks_that_round_the_statistics(device):
+    """Mean and rstd in half precision would be wrong gradients."""
+    x = torch.randn(4, 3, 5, device=device, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.bfloat16(), lambda t: t):
+        y = batch_norm(x, None, None, training=True)
+    with pytest.raises(RuntimeError, match=r"of torch\.float32, but hooks made them torch\.b"):
+        y.sum().backward()

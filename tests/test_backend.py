@@ -10,6 +10,7 @@ import torch
 
 import fastbn
 from fastbn import FusedBatchNorm2d, FusedBatchNormAct2d, backend, batch_norm, explain
+from fastbn.functional import tracked_batch_norm
 
 
 @pytest.fixture(autouse=True)
@@ -110,14 +111,22 @@ def test_without_triton_pytorch_serves():
     assert done.stdout == "0.0\nTriton is not installed\n", done.stderr
 
 
+class Tagged(torch.Tensor):
+    pass
+
+
 def served(device, **kwargs):
-    arguments = {"input": torch.randn(4, 3, 5), "running_mean": None, "running_var": None}
+    arguments = {
+        "input": torch.randn(4, 3, 5), "running_mean": torch.zeros(3), "running_var": torch.ones(3),
+        "num_batches_tracked": None, "weight": None, "bias": None, "training": True,
+        "momentum": 0.1, "eps": 1e-5,
+    }  # fmt: skip
     arguments |= kwargs
     for name, value in arguments.items():
-        if value is not None and value.device.type == "cpu":
+        if isinstance(value, torch.Tensor) and value.device.type == "cpu":
             arguments[name] = value.to(device)
     with fastbn.use_backend("triton"):
-        return batch_norm(**arguments, training=True)
+        return tracked_batch_norm(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -129,8 +138,21 @@ def served(device, **kwargs):
         ({"weight": torch.ones(3).half()}, "of torch.float16 don't go with an input of"),
         ({"weight": torch.ones(3, 1)}, "not one-dimensional"),
         ({"residual": torch.randn(4, 3, 5).double()}, "residual's dtype is torch.float64"),
+        ({"residual": torch.randn(4, 3, 5).to_sparse()}, "layout is torch.sparse_coo"),
+        ({"residual": torch.randn(4, 3, 5, device="meta")}, "different devices"),
+        ({"residual": torch.randn(4, 3, 5).as_subclass(Tagged)}, "subclass"),
         ({"weight": torch.ones(3, device="meta")}, "different devices"),
+        ({"weight": torch.ones(3).as_subclass(Tagged)}, "subclass"),
+        ({"weight": torch._efficientzerotensor(3)}, "lazily zero"),
+        ({"bias": torch._neg_view(torch.ones(3))}, "lazily negated"),
+        ({"running_var": torch.ones(6)[::2]}, "statistics are not contiguous"),
+        ({"running_var": torch.ones(3, requires_grad=True)}, "statistic requires a gradient"),
+        ({"num_batches_tracked": torch.tensor(0, device="meta")}, "different devices"),
+        ({"num_batches_tracked": torch.tensor(0).as_subclass(Tagged)}, "subclass"),
+        ({"num_batches_tracked": torch.tensor(0.0)}, "not a single int64"),
         ({"input": torch.randn(4, 3, 5, device="meta")}, "device type 'meta'"),
+        ({"momentum": torch.tensor(0.1)}, "momentum or eps is not a number"),
+        ({"eps": "small"}, "momentum or eps is not a number"),
     ],
 )
 def test_triton_refuses_what_it_cannot_serve(kwargs, why, device):
@@ -139,9 +161,6 @@ def test_triton_refuses_what_it_cannot_serve(kwargs, why, device):
 
 
 def test_subclasses_go_to_pytorch(device):
-    class Tagged(torch.Tensor):
-        pass
-
     x = torch.randn(4, 3, 5, device=device).as_subclass(Tagged)
     with pytest.raises(RuntimeError, match="subclass"):
         served(device, input=x)
@@ -264,10 +283,16 @@ def test_explain_what_is_refused(chosen, device):
     for wrong in (*(torch.randn(s, device=device) for s in shapes), x.int(), x.to_sparse()):
         with pytest.raises((RuntimeError, ValueError)) as raised:
             bn(wrong)
-        assert str(explain(bn, wrong)) == f"This call is an error: {raised.value}."
-    with pytest.raises(ValueError, match="residual") as raised:
-        bn(x, x[:1])
-    assert explain(bn, x, x[:1]).reason == str(raised.value)
+        assert explain(bn, wrong).reason == str(raised.value).rstrip(".")
+        assert str(explain(bn, wrong)).startswith("This call is an error: ")
+    for wrong in (x[:1], x.to("meta"), 1.0):
+        with pytest.raises((RuntimeError, TypeError, ValueError)) as raised:
+            bn(x, wrong)
+        assert explain(bn, x, wrong).reason == str(raised.value).rstrip(".")
+    bn.running_mean.requires_grad_()
+    with pytest.raises(RuntimeError) as raised:
+        bn(x)
+    assert explain(bn, x).reason == str(raised.value).rstrip(".")
 
 
 def test_explain_what_takes_no_residual(device):
@@ -285,12 +310,19 @@ def test_explain_what_is_not_ours(module):
 
 def test_explain_what_pytorch_serves(device):
     x = torch.randn(2, 6, 8, 8, device=device)
+    bn = FusedBatchNorm2d(6).to(device)
+    before = {name: value.clone() for name, value in bn.state_dict().items()}
     fastbn.set_backend("torch")
-    assert str(explain(FusedBatchNorm2d(6), x)) == (
+    assert str(explain(bn, x)) == (
         "PyTorch's own batch norm serves this call: the backend is set to 'torch'."
     )
     fastbn.set_backend("auto")
+    with torch.autograd.forward_ad.dual_level():
+        assert "forward-mode AD" in explain(bn, x).reason
     assert "is empty" in explain(None, x[:0]).reason
+    assert "not a number" in explain(FusedBatchNorm2d(6, momentum=torch.tensor(0.1)), x).reason
+    for name, value in bn.state_dict().items():
+        assert value.equal(before[name]), name
 
 
 def test_predicted_time(monkeypatch, device):

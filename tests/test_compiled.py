@@ -77,6 +77,11 @@ def test_outputs_are_stored_wide(rows):
             assert wide >= tensors * row["thread_bytes"], row
 
 
+def test_nothing_is_contracted(rows):
+    """The backward finds an argument on the side of a kink where the forward left it."""
+    assert not any(row["contracted"] for row in rows)
+
+
 def test_registers_stay_where_they_are(rows):
     """Shared memory serves sums and transposed masks, not every value that a program has."""
     for row in rows:

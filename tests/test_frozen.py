@@ -76,13 +76,13 @@ def test_any_strides(layout, residual, device):
 @pytest.mark.parametrize("activation", ["tanh", "elu", "gelu_tanh", "silu", "sigmoid", "gelu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_activations_from_tiny_to_huge(activation, dtype, device):
-    """Relative accuracy near zero, no NaN far out."""
+    """Relative accuracy near zero; far out no NaN, and gradients up to a million."""
     magnitudes = torch.logspace(-12, 30, 211, dtype=torch.float64)
     z = torch.cat([-magnitudes.flip(0), magnitudes]).to(device, dtype).reshape(-1, 1)
     ours = z.clone().requires_grad_()
     identity = torch.zeros(1, dtype=dtype, device=device), torch.ones(1, dtype=dtype, device=device)
     with fastbn.use_backend("triton"):
-        y = fastbn.batch_norm(ours, *identity, eps=0.0, activation=activation)
+        y = fastbn.batch_norm(ours, *identity, eps=1e-30, activation=activation)
         y.sum().backward()
     exact = z.double().requires_grad_()
     y64 = ACTIVATIONS[activation](exact, 1.0)
@@ -96,6 +96,23 @@ def test_activations_from_tiny_to_huge(activation, dtype, device):
     torch.testing.assert_close(y.double()[middle], y64[middle], rtol=rtol, atol=atol)
     torch.testing.assert_close(ours.grad.double()[middle], exact.grad[middle], rtol=rtol, atol=atol)
     assert ours.grad[middle].isfinite().all()
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["", "add"])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6", "elu", "hardswish"])
+def test_the_side_of_a_kink_is_pytorchs(activation, residual, device):
+    x = torch.tensor([[-3.0, -0.0, 0.0, 3.0, 6.0]], device=device).T
+    mean, var = torch.zeros(1, device=device), torch.ones(1, device=device)
+    results = []
+    for backend in ("triton", "torch"):
+        leaf = x.clone().requires_grad_()
+        with fastbn.use_backend(backend):
+            y = fastbn.batch_norm(
+                leaf, mean, var, eps=1e-30, activation=activation,
+                residual=torch.zeros_like(x) if residual else None,
+            )  # fmt: skip
+        results.append((y, *torch.autograd.grad(y.sum(), leaf)))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["", "add"])

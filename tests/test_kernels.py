@@ -193,6 +193,18 @@ def test_constant_channels(value, device):
 
 
 @pytest.mark.usefixtures("tiny_tiles")
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+def test_huge_constant_channels(channels_last, device):
+    """Where the square of a rounding error overflows; values for which a mean is rounded, too."""
+    constants = 1e30 * (1 + torch.rand(64, device=device))
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    x = constants[:, None, None].expand(4, 64, 8, 8).contiguous(memory_format=format)
+    with fastbn.use_backend("triton"):
+        y = fastbn.batch_norm(x, None, None, training=True)
+    assert (y.abs() < 10).all()
+
+
+@pytest.mark.usefixtures("tiny_tiles")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["input", "grad_output", "residual"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])

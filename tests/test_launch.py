@@ -9,9 +9,10 @@ import pytest
 import torch
 from triton.runtime import JITFunction, driver
 
-from fastbn import calls, counters, run
+from fastbn import calls, counters, ops
 from fastbn.kernels import backward, forward, resident, ticketed
 from fastbn.kernels.device import H100
+from fastbn.layout import memory_format
 
 from .compile_kernels import _Driver
 
@@ -116,17 +117,17 @@ def call(
     if without == "counter":
         counter = None
     r = torch.empty_like(x) if residual else None
-    _, statistics, mask = run.forward_train(
+    want_dx, want_dw, want_db = wanted
+    _, statistics, mask = ops._forward_train(
         x, r, weight, bias, mean, var, counter, momentum, eps, activation, 0.0, residual
     )
-    run.backward(
-        dy, x, None, mask, weight, bias, statistics, None, eps, activation, 0.0, [*wanted, residual]
-    )
+    mask, format = (mask, memory_format(x)) if residual else (None, None)
+    options = (eps, activation, 0.0, (want_dx, residual, want_dw, want_db), format)
+    ops._backward(dy, x, None, mask, weight, bias, statistics, None, *options)
     if mean is not None:
-        _, mask = run.forward_eval(x, r, weight, bias, mean, var, eps, activation, 0.0, residual)
-        run.backward(
-            dy, x, None, mask, weight, bias, mean, var, eps, activation, 0.0, [*wanted, residual]
-        )
+        _, mask = ops._forward_eval(x, r, weight, bias, mean, var, eps, activation, 0.0, residual)
+        mask = mask if residual else None
+        ops._backward(dy, x, None, mask, weight, bias, mean, var, *options)
 
 
 def options_of(change):
@@ -167,12 +168,12 @@ def test_identical_calls_decide_nothing_again(launches):
     dispatched, started = launches
     change = {"shape": (4, 16, 8, 8), "dtype": HALF, "param": FULL}
     call(**change)
-    found = len(dispatched), calls.forward_call.cache_info(), calls.backward_call.cache_info()
+    found = len(dispatched), calls._forward_call.cache_info(), calls._backward_call.cache_info()
     assert started == []
     call(**change)
     assert len(started) == len(dispatched) == found[0]
-    assert calls.forward_call.cache_info().misses == found[1].misses
-    assert calls.backward_call.cache_info().misses == found[2].misses
+    assert calls._forward_call.cache_info().misses == found[1].misses
+    assert calls._backward_call.cache_info().misses == found[2].misses
 
 
 def test_a_launch_that_failed_leaves_no_counters(launches, monkeypatch):
@@ -184,7 +185,7 @@ def test_a_launch_that_failed_leaves_no_counters(launches, monkeypatch):
         raise RuntimeError("out of resources")
 
     monkeypatch.setattr(Kernel, "run", fail)
-    calls.forward_call.cache_clear()
+    calls._forward_call.cache_clear()
     with pytest.raises(RuntimeError, match="out of resources"):
         call(**change)
     assert not counters._sets

@@ -97,6 +97,19 @@ def test_without_activation(device):
     assert_same(ours, nn.BatchNorm2d(3).to(device), lambda z: z, x, torch.randn_like(x))
 
 
+@pytest.mark.parametrize("drop", [None, nn.Identity()])
+def test_layers_taken_out_later(drop, device):
+    ours = FusedBatchNormAct2d(3, drop_layer=nn.Dropout).to(device)
+    ours.act, ours.drop = None, drop
+    assert_same(ours, nn.BatchNorm2d(3).to(device), lambda x: x, torch.randn(4, 3, 5, 5).to(device))
+
+
+def test_no_activation_but_dropout(device):
+    ours = FusedBatchNormAct2d(3, drop_layer=nn.Dropout).to(device)
+    ours.act = None
+    assert (ours(torch.randn(4, 3, 5, 5, device=device)) == 0).any()
+
+
 def test_activation_exchanged_later(device):
     ours = FusedBatchNormAct2d(3, device=device)
     ours.act = nn.SiLU()

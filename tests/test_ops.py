@@ -1,6 +1,7 @@
 """The operators as `torch.library` sees them, and under `torch.compile`."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_opcheck_forward_eval(save_mask, device):
 def test_opcheck_backward(wanted, frozen, device):
     x, r, dy, w, b, mean, var, _ = tensors(device)
     statistics = (mean, var) if frozen else (torch.stack([mean, var]), None)
-    args = (dy, x, r, None, w, b, *statistics, 1e-5, "silu", 0.0, wanted)
+    args = (dy, x, r, None, w, b, *statistics, 1e-5, "silu", 0.0, wanted, None)
     torch.library.opcheck(torch.ops.fastbn.backward.default, args, test_utils=TESTS)
 
 
@@ -110,11 +111,23 @@ def test_compiled_backward_runs_the_kernels(device):
     assert not any("var" in name or "rsqrt" in name for name in forward | backward)
 
 
-def test_export(device):
-    bn = FusedBatchNorm2d(4).to(device).eval()
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_export(training, strict, device):
+    """What is exported is PyTorch's: every runtime has it, and it has a gradient."""
+    torch._dynamo.reset()
+    bn = FusedBatchNormAct2d(4).to(device).train(training)
     x = torch.randn(2, 4, 5, 5, device=device)
-    exported = torch.export.export(bn, (x,)).module()
-    torch.testing.assert_close(exported(x), bn(x))
+    with fastbn.use_backend("triton"):
+        program = torch.export.export(copy.deepcopy(bn), (x,), strict=strict)
+        assert not any("fastbn" in str(node.target) for node in program.graph.nodes)
+        results = []
+        for module in (bn, program.module()):
+            y = module(x)
+            grads = torch.autograd.grad(y.square().sum(), list(module.parameters()))
+            buffers = dict(module.named_buffers())
+            results.append((y, *grads, buffers["running_mean"], buffers["running_var"]))
+    torch.testing.assert_close(*results)
 
 
 def test_autograd_sees_what_kernels_write(device):
@@ -192,13 +205,25 @@ def test_whoever_listens_hears_the_operators(device):
             graph = make_fx(bn, pre_dispatch=pre_dispatch)(x)
             assert any("fastbn.forward_eval" in str(node.target) for node in graph.graph.nodes)
             torch.testing.assert_close(graph(x), expected)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # deprecated, but there
+            traced = torch.jit.trace(bn, x)
+        assert "fastbn::forward_eval" in str(traced.inlined_graph)
 
 
 def test_operators_refuse_tensors_on_two_devices(device):
     x = torch.randn(2, 4, 5, 5, device=device)
     mean, var = torch.zeros(4, device=device), torch.ones(4, device="meta")
-    with pytest.raises(RuntimeError, match=r"on one device, but got .*meta"):
-        ops._forward_eval(x, None, None, None, mean, var, 1e-5, "none", 0.0, False)
+    numbers = (1e-5, "none", 0.0)
+    for call in (
+        lambda: ops._forward_eval(x, None, None, None, mean, var, *numbers, False),
+        lambda: ops._forward_train(x, None, None, None, mean, var, None, 0.1, *numbers, False),
+        lambda: ops._backward(
+            x, x, None, None, None, None, mean, var, *numbers, (True, False, False, False), None
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=r"on one device, but got .*meta"):
+            call()
 
 
 @pytest.mark.parametrize("negative", ["input", "weight", "residual", "grad_output"])
@@ -246,6 +271,28 @@ def test_nothing_is_written_if_memory_runs_out(strategy, device, monkeypatch, fo
                 bn(x, x)
         for key, value in bn.state_dict().items():
             assert value.equal(before[key])
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_compiled_with_saved_tensor_hooks_that_change_strides(residual, device):
+    """The packed mask's bits still lie as the input did."""
+    torch._dynamo.reset()
+    eager = FusedBatchNormAct2d(3).to(device)
+    compiled = torch.compile(copy.deepcopy(eager), backend="aot_eager", fullgraph=True)
+    x, r = torch.randn(2, 2, 3, 4, 5, device=device).unbind()
+    x, r = (t.contiguous(memory_format=torch.channels_last) for t in (x, r))
+    results = []
+    for module in (eager, compiled):
+        leaf = x.clone().requires_grad_()
+        with (
+            fastbn.use_backend("triton"),
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda t: t.clone(memory_format=torch.contiguous_format), lambda t: t
+            ),
+        ):
+            y = module(leaf, r if residual else None)
+        results.append(torch.autograd.grad(y.square().sum(), leaf)[0])
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.gpu

@@ -35,7 +35,7 @@ import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
 import fastbn
-from fastbn import calls
+from fastbn import calls, recall
 from fastbn.autograd import saved_for
 from fastbn.kernels import plan
 from fastbn.kernels.device import INTERPRETER, Device
@@ -200,16 +200,13 @@ def measure(case: Case, device: Device = INTERPRETER) -> tuple[Traffic, Traffic]
 @contextmanager
 def _planned(strategy: str, device: Device) -> Iterator[None]:
     """Calls are planned for the device and by the strategy."""
-    caches = (plan.make_plan, calls.forward_call, calls.backward_call)
-    for cached in caches:
-        cached.cache_clear()
+    recall.forget()
     with (
         mock.patch.object(plan, "choose", lambda found: found[strategy]),
         mock.patch.object(calls, "device_facts", return_value=device),
     ):
         yield
-    for cached in caches:
-        cached.cache_clear()
+    recall.forget()
 
 
 @contextmanager
@@ -264,10 +261,13 @@ def cases() -> Iterator[tuple[str, Case]]:
 
 
 def main() -> None:
-    """Prints a line for each case and direction.
-
-    Apart: slices first touched in between, of what is read again and of everything.
-    """
+    """Prints a line for each case and direction."""
+    print(
+        "In tensors of the input's size. Planned: reads and writes of memory, and what is to come\n"
+        "from the cache. Counted: once what each launch touches, and what it reads again. Apart:\n"
+        "slices first touched in between, of what is read again and of everything. Other:\n"
+        "statistics, parameters and counters, as a share of memory's traffic and of all.\n"
+    )
     print(
         f"{'strategy':<9} {'layout':<6} {'dtype':<5} {'epilogue':<12} {'direction':<9} "
         f"{'planned':>9} {'+cached':>8} {'counted':>9} {'+again':>8} {'apart':>10} "

@@ -1,0 +1,102 @@
+"""Calls recalled: one like an earlier one is neither checked nor planned again.
+
+It goes straight to its kernels, past PyTorch's dispatcher, which takes three
+microseconds. Calls are alike if their options are and if their tensors agree in all
+that PyTorch's guards compare: type, what the dispatcher goes by (device, lazy negation,
+batches, inference mode, autocast), dtype, sizes, strides, need of a gradient. Guards,
+made for `torch.compile`, take a third of a microsecond; to look at every property from
+here takes ten times as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+from torch import Tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._dynamo.guards import TensorGuards
+from torch._C._functorch import is_legacy_batchedtensor
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
+from torch.autograd import _profiler_enabled
+from torch.compiler import is_compiling
+from torch.nn import Parameter
+
+from . import calls
+from .calls import Call
+from .layout import dense
+
+# More kinds of calls than this are forgotten and found anew.
+_LIMIT = 1024
+
+_kept: dict[Hashable, tuple[TensorGuards, Call]] = {}
+
+
+def find(
+    plan: Callable[..., Call], tensors: Sequence[Tensor | None], *options: Hashable
+) -> Call | None:
+    """What `keep` kept for a call like this, or None."""
+    if is_compiling() or _len_torch_dispatch_stack() > 0 or _profiler_enabled():
+        return None  # somebody listens of whom guards know nothing
+    kept = _kept.get(_kind(plan, tensors, options))
+    if kept is None:
+        return None
+    guards, call = kept
+    return call if guards.check(*[t for t in tensors if t is not None]) else None
+
+
+def keep(
+    plan: Callable[..., Call], tensors: Sequence[Tensor | None], *options: Hashable
+) -> Call | None:
+    """Plans a call and keeps the plan, the latest of its kind.
+
+    None if the call must go through the dispatcher: somebody listens to it, or a
+    tensor is not what it seems, or lies in memory as the kernels don't take it.
+    """
+    given = [t for t in tensors if t is not None]
+    if _heard() or not _plain(given):
+        return None
+    call = plan(tensors, *options)
+    if any(dense(t, call.format) is not t for t in given):
+        return None
+    sizes, strides = [list(t.shape) for t in given], [list(t.stride()) for t in given]
+    guards = TensorGuards(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    if len(_kept) >= _LIMIT:
+        _kept.clear()
+    _kept[_kind(plan, tensors, options)] = guards, call
+    return call
+
+
+def forget() -> None:
+    """Forgets all calls and their plans."""
+    _kept.clear()
+    calls.forget()
+
+
+def _kind(plan: Callable, tensors: Sequence[Tensor | None], options: tuple) -> Hashable:
+    """Of the calls of a kind one is kept; which tensors are None is a part of it."""
+    first = tensors[0]
+    return plan, first.shape, first.device, options, *map(type, tensors)
+
+
+def _heard() -> bool:
+    """Whether anybody listens to the dispatcher: a compiler, a tracer, a mode, the profiler."""
+    return (
+        is_compiling()
+        or _len_torch_dispatch_stack() > 0
+        or _len_torch_dispatch_stack_pre_dispatch() > 0
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
+    )
+
+
+def _plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether memory of one device holds what the tensors are: no subclass, nothing lazy."""
+    device = tensors[0].device
+    return all(
+        type(t) in (Tensor, Parameter)
+        and t.device == device
+        and not t.is_neg()
+        and not t._is_zerotensor()
+        and not is_legacy_batchedtensor(t)  # of `is_grads_batched`
+        for t in tensors
+    )

@@ -1,0 +1,233 @@
+"""Calls that are recalled: only what would be planned just so, and nothing that was refused."""
+
+import contextlib
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastbn
+from fastbn import FusedBatchNormAct2d, batch_norm, recall
+from fastbn.layout import dense
+
+
+@pytest.fixture(autouse=True)
+def only_kernels(replan):
+    with fastbn.use_backend("triton"):
+        yield
+
+
+@pytest.fixture
+def recalled(monkeypatch):
+    """How often each plan was asked for, and how often it was recalled."""
+    asked, found = [], []
+    find = recall.find
+
+    def spy(plan, tensors, *options):
+        call = find(plan, tensors, *options)
+        asked.append(plan.__name__)
+        if call is not None:
+            assert call is plan(tensors, *options)
+            assert all(t is None or dense(t, call.format) is t for t in tensors)
+            found.append(plan.__name__)
+        return call
+
+    monkeypatch.setattr(recall, "find", spy)
+    return found
+
+
+def step(module, x, residual=None):
+    y = module(x, residual)
+    return y, *torch.autograd.grad(y, [x, *module.parameters()], torch.ones_like(y))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_second_like_it_is_recalled(training, momentum, residual, recalled, device):
+    module = FusedBatchNormAct2d(4, momentum=momentum).to(device).train(training)
+    x, r = torch.randn(2, 2, 4, 3, 3, device=device).unbind()
+    x.requires_grad_()
+    r = r if residual else None
+    first = step(module, x, r)
+    assert recalled == []
+    module.reset_running_stats()
+    second = step(module, x, r)
+    assert recalled == ["forward_call", "backward_call"]
+    for a, b in zip(first, second):
+        assert a.equal(b)
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+def lazily_negated(t):
+    return torch._neg_view(-t)
+
+
+def spread(t):
+    """The same values, every second element in memory."""
+    return torch.stack([t, t], -1)[..., 0]
+
+
+def changes():
+    """Each: name, and what it makes of one argument."""
+    of_tensors = {
+        "requires_grad": lambda t: t.clone().requires_grad_(),
+        "double": torch.Tensor.double,
+        "half": torch.Tensor.half,
+        "subclass": lambda t: t.as_subclass(Tagged),
+        "negated": lazily_negated,
+        "spread": spread,
+        "longer": lambda t: torch.cat([t, t], min(1, t.dim() - 1)),
+        "one axis more": lambda t: t.unsqueeze(-1),
+        "elsewhere": lambda t: t.to("meta"),
+        "sparse": torch.Tensor.to_sparse,
+        "inference": lambda t: _in_inference_mode(t.clone),
+    }
+    for name, change in of_tensors.items():
+        for argument in ("input", "weight", "bias", "running_mean", "running_var"):
+            yield f"{argument} {name}", {argument: change}
+    for argument in ("weight", "bias"):
+        yield f"no {argument}", {argument: lambda t: None}
+    yield "no running_mean", {"running_mean": lambda t: None}
+    yield "no statistics", {"running_mean": lambda t: None, "running_var": lambda t: None}
+    yield "channels last", {"input": lambda t: t.contiguous(memory_format=torch.channels_last)}
+    for eps in (0, 0.0, -1.0, 2.0, 1, torch.tensor(0.5), "small", None):
+        yield f"eps {eps!r}", {"eps": lambda _, eps=eps: eps}
+    for momentum in (0, 0.0, 1.0, 0.7, None, torch.tensor(0.5), "high"):
+        yield f"momentum {momentum!r}", {"momentum": lambda _, value=momentum: value}
+    yield "frozen", {"training": lambda _: False}
+    yield "another activation", {"activation": lambda _: "silu"}
+
+
+def _in_inference_mode(make):
+    with torch.inference_mode():
+        return make()
+
+
+def outcome(device, change):
+    """Output, gradient of the input, statistics; or the error."""
+    torch.manual_seed(0)
+    arguments = {
+        "input": torch.randn(2, 4, 3, 5, device=device), "running_mean": torch.zeros(4),
+        "running_var": torch.ones(4), "weight": torch.rand(4), "bias": torch.rand(4),
+        "training": True, "momentum": 0.1, "eps": 1e-5, "activation": "relu",
+    }  # fmt: skip
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):
+            arguments[name] = value.to(device)
+    for name, make in change.items():
+        arguments[name] = make(arguments[name])
+    x, mean, var = (arguments[name] for name in ("input", "running_mean", "running_var"))
+    results = []
+    try:
+        y = batch_norm(**arguments)
+        results.append(y)
+        if x.requires_grad:
+            results += torch.autograd.grad(y.square().sum(), x)
+    except (RuntimeError, TypeError, ValueError) as error:
+        results.append(f"{type(error).__name__}: {error}")
+    return [*results, mean, var]
+
+
+@pytest.mark.parametrize("change", [pytest.param(c, id=name) for name, c in changes()])
+def test_an_earlier_call_changes_nothing(change, device):
+    """What is refused, and every result, is the same whatever was called before."""
+    recall.forget()
+    cold = outcome(device, change)
+    for earlier in ({}, {"input": lambda t: t.requires_grad_()}):
+        recall.forget()
+        outcome(device, earlier)
+        warm = outcome(device, change)
+        assert len(warm) == len(cold)
+        for a, b in zip(warm, cold):
+            assert type(a) is type(b)
+            if not isinstance(a, torch.Tensor):
+                assert a == b
+            elif a.layout is torch.strided and a.device.type != "meta":
+                assert a.dtype == b.dtype
+                assert a.stride() == b.stride()
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("where", ["vmap", "dual level", "dispatch mode", "no_grad", "inference"])
+def test_an_earlier_call_elsewhere(where, device):
+    """A call in the open is not taken for one under a transform or mode, nor the reverse."""
+    x = torch.randn(3, 2, 4, 5, device=device)
+    dispatched = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            dispatched.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    def norm(x):
+        return batch_norm(x, None, None, training=True)
+
+    def there():
+        if where == "vmap":
+            return torch.func.vmap(norm)(x)
+        with contextlib.ExitStack() as stack:
+            if where == "dual level":
+                stack.enter_context(torch.autograd.forward_ad.dual_level())
+                dual = torch.autograd.forward_ad.make_dual(x[0], x[1])
+                return torch.autograd.forward_ad.unpack_dual(norm(dual)).tangent
+            modes = {"dispatch mode": Mode, "no_grad": torch.no_grad}
+            stack.enter_context(modes.get(where, torch.inference_mode)())
+            return norm(x[0])
+
+    cold = there()
+    seen, here = dispatched.copy(), norm(x[0])
+    dispatched.clear()
+    for _ in range(2):
+        assert there().equal(cold)
+        assert norm(x[0]).equal(here)
+    assert dispatched == 2 * seen
+    assert ("fastbn.forward_train.default" in seen) == (where == "dispatch mode")
+
+
+def test_a_recalled_call_holds_no_tensor(device):
+    module = FusedBatchNormAct2d(4).to(device)
+    x = torch.randn(2, 4, 3, 3, device=device, requires_grad=True)
+    step(module, x)
+    step(module, x)
+    gone = [weakref.ref(t) for t in (x, *module.parameters(), *module.buffers())]
+    del x, module
+    gc.collect()
+    assert recall._kept
+    assert [t() for t in gone] == [None] * len(gone)
+
+
+def test_many_kinds_are_not_all_kept(monkeypatch, device):
+    monkeypatch.setattr(recall, "_LIMIT", 3)
+    for rows in (2, 3, 4, 5, 6, 2, 3):
+        x = torch.randn(rows, 4, device=device)
+        y = batch_norm(x, None, None, training=True)
+        torch.testing.assert_close(y, torch.nn.functional.batch_norm(x, None, None, training=True))
+        assert len(recall._kept) <= 3
+
+
+def test_threads_with_calls_of_one_kind(device):
+    """They differ in what only guards tell: dtype and strides."""
+    x = torch.randn(2, 4, 3, 3, device=device)
+    inputs = [x, x.double(), x.contiguous(memory_format=torch.channels_last), x.half()]
+    expected = [batch_norm(x, None, None, training=True) for x in inputs]
+    wrong = []
+
+    def work(i):
+        for _ in range(10):
+            y = batch_norm(inputs[i], None, None, training=True)
+            if not (y.equal(expected[i]) and y.stride() == expected[i].stride()):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
