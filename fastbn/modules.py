@@ -147,8 +147,6 @@ def _make_activation(
 ) -> nn.Module:
     if layer is None or layer == "":
         return nn.Identity()
-    if isinstance(layer, nn.Module):
-        raise TypeError(f"act_layer must be a class, not an instance: {type(layer).__name__}")
     if layer == "gelu_tanh":
         return nn.GELU(**{"approximate": "tanh", **kwargs})
     if isinstance(layer, str):
@@ -158,7 +156,13 @@ def _make_activation(
                 f" but got {layer!r}"
             )
         layer = _LAYERS[layer]
+    _check_class("act_layer", layer)
     return layer(**kwargs)
+
+
+def _check_class(name: str, layer: Any) -> None:
+    if isinstance(layer, nn.Module) or not callable(layer):
+        raise TypeError(f"{name} must be a module class, but got an instance of {type(layer)}")
 
 
 class _FusedAct(_Fused):
@@ -182,7 +186,10 @@ class _FusedAct(_Fused):
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
-        self.drop = drop_layer() if drop_layer is not None else nn.Identity()
+        if drop_layer is None:
+            drop_layer = nn.Identity
+        _check_class("drop_layer", drop_layer)
+        self.drop = drop_layer()
         self.act = _make_activation(act_layer if apply_act else None, act_kwargs or {})
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -216,7 +223,7 @@ _ACT_DOC = """`{base}`, an optional residual and an activation in one.
             with one, nothing but the normalisation is fused.
 
     Raises:
-        TypeError: `act_layer` is a module and not a class.
+        TypeError: `act_layer` or `drop_layer` is a module and not a class.
         ValueError: `act_layer` is an unknown name, or the residual is of
             another shape than the input.
     """

@@ -1,5 +1,6 @@
 """Choice of the backend, refusals, and `explain`."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -177,6 +178,17 @@ def test_falling_back_warns_once_a_reason(monkeypatch):
     backend.warn_fallback("it rains")
     with pytest.warns(RuntimeWarning, match="because it snows"):
         backend.warn_fallback("it snows")
+
+
+@pytest.mark.gpu
+def test_falling_back_on_a_gpu_is_said(monkeypatch):
+    monkeypatch.setattr(backend, "_warned", set())
+    x, weight = torch.randn(4, 3, device="cuda"), torch.ones(3, device="cuda", dtype=torch.half)
+    with (
+        pytest.warns(RuntimeWarning, match="torch.float16 don't go with an input of torch.float32"),
+        contextlib.suppress(RuntimeError),  # PyTorch may refuse it
+    ):
+        batch_norm(x, None, None, weight, training=True)
 
 
 def test_noncontiguous_statistics_are_updated_all_the_same(device):

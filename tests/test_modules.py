@@ -170,9 +170,11 @@ def test_drop_layer(device):
     torch.testing.assert_close(ours(x, r), F.relu(bn(x) / 2 + r))
 
 
-def test_instance_for_a_layer():
-    with pytest.raises(TypeError, match="act_layer must be a class, not an instance: ReLU"):
-        FusedBatchNormAct2d(3, act_layer=nn.ReLU())
+@pytest.mark.parametrize("layer", ["act_layer", "drop_layer"])
+@pytest.mark.parametrize("wrong", [nn.ReLU(), 3])
+def test_instance_for_a_layer(wrong, layer):
+    with pytest.raises(TypeError, match=f"{layer} must be a module class, but got an instance of"):
+        FusedBatchNormAct2d(3, **{layer: wrong})
 
 
 def test_arguments_of_a_named_layer():
