@@ -12,15 +12,13 @@ from . import backend, ops, recall, reference, run
 from .calls import Call, backward_call, forward_call
 from .layout import memory_format, unpack_mask
 
-# Activations whose derivative is the sign's: with a residual one bit is saved.
-SIGN_ACTIVATIONS = ("relu", "leaky_relu")
-
 
 def saved_for(activation: str, residual: bool) -> str | None:
     """What the backward needs besides input, statistics and parameters."""
     if not residual or activation == "none":
         return None
-    return "mask" if activation in SIGN_ACTIVATIONS else "residual"
+    # Their derivative is the sign's, which is one bit.
+    return "mask" if activation in ("relu", "leaky_relu") else "residual"
 
 
 # The arguments of a call that are not tensors: training, momentum, eps, activation
@@ -49,7 +47,7 @@ def _planned_by(tensors: Tensors, options: Options) -> tuple[bool, bool, str, bo
     """What a plan depends on besides the tensors."""
     training, momentum, _, activation, _ = options
     save_mask = torch.is_grad_enabled() and saved_for(activation, tensors[1] is not None) == "mask"
-    return training, momentum is None, activation, save_mask
+    return bool(training), momentum is None, activation, save_mask
 
 
 def _forward(

@@ -141,9 +141,12 @@ def unserved(
             return "tensors are on different devices"
         if type(t) not in _PLAIN:
             return "an argument is a tensor subclass"
-        # Dynamo, which can't ask for these, has no such tensors.
-        if not torch.compiler.is_compiling() and (t.is_neg() or t._is_zerotensor()):
+        if torch.compiler.is_compiling():
+            continue  # Dynamo can't ask for what follows, and has no such tensors
+        if t.is_neg() or t._is_zerotensor():
             return "an argument is lazily negated, or lazily zero"
+        if torch._is_functional_tensor(t):
+            return "an argument is being functionalised"
     for t in parameters:
         if t.dim() != 1:
             return "a parameter or running statistic is not one-dimensional"

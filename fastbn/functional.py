@@ -11,6 +11,9 @@ from . import backend, reference
 if backend.HAS_TRITON:
     from . import autograd
 
+# What momentum may be without a closer look.
+_NUMBERS = (float, int, type(None))
+
 
 def batch_norm(
     input: Tensor,
@@ -89,13 +92,13 @@ def tracked_batch_norm(
     # Neither `torch.compile` nor recalled calls know one tensor in two places.
     if residual is input:
         residual = input.view_as(input)
-    if bias is weight and bias is not None:
+    if bias is weight and isinstance(bias, Tensor):
         bias = bias.view_as(bias)
     tensors = (input, residual, weight, bias, running_mean, running_var, num_batches_tracked)
     options = (training, momentum, eps, activation, param)
     if backend.set_aside() is None:
         # A plan says nothing of numbers.
-        sound = type(eps) is float and eps > 0 and type(momentum) in (float, int, type(None))
+        sound = type(eps) is float and eps > 0 and type(momentum) in _NUMBERS
         call = autograd.recalled(tensors, options) if backend.HAS_TRITON and sound else None
         if call is not None or _goes_to_kernels(*tensors, training, momentum, eps):
             return autograd.batch_norm(tensors, options, call)

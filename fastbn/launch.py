@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import lru_cache, reduce
-from operator import or_
+from functools import lru_cache
+from math import gcd
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from .kernels.device import DEVICES, INTERPRETER, Device
 
 _KNOWN = {device.name: device for device in DEVICES}
 
-# Bits of a pointer that are zero where Triton may assume it aligned to 16 bytes.
-_ALIGNMENT_BITS = 15
+# Bytes: where all pointers are multiples of it, Triton compiles for wider accesses.
+_ALIGNMENT = 16
 
 # Triton's interpreter keeps global state.
 _interpreter = threading.RLock()
@@ -81,6 +81,7 @@ class Launcher:
         # A compiled kernel takes them by place.
         self._places = [constants[name] for name in kernel.arg_names if name in constants]
         self._start: Callable[..., None] | None = None
+        self._absent: int | None = None  # how many tensors all launches leave out
         # The interpreter compiles nothing, and how other drivers take pointers is not known.
         self._keeps = isinstance(kernel, JITFunction) and device.type != "xpu"
         self._index = device.index if device.type == "cuda" else None
@@ -88,7 +89,11 @@ class Launcher:
     def __call__(self, tensors: Sequence[Tensor | None], *floats: float) -> None:
         """Launches; a tensor that is left out is None."""
         pointers = [0 if t is None else t.data_ptr() for t in tensors]
-        aligned = not reduce(or_, pointers) & _ALIGNMENT_BITS
+        if pointers.count(0) != self._absent:
+            self._absent = sum(t is None for t in tensors)
+            if pointers.count(0) != self._absent:
+                raise RuntimeError("a tensor has no memory: its storage was freed")
+        aligned = gcd(_ALIGNMENT, *pointers) == _ALIGNMENT
         try:
             if self._start is None or not aligned:
                 self._dispatch(tensors, floats, aligned)

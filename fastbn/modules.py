@@ -162,7 +162,9 @@ def _make_activation(
 
 def _check_class(name: str, layer: Any) -> None:
     if isinstance(layer, nn.Module) or not callable(layer):
-        raise TypeError(f"{name} must be a module class, but got an instance of {type(layer)}")
+        raise TypeError(
+            f"{name} must be a module class, but got an instance of {type(layer).__name__}"
+        )
 
 
 class _FusedAct(_Fused):

@@ -1,8 +1,8 @@
 """The operators `torch.ops.fastbn.*`: what `run.py` does, as PyTorch's machinery sees it.
 
-They know nothing of gradients: `autograd.py` wraps them. They take tensors of any
-strides, on one device. What is not asked for is None or, from an operator, whose schema
-has no optional results, an empty tensor.
+They know nothing of gradients: `autograd.py` wraps them. They take tensors of one device
+and, but for those that they write, of any strides. What is not asked for is None or, from
+an operator, whose schema has no optional results, an empty tensor.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def _forward_train(
 ):  # fmt: skip
     given, written = (x, residual, weight, bias), (running_mean, running_var, batches_tracked)
     _check_devices(*given, *written)
+    if not all(t is None or t.is_contiguous() for t in written):
+        raise RuntimeError("expected running statistics that are contiguous")
     call = forward_call((*given, *written), True, momentum is None, activation, save_mask)
     tensors = (*_dense(call, given), *written)
     y, statistics, mask = run.forward(call, *tensors, momentum, eps, param)
@@ -104,6 +106,8 @@ def _fake_backward(
     want_dx, want_dr, want_dw, want_db = wanted
     dw = x.new_empty(x.shape[1] if want_dw else 0, dtype=_parameter_dtype(weight, bias, x))
     db = x.new_empty(x.shape[1] if want_db else 0, dtype=_parameter_dtype(bias, weight, x))
+    if format is not None:
+        x = x.contiguous(memory_format=format)
     return _empty_like(x, want_dx), _empty_like(x, want_dr), dw, db
 
 

@@ -1,18 +1,18 @@
 """Calls recalled: one like an earlier one is neither checked nor planned again.
 
 It goes straight to its kernels, past PyTorch's dispatcher, which takes three
-microseconds. Calls are alike if their options are and if their tensors agree in all
-that PyTorch's guards compare: type, what the dispatcher goes by (device, lazy negation,
-batches, inference mode, autocast), dtype, sizes, strides, need of a gradient. Guards,
-made for `torch.compile`, take a third of a microsecond; to look at every property from
-here takes ten times as long.
+microseconds. Calls are alike if they agree in their options, in which tensors are None,
+and in all that PyTorch's guards compare of the others: type, what the dispatcher goes by
+(device, lazy negation, batches, inference mode, autocast), dtype, sizes, strides, need of
+a gradient. Guards, made for `torch.compile`, take a third of a microsecond; to look at
+every property from here takes ten times as long.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 
-from torch import Tensor
+from torch import Tensor, _is_functional_tensor
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._dynamo.guards import TensorGuards
 from torch._C._functorch import is_legacy_batchedtensor
@@ -25,6 +25,8 @@ from . import calls
 from .calls import Call
 from .layout import dense
 
+_OWN = (Tensor, Parameter)
+
 # More kinds of calls than this are forgotten and found anew.
 _LIMIT = 1024
 
@@ -35,8 +37,8 @@ def find(
     plan: Callable[..., Call], tensors: Sequence[Tensor | None], *options: Hashable
 ) -> Call | None:
     """What `keep` kept for a call like this, or None."""
-    if is_compiling() or _len_torch_dispatch_stack() > 0 or _profiler_enabled():
-        return None  # somebody listens of whom guards know nothing
+    if _observed() or type(tensors[0]) not in _OWN:
+        return None
     kept = _kept.get(_kind(plan, tensors, options))
     if kept is None:
         return None
@@ -53,7 +55,9 @@ def keep(
     tensor is not what it seems, or lies in memory as the kernels don't take it.
     """
     given = [t for t in tensors if t is not None]
-    if _heard() or not _plain(given):
+    # Guards compare what tracers change, so they must not be made under one.
+    tracing = _get_tracing_state() is not None or _len_torch_dispatch_stack_pre_dispatch() > 0
+    if _observed() or tracing or not _plain(given):
         return None
     call = plan(tensors, *options)
     if any(dense(t, call.format) is not t for t in given):
@@ -73,30 +77,26 @@ def forget() -> None:
 
 
 def _kind(plan: Callable, tensors: Sequence[Tensor | None], options: tuple) -> Hashable:
-    """Of the calls of a kind one is kept; which tensors are None is a part of it."""
+    """Of the calls of a kind one is kept: what calls may alternate in belongs here."""
     first = tensors[0]
-    return plan, first.shape, first.device, options, *map(type, tensors)
+    looks = (first.shape, first.dtype, first.device, first.requires_grad)
+    return plan, *looks, options, *map(type, tensors)
 
 
-def _heard() -> bool:
-    """Whether anybody listens to the dispatcher: a compiler, a tracer, a mode, the profiler."""
-    return (
-        is_compiling()
-        or _len_torch_dispatch_stack() > 0
-        or _len_torch_dispatch_stack_pre_dispatch() > 0
-        or _get_tracing_state() is not None
-        or _profiler_enabled()
-    )
+def _observed() -> bool:
+    """Whether a compiler, a mode or the profiler is to see operators, unnoticed by guards."""
+    return is_compiling() or _len_torch_dispatch_stack() > 0 or _profiler_enabled()
 
 
 def _plain(tensors: Sequence[Tensor]) -> bool:
     """Whether memory of one device holds what the tensors are: no subclass, nothing lazy."""
     device = tensors[0].device
     return all(
-        type(t) in (Tensor, Parameter)
+        type(t) in _OWN
         and t.device == device
         and not t.is_neg()
         and not t._is_zerotensor()
+        and not _is_functional_tensor(t)
         and not is_legacy_batchedtensor(t)  # of `is_grads_batched`
         for t in tensors
     )

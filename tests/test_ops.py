@@ -211,6 +211,39 @@ def test_whoever_listens_hears_the_operators(device):
         assert "fastbn::forward_eval" in str(traced.inlined_graph)
 
 
+def test_operators_do_not_write_between_elements(device):
+    x = torch.randn(2, 4, 5, 5, device=device)
+    memory = torch.zeros(8, device=device)
+    with pytest.raises(RuntimeError, match="running statistics that are contiguous"):
+        ops._forward_train(
+            x, None, None, None, memory[::2], memory[::2], None, 0.5, 1e-5, "none", 0.0, False
+        )
+    assert memory.eq(0).all()
+
+
+def test_opcheck_backward_with_a_mask_of_another_format(device):
+    """The results lie as the mask does, on paper too."""
+    x, r, dy, w, b, mean, var, _ = tensors(device, channels_last=True)
+    *_, mask = ops._forward_train(
+        x, r, w, b, None, None, None, 0.1, 1e-5, "relu", 0.0, True
+    )  # fmt: skip
+    args = (
+        dy,
+        x.contiguous(),
+        None,
+        mask,
+        w,
+        None,
+        torch.stack([mean, var]),
+        None,
+        1e-5,
+        "relu",
+        0.0,
+    )
+    args = (*args, [True] * 4, torch.channels_last)
+    torch.library.opcheck(torch.ops.fastbn.backward.default, args, test_utils=TESTS)
+
+
 def test_operators_refuse_tensors_on_two_devices(device):
     x = torch.randn(2, 4, 5, 5, device=device)
     mean, var = torch.zeros(4, device=device), torch.ones(4, device="meta")

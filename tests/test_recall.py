@@ -7,6 +7,8 @@ import weakref
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbn
@@ -189,6 +191,70 @@ def test_an_earlier_call_elsewhere(where, device):
         assert norm(x[0]).equal(here)
     assert dispatched == 2 * seen
     assert ("fastbn.forward_train.default" in seen) == (where == "dispatch mode")
+
+
+@pytest.mark.parametrize("what", ["gradient", "dtype", "training", "activation", "residual"])
+def test_kinds_in_turn_are_recalled(what, recalled, device):
+    """As of two networks of the same sizes, one of them frozen or in another precision."""
+    x = torch.randn(2, 4, 3, 3, device=device)
+    mean, var = torch.zeros(4, device=device), torch.ones(4, device=device)
+    one = {"input": x, "training": True}
+    other = (
+        one
+        | {
+            "gradient": {"input": x.clone().requires_grad_()},
+            "dtype": {"input": x.half()},
+            "training": {"training": False},
+            "activation": {"activation": "silu"},
+            "residual": {"residual": x.clone()},
+        }[what]
+    )
+    for _ in range(3):
+        batch_norm(running_mean=mean, running_var=var, **one)
+        batch_norm(running_mean=mean, running_var=var, **other)
+    assert recalled == ["forward_call"] * 4
+
+
+def test_a_flag_that_is_a_tensor_is_read_each_time(device):
+    x = torch.randn(2, 4, 3, 3, device=device)
+    mean, var = torch.zeros(4, device=device), torch.ones(4, device=device)
+    training = torch.tensor(True)
+    batch_norm(x, mean, var, training=training)
+    before = mean.clone()
+    training.fill_(False)
+    batch_norm(x, mean, var, training=training)
+    assert mean.equal(before)
+
+
+def test_symbolic_sizes_outside_their_mode():
+    """Sizes that can't be hashed: PyTorch's."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 3)
+    x = mode.from_tensor(torch.randn(5, 4, 6), symbolic_context=context)
+    with fastbn.use_backend("auto"):
+        assert isinstance(batch_norm(x, None, None, training=True), FakeTensor)
+
+
+def test_functional_wrappers_are_pytorchs(device):
+    x = torch.randn(2, 4, 3, device=device)
+    with fastbn.use_backend("auto"):
+        y = batch_norm(torch._to_functional_tensor(x), None, None, training=True)
+    expected = torch.nn.functional.batch_norm(x, None, None, training=True)
+    torch.testing.assert_close(torch._from_functional_tensor(y), expected)
+
+
+def test_freed_memory_is_not_read(device):
+    """Neither by the first call nor by one that is recalled."""
+    recall.forget()
+    for keep in (True, False, False):
+        x = torch.randn(2, 4, 3, 3, device=device)
+        if keep:
+            batch_norm(x, None, None, training=True)
+        else:
+            x.untyped_storage().resize_(0)
+            with pytest.raises(RuntimeError, match="its storage was freed"):
+                batch_norm(x, None, None, training=True)
+            recall.forget()
 
 
 def test_a_recalled_call_holds_no_tensor(device):
