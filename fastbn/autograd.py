@@ -134,7 +134,9 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """The same gradients through the reference, for derivatives of the derivative."""
     input, residual, mask, weight, bias, statistics, var = ctx.saved_tensors
-    training, _, eps, activation, param = ctx.options
+    _, _, eps, activation, param = ctx.options
+    # What the forward did counts: the flag may be a tensor, and have changed.
+    training = var is None
     mean = None if training else statistics
     create_graph = torch.is_grad_enabled()
 

@@ -36,8 +36,9 @@ class Call:
         mask_bytes: of the packed mask, 0 if none is saved.
         blocks: channel blocks, each of which needs a counter.
         partials: elements of the partial results.
-        whole: the only launch; None if there are two, or may be.
-        reduce, apply: the launches of two passes; None if there is no such call.
+        schedule: what the planner decided.
+        whole: everything in one launch, or None.
+        reduce, apply: the two passes, for where `whole` is None or does not serve.
     """
 
     schedule: Schedule

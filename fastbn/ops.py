@@ -49,7 +49,7 @@ def _forward_train(
 ):  # fmt: skip
     given, written = (x, residual, weight, bias), (running_mean, running_var, batches_tracked)
     _check_devices(*given, *written)
-    if not all(t is None or t.is_contiguous() for t in written):
+    if not all(t is None or t.is_contiguous() for t in (running_mean, running_var)):
         raise RuntimeError("expected running statistics that are contiguous")
     call = forward_call((*given, *written), True, momentum is None, activation, save_mask)
     tensors = (*_dense(call, given), *written)

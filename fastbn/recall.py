@@ -54,10 +54,13 @@ def keep(
     None if the call must go through the dispatcher: somebody listens to it, or a
     tensor is not what it seems, or lies in memory as the kernels don't take it.
     """
-    given = [t for t in tensors if t is not None]
+    if _observed():
+        return None
     # Guards compare what tracers change, so they must not be made under one.
-    tracing = _get_tracing_state() is not None or _len_torch_dispatch_stack_pre_dispatch() > 0
-    if _observed() or tracing or not _plain(given):
+    if _get_tracing_state() is not None or _len_torch_dispatch_stack_pre_dispatch() > 0:
+        return None
+    given = [t for t in tensors if t is not None]
+    if not _plain(given):
         return None
     call = plan(tensors, *options)
     if any(dense(t, call.format) is not t for t in given):

@@ -222,8 +222,13 @@ def test_a_flag_that_is_a_tensor_is_read_each_time(device):
     batch_norm(x, mean, var, training=training)
     before = mean.clone()
     training.fill_(False)
-    batch_norm(x, mean, var, training=training)
+    leaf = x.clone().requires_grad_()
+    y = batch_norm(leaf, mean, var, training=training)
     assert mean.equal(before)
+    (first,) = torch.autograd.grad(y.sum(), leaf, retain_graph=True)
+    training.fill_(True)
+    (second,) = torch.autograd.grad(y.sum(), leaf, create_graph=True)
+    torch.testing.assert_close(first, second)
 
 
 def test_symbolic_sizes_outside_their_mode():
@@ -279,7 +284,7 @@ def test_many_kinds_are_not_all_kept(monkeypatch, device):
 
 
 def test_threads_with_calls_of_one_kind(device):
-    """They differ in what only guards tell: dtype and strides."""
+    """Some differ in what only guards tell: strides."""
     x = torch.randn(2, 4, 3, 3, device=device)
     inputs = [x, x.double(), x.contiguous(memory_format=torch.channels_last), x.half()]
     expected = [batch_norm(x, None, None, training=True) for x in inputs]
