@@ -38,7 +38,7 @@ def batch_norm(tensors: Tensors, options: Options, call: Call | None) -> Tensor:
     """Batch norm, residual and activation, by a recalled plan or a new one."""
     if call is None:
         call = recall.keep(forward_call, tensors, *_planned_by(tensors, options))
-    if torch.is_grad_enabled():
+    if _has_backward(tensors):
         return BatchNorm.apply(*tensors, options, call)
     return _forward(tensors, options, call, save_mask=False)[0]
 
@@ -46,8 +46,18 @@ def batch_norm(tensors: Tensors, options: Options, call: Call | None) -> Tensor:
 def _planned_by(tensors: Tensors, options: Options) -> tuple[bool, bool, str, bool]:
     """What a plan depends on besides the tensors."""
     training, momentum, _, activation, _ = options
-    save_mask = torch.is_grad_enabled() and saved_for(activation, tensors[1] is not None) == "mask"
+    save_mask = saved_for(activation, tensors[1] is not None) == "mask" and _has_backward(tensors)
     return bool(training), momentum is None, activation, save_mask
+
+
+def _has_backward(tensors: Tensors) -> bool:
+    """Whether a gradient may be asked for."""
+    if torch.is_grad_enabled():
+        for t in tensors[:4]:
+            # What is no tensor is refused later.
+            if getattr(t, "requires_grad", False):
+                return True
+    return False
 
 
 def _forward(
@@ -135,48 +145,15 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     """The same gradients through the reference, for derivatives of the derivative."""
     input, residual, mask, weight, bias, statistics, var = ctx.saved_tensors
     _, _, eps, activation, param = ctx.options
+    if mask is not None:
+        # Where the activation's argument is positive was kept, and counts alone.
+        positive = unpack_mask(mask, input.contiguous(memory_format=ctx.format))
+        negative = grad_output * param if activation == "leaky_relu" else 0.0
+        grad_output = torch.where(positive, grad_output, negative)
+        activation = "none"
     # What the forward did counts: the flag may be a tensor, and have changed.
-    training = var is None
-    mean = None if training else statistics
-    create_graph = torch.is_grad_enabled()
-
-    def normalised(act: str, residual: Tensor | None) -> Tensor:
-        return reference.batch_norm(
-            input, mean, var, weight, bias, training, 0.0, eps, act, param, residual
-        )
-
-    with torch.enable_grad():
-        if bias is None and ctx.needs_input_grad[3]:
-            # Not kept: no derivative depends on its values.
-            bias = torch.zeros_like(statistics[0] if training else mean, requires_grad=True)
-        # Views, so that a path from one input to another, or one tensor in two
-        # places, is left to the engine and not counted twice.
-        inputs = [None if t is None else t.view_as(t) for t in (input, residual, weight, bias)]
-        input, residual, weight, bias = inputs
-        if mask is not None:
-            # The residual was not kept, but where the argument is positive was,
-            # and that is all that the derivatives depend on.
-            positive = unpack_mask(mask, input.contiguous(memory_format=ctx.format))
-            negative = grad_output * param if activation == "leaky_relu" else 0.0
-            grad_output = grad_residual = torch.where(positive, grad_output, negative)
-            output = normalised("none", None)
-        elif ctx.needs_input_grad[1] and residual is None:
-            grad_residual = grad_output
-            output = normalised(activation, None)
-        else:
-            grad_residual = None
-            output = normalised(activation, residual)
-
-        wanted = [needed and t is not None for needed, t in zip(ctx.needs_input_grad, inputs)]
-        grads = iter(
-            torch.autograd.grad(
-                output,
-                [t for t, needed in zip(inputs, wanted) if needed],
-                grad_output,
-                create_graph=create_graph,
-            )
-            if any(wanted)
-            else ()
-        )
-    dx, dr, dw, db = (next(grads) if needed else None for needed in wanted)
-    return dx, grad_residual if ctx.needs_input_grad[1] and dr is None else dr, dw, db
+    frozen = None if var is None else (statistics, var)
+    grads = reference.batch_norm_backward(
+        grad_output, input, weight, bias, frozen, eps, activation, param, residual
+    )
+    return tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad))

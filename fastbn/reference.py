@@ -1,7 +1,7 @@
 """Batch norm in differentiable PyTorch: the definition of right.
 
-Also the path of second derivatives; its activations follow PyTorch's own batch norm where
-no kernel serves.
+Its gradient is the path of second derivatives; its activations follow PyTorch's own batch
+norm where no kernel serves.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_aten = torch.ops.aten
 
 # name -> function of the argument and of the activation's parameter.
 ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -27,8 +29,28 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "tanh": lambda z, _: torch.tanh(z),
 }
 
+# name -> the argument's gradient, given the result's, the argument and the parameter.
+ACTIVATIONS_BACKWARD: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "relu": lambda dy, z, _: _aten.threshold_backward(dy, z, 0.0),
+    "leaky_relu": lambda dy, z, slope: _aten.leaky_relu_backward(dy, z, slope, False),
+    "silu": lambda dy, z, _: _silu_backward(dy, z),
+    "gelu": lambda dy, z, _: _aten.gelu_backward(dy, z),
+    "gelu_tanh": lambda dy, z, _: _aten.gelu_backward(dy, z, approximate="tanh"),
+    "hardswish": lambda dy, z, _: _aten.hardswish_backward(dy, z),
+    "relu6": lambda dy, z, _: _aten.hardtanh_backward(dy, z, 0.0, 6.0),
+    "elu": lambda dy, z, alpha: _aten.elu_backward(dy, alpha, 1.0, 1.0, False, z),
+    "sigmoid": lambda dy, z, _: _aten.sigmoid_backward(dy, torch.sigmoid(z)),
+    "tanh": lambda dy, z, _: _aten.tanh_backward(dy, torch.tanh(z)),
+}
+
 # Parameters of the activations that take one, with PyTorch's defaults.
 DEFAULT_PARAMS = {"leaky_relu": 0.01, "elu": 1.0}
+
+
+def _silu_backward(dy: Tensor, z: Tensor) -> Tensor:
+    """PyTorch's own can't be differentiated."""
+    sigmoid = torch.sigmoid(z)
+    return dy * sigmoid * (1 + z * (1 - sigmoid))
 
 
 def batch_norm(
@@ -50,12 +72,9 @@ def batch_norm(
     `x` but the second, computed in at least float32.
     """
 
-    def per_channel(value: Tensor) -> Tensor:
-        return value.to(z.dtype).reshape(1, -1, *[1] * (x.dim() - 2))
-
-    z = x.double() if x.dtype == torch.float64 else x.float()
+    z = _accumulated(x)
     if training:
-        axes = [0, *range(2, x.dim())]
+        axes = _axes(x)
         mean, var = z.mean(axes), z.var(axes, correction=0)
         count = x.numel() // x.shape[1]
         for running, batch in ((running_mean, mean), (running_var, var * count / (count - 1))):
@@ -63,11 +82,73 @@ def batch_norm(
                 running.lerp_(batch.detach().to(running.dtype), momentum)
     else:
         mean, var = running_mean, running_var
-    z = (z - per_channel(mean)) * torch.rsqrt(per_channel(var) + eps)
-    if weight is not None:
-        z = z * per_channel(weight)
-    if bias is not None:
-        z = z + per_channel(bias)
-    if residual is not None:
-        z = z + residual
+    z = (z - _per_channel(mean, z)) * torch.rsqrt(_per_channel(var, z) + eps)
+    z = _argument(z, weight, bias, residual)
     return ACTIVATIONS[activation](z, activation_param).to(x.dtype)
+
+
+def batch_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    frozen: tuple[Tensor, Tensor] | None,
+    eps: float,
+    activation: str,
+    activation_param: float,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of input, residual, weight and bias, which can be differentiated in turn.
+
+    With x_hat = (x - mean) * rstd, M values to a channel and g = dy * activation'(z), where
+    z = x_hat * weight + bias + residual:
+
+        dr = g,  db = sum(g),  dw = sum(g * x_hat),
+        dx = weight * rstd * (g - db / M - x_hat * dw / M)
+
+    but dx = weight * rstd * g with frozen statistics.
+
+    Args:
+        frozen: mean and variance, or None: those of the batch.
+    """
+    axes, count = _axes(x), x.numel() // x.shape[1]
+    z = _accumulated(x)
+    mean, var = (z.mean(axes), z.var(axes, correction=0)) if frozen is None else frozen
+    rstd = torch.rsqrt(_per_channel(var, z) + eps)
+    x_hat = (z - _per_channel(mean, z)) * rstd
+    g = dy.to(z.dtype)
+    if activation != "none":
+        z = _argument(x_hat, weight, bias, residual)
+        g = ACTIVATIONS_BACKWARD[activation](g, z, activation_param)
+    dw, db = (g * x_hat).sum(axes), g.sum(axes)
+    dx = g
+    if frozen is None:
+        dx = g - _per_channel(db / count, z) - x_hat * _per_channel(dw / count, z)
+    dx = dx * rstd
+    if weight is not None:
+        dx = dx * _per_channel(weight, z)
+    return dx.to(x.dtype), g.to(x.dtype), dw, db
+
+
+def _argument(
+    x_hat: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """The activation's: x_hat * weight + bias + residual."""
+    z = x_hat
+    if weight is not None:
+        z = z * _per_channel(weight, z)
+    if bias is not None:
+        z = z + _per_channel(bias, z)
+    return z if residual is None else z + residual
+
+
+def _accumulated(x: Tensor) -> Tensor:
+    return x.double() if x.dtype == torch.float64 else x.float()
+
+
+def _axes(x: Tensor) -> list[int]:
+    return [0, *range(2, x.dim())]
+
+
+def _per_channel(value: Tensor, z: Tensor) -> Tensor:
+    return value.to(z.dtype).reshape(1, -1, *[1] * (z.dim() - 2))

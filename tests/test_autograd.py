@@ -8,8 +8,10 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastbn
+from fastbn import run
 from fastbn.functional import batch_norm
 from fastbn.reference import ACTIVATIONS, DEFAULT_PARAMS
+from fastbn.reference import batch_norm as reference_batch_norm
 
 pytestmark = pytest.mark.usefixtures("kernels_only")
 
@@ -81,6 +83,42 @@ def test_second_order_agrees_with_pytorch(activation, channels_last, device):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("activation", ["none", "relu", "silu", "gelu", "elu"])
+def test_third_order(activation, device):
+    """PyTorch's batch norm has none; the reference's operations have."""
+    inputs = leaves(4, 3, 5, device=device)
+    param = DEFAULT_PARAMS.get(activation, 0.0)
+
+    def reference(x, w, b, r):
+        return reference_batch_norm(x, None, None, w, b, True, 0.1, 1e-5, activation, param, r)
+
+    def third(function):
+        value = function(*inputs).sin().sum()
+        for _ in range(3):
+            grads = torch.autograd.grad(value, inputs, create_graph=True)
+            value = sum((g * torch.arange(g.shape[-1], device=device)).sum() for g in grads)
+        return grads
+
+    for ours, theirs in zip(third(call(activation)), third(reference)):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_create_graph_in_other_precisions(dtype, training, device):
+    """The same gradients in the same dtypes, those of parameters in float32."""
+    x, w, b, r = (t.detach().float().requires_grad_() for t in leaves(4, 3, 5, device=device))
+    x, r = (t.detach().to(dtype).requires_grad_() for t in (x, r))
+    mean, var = torch.randn(3, device=device), torch.rand(3, device=device)
+    y = batch_norm(x, mean, var, w, b, training, activation="silu", residual=r)
+    grad = torch.randn_like(y)
+    plain = torch.autograd.grad(y, (x, w, b, r), grad, retain_graph=True)
+    again = torch.autograd.grad(y, (x, w, b, r), grad, create_graph=True)
+    for a, b in zip(again, plain):
+        assert a.dtype is b.dtype
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("activation", ["none", "relu", "silu"])
 @pytest.mark.parametrize("wanted", range(1, 16))
@@ -103,6 +141,25 @@ def test_no_graph_without_gradients(device):
     with torch.no_grad():
         assert not call()(x, w, b).requires_grad
     assert not call()(x.detach(), w.detach(), b.detach()).requires_grad
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("wanted", [None, 0, 1, 2, 3])
+def test_a_mask_only_for_a_gradient(wanted, training, device, monkeypatch):
+    """In most of inference gradients are enabled, but nothing requires one."""
+    masks, forward = [], run.forward
+
+    def spy(*args):
+        masks.append(forward(*args)[2])
+        return forward(*args)
+
+    monkeypatch.setattr(run, "forward", spy)
+    inputs = [t.detach() for t in leaves(3, 8, 8, device=device)]
+    if wanted is not None:
+        inputs[wanted].requires_grad_()
+    for _ in range(2):
+        call("relu", training)(*inputs)
+    assert [mask is not None for mask in masks] == [wanted is not None] * 2
 
 
 def test_inference_mode(device):
@@ -305,13 +362,17 @@ def around_the_backward(kind, y, inputs, grad):
         return torch.vmap(backward)(torch.stack([grad, 2 * grad + 1]))
     if kind == "zero":
         return backward(torch._efficientzerotensor(y.shape, dtype=y.dtype, device=y.device))
+    if kind == "grad":
+        return (torch.func.grad(lambda grad: sum(g.square().sum() for g in backward(grad)))(grad),)
+    if kind == "jvp":
+        return torch.func.jvp(backward, (grad,), (grad.sin(),))[1]
     with fwAD.dual_level():
         return [fwAD.unpack_dual(g).tangent for g in backward(fwAD.make_dual(grad, grad.sin()))]
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["", "add"])
 @pytest.mark.parametrize("activation", ["none", "relu"])
-@pytest.mark.parametrize("kind", ["vmap", "zero", "forward mode"])
+@pytest.mark.parametrize("kind", ["vmap", "zero", "forward mode", "grad", "jvp"])
 def test_transforms_around_the_backward_alone(kind, activation, residual, device):
     inputs = [t for t in leaves(4, 3, 5, device=device, residual=residual) if t is not None]
     grad = torch.randn(4, 3, 5, dtype=torch.double, device=device)
