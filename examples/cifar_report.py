@@ -52,7 +52,7 @@ def summarise(histories: dict[str, History], memory: dict[str, int | None]) -> d
 
 
 def table(norms: dict[str, Any]) -> str:
-    rows = [("norm", "best", "final", "epochs to reach the best of", "s/epoch", "peak memory")]
+    rows = [("norm", "best", "final", "first epoch at the best of", "s/epoch", "peak memory")]
     for norm, result in norms.items():
         reached = result["epochs_to_reach_best_of"].items()
         memory = result["peak_memory_bytes"]

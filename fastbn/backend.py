@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "triton", "torch")
@@ -26,7 +27,7 @@ PYTORCH_REFUSES = "PyTorch refuses it"
 
 _HALVES = (torch.float16, torch.bfloat16)
 _DTYPES = (*_HALVES, torch.float32, torch.float64)
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _checked(name: str, source: str) -> str:
@@ -108,12 +109,14 @@ def unserved(
     """
     if not (isinstance(eps, (float, int)) and isinstance(momentum, (float, int, type(None)))):
         return "momentum or eps is not a number"
+    parameters = [t for t in (weight, bias, running_mean, running_var) if t is not None]
+    if not all(isinstance(t, Tensor) for t in (input, *parameters)):
+        return PYTORCH_REFUSES
     if input.dim() < 2 or (running_mean is None) != (running_var is None):
         return PYTORCH_REFUSES
     if momentum is None and num_batches_tracked is None:
         return PYTORCH_REFUSES
     channels = input.shape[1]
-    parameters = [t for t in (weight, bias, running_mean, running_var) if t is not None]
     if any(t.numel() != channels for t in parameters):
         return PYTORCH_REFUSES
     if training and not (eps > 0 and input.numel() != channels):
@@ -124,7 +127,7 @@ def unserved(
     if not HAS_TRITON:
         return "Triton is not installed"
     if not (input.is_cuda or input.is_xpu or (INTERPRETING and input.is_cpu)):
-        hint = ", for which TRITON_INTERPRET=1 must be set at the start" if input.is_cpu else ""
+        hint = " (TRITON_INTERPRET=1, set at the start, interprets kernels)" if input.is_cpu else ""
         return f"the input is on the device type {input.device.type!r}{hint}"
     if input.dtype not in _DTYPES:
         return f"the input's dtype is {input.dtype}"
@@ -133,20 +136,9 @@ def unserved(
     if eps == 0:
         return "eps is 0"
     for t in (input, *parameters, num_batches_tracked, residual):
-        if t is None:
-            continue
-        if t.layout is not torch.strided:
-            return f"an argument's layout is {t.layout}"
-        if t.device != input.device:
-            return "tensors are on different devices"
-        if type(t) not in _PLAIN:
-            return "an argument is a tensor subclass"
-        if torch.compiler.is_compiling():
-            continue  # Dynamo can't ask for what follows, and has no such tensors
-        if t.is_neg() or t._is_zerotensor():
-            return "an argument is lazily negated, or lazily zero"
-        if torch._is_functional_tensor(t):
-            return "an argument is being functionalised"
+        reason = None if t is None else oddity(t, input.device)
+        if reason is not None:
+            return reason
     for t in parameters:
         if t.dim() != 1:
             return "a parameter or running statistic is not one-dimensional"
@@ -166,6 +158,25 @@ def unserved(
         return "num_batches_tracked is not a single int64"
     if residual is not None and residual.dtype is not input.dtype:
         return f"the residual's dtype is {residual.dtype}, the input's {input.dtype}"
+    return None
+
+
+def oddity(t: Tensor, device: torch.device) -> str | None:
+    """Why a tensor is not just what memory of this device holds, or None if it is."""
+    if t.layout is not torch.strided:
+        return f"an argument's layout is {t.layout}"
+    if t.device != device:
+        return "tensors are on different devices"
+    if type(t) not in PLAIN:
+        return "an argument is a tensor subclass"
+    if torch.compiler.is_compiling():
+        return None  # Dynamo can't ask for what follows, and has no such tensors
+    if t.is_neg() or t._is_zerotensor():
+        return "an argument is lazily negated, or lazily zero"
+    if torch._is_functional_tensor(t):
+        return "an argument is being functionalised"
+    if is_legacy_batchedtensor(t):
+        return "an argument is batched"  # by `is_grads_batched`
     return None
 
 

@@ -17,7 +17,7 @@ from .kernels.plan import Pass, Schedule, make_plan
 from .kernels.resident import bn_resident_bwd_kernel, bn_resident_fwd_kernel
 from .kernels.ticketed import bn_ticketed_bwd_kernel, bn_ticketed_fwd_kernel
 from .kernels.tiling import Problem, Tile
-from .launch import Launcher, device_facts
+from .launch import Launcher, device_facts, limits_registers
 from .layout import mask_sizes, memory_format, sizes, statistics_dtype
 
 # Multiplications and additions are not contracted, so that the backward finds
@@ -140,12 +140,13 @@ def _backward_call(
     setup = _Setup(shape, stride, dtype, device, training, saves is not None, saves, format)
     problem, schedule = setup.problem, make_plan(setup.problem, device_facts(device)).backward
     reduce, tile = schedule.reduce, schedule.apply
-    whole = None
     if schedule.strategy == "resident":
         whole = setup.launcher(
             bn_resident_bwd_kernel, tile, setup.programs(tile), ACTIVATION=activation
         )
-    elif schedule.strategy == "ticketed":
+        return setup.call(schedule, whole, None, None, counts=False)
+    whole = second = None
+    if schedule.strategy == "ticketed":
         whole = setup.launcher(
             bn_ticketed_bwd_kernel, reduce.tile, schedule.tickets(problem),
             reduce.splits, schedule.slice_blocks, MERGE=reduce.merge, ACTIVATION=activation,
@@ -154,8 +155,11 @@ def _backward_call(
         bn_reduce_bwd_kernel, reduce.tile, setup.programs_of(reduce), reduce.splits,
         MERGE=reduce.merge, ACTIVATION=activation,
     )  # fmt: skip
-    second = setup.launcher(bn_apply_bwd_kernel, tile, setup.programs(tile), ACTIVATION=activation)
-    return setup.call(schedule, whole, first, second if training else None, counts=False)
+    if training:
+        second = setup.launcher(
+            bn_apply_bwd_kernel, tile, setup.programs(tile), ACTIVATION=activation
+        )
+    return setup.call(schedule, whole, first, second, counts=False)
 
 
 def forget() -> None:
@@ -190,6 +194,8 @@ class _Setup:
         extents = (n, c // tile.align, s) if s == 1 or tile.flat else (n, c, s // tile.align)
         constants |= {"ALIGN": tile.align, "FLAT": tile.flat, "num_warps": tile.warps, **_OPTIONS}
         constants |= {"BLOCK_N": tile.n, "BLOCK_C": tile.c, "BLOCK_S": tile.s}
+        if limits_registers(self.device):
+            constants["maxnreg"] = tile.registers
         return Launcher(kernel, self.device, programs, (*extents, *integers), constants)
 
     def call(self, schedule, whole, reduce, apply, counts: bool) -> Call:

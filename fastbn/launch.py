@@ -42,6 +42,11 @@ def device_facts(device: torch.device) -> Device:
     return Device(cuda.name, cuda.multi_processor_count, cuda.L2_cache_size, bandwidth or None)
 
 
+def limits_registers(device: torch.device) -> bool:
+    """Whether Triton takes a limit of registers (`maxnreg`) there: for NVIDIA's alone."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 def on_device(device: torch.device) -> AbstractContextManager:
     """Makes a device the current one: Triton launches there. One thread at a time interprets."""
     if device.type in ("cuda", "xpu"):
@@ -88,11 +93,7 @@ class Launcher:
 
     def __call__(self, tensors: Sequence[Tensor | None], *floats: float) -> None:
         """Launches; a tensor that is left out is None."""
-        pointers = [0 if t is None else t.data_ptr() for t in tensors]
-        if pointers.count(0) != self._absent:
-            self._absent = sum(t is None for t in tensors)
-            if pointers.count(0) != self._absent:
-                raise RuntimeError("a tensor has no memory: its storage was freed")
+        pointers = self.pointers(tensors)
         aligned = gcd(_ALIGNMENT, *pointers) == _ALIGNMENT
         try:
             if self._start is None or not aligned:
@@ -105,6 +106,19 @@ class Launcher:
         except BaseException:
             counters.discard()
             raise
+
+    def pointers(self, tensors: Sequence[Tensor | None]) -> list[int]:
+        """What a launch is given of its tensors.
+
+        Raises:
+            RuntimeError: one has no memory.
+        """
+        pointers = [0 if t is None else t.data_ptr() for t in tensors]
+        if pointers.count(0) != self._absent:
+            self._absent = sum(t is None for t in tensors)
+            if pointers.count(0) != self._absent:
+                raise RuntimeError("a tensor has no memory: its storage was freed")
+        return pointers
 
     def _dispatch(
         self, tensors: Sequence[Tensor | None], floats: tuple[float, ...], aligned: bool

@@ -24,13 +24,6 @@ def _or_empty(tensor: Tensor | None, x: Tensor, dtype: torch.dtype | None = None
     return x.new_empty(0, dtype=dtype) if tensor is None else tensor
 
 
-def _parameter_dtype(parameter: Tensor | None, other: Tensor | None, x: Tensor) -> torch.dtype:
-    """Of a weight's or bias's gradient, as in `run.py`."""
-    if parameter is None:
-        parameter = other
-    return statistics_dtype(x.dtype) if parameter is None else parameter.dtype
-
-
 def _check_devices(*tensors: Tensor | None) -> None:
     """A launch from the cache would not look at them."""
     devices = {t.device for t in tensors if t is not None}
@@ -72,8 +65,8 @@ def _backward(
     _check_devices(*tensors)
     call = backward_call(tensors, activation, tuple(wanted), format)
     dx, dr, dw, db = run.backward(call, *_dense(call, tensors), eps, param, wanted)
-    dw = _or_empty(dw, x, _parameter_dtype(weight, bias, x))
-    db = _or_empty(db, x, _parameter_dtype(bias, weight, x))
+    dtype = run.any_parameter(weight, bias, statistics).dtype
+    dw, db = _or_empty(dw, x, dtype), _or_empty(db, x, dtype)
     return _or_empty(dx, x), _or_empty(dr, x), dw, db
 
 
@@ -104,8 +97,9 @@ def _fake_backward(
     dy, x, residual, mask, weight, bias, statistics, var, eps, activation, param, wanted, format
 ):
     want_dx, want_dr, want_dw, want_db = wanted
-    dw = x.new_empty(x.shape[1] if want_dw else 0, dtype=_parameter_dtype(weight, bias, x))
-    db = x.new_empty(x.shape[1] if want_db else 0, dtype=_parameter_dtype(bias, weight, x))
+    dtype = run.any_parameter(weight, bias, statistics).dtype
+    dw = x.new_empty(x.shape[1] if want_dw else 0, dtype=dtype)
+    db = x.new_empty(x.shape[1] if want_db else 0, dtype=dtype)
     if format is not None:
         x = x.contiguous(memory_format=format)
     return _empty_like(x, want_dx), _empty_like(x, want_dr), dw, db

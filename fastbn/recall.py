@@ -12,20 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 
-from torch import Tensor, _is_functional_tensor
+from torch import Tensor
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._dynamo.guards import TensorGuards
-from torch._C._functorch import is_legacy_batchedtensor
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import _profiler_enabled
 from torch.compiler import is_compiling
-from torch.nn import Parameter
 
 from . import calls
+from .backend import PLAIN, oddity
 from .calls import Call
 from .layout import dense
-
-_OWN = (Tensor, Parameter)
 
 # More kinds of calls than this are forgotten and found anew.
 _LIMIT = 1024
@@ -37,7 +34,7 @@ def find(
     plan: Callable[..., Call], tensors: Sequence[Tensor | None], *options: Hashable
 ) -> Call | None:
     """What `keep` kept for a call like this, or None."""
-    if _observed() or type(tensors[0]) not in _OWN:
+    if _observed() or type(tensors[0]) not in PLAIN:
         return None
     kept = _kept.get(_kind(plan, tensors, options))
     if kept is None:
@@ -60,7 +57,7 @@ def keep(
     if _get_tracing_state() is not None or _len_torch_dispatch_stack_pre_dispatch() > 0:
         return None
     given = [t for t in tensors if t is not None]
-    if not _plain(given):
+    if any(oddity(t, given[0].device) is not None for t in given):
         return None
     call = plan(tensors, *options)
     if any(dense(t, call.format) is not t for t in given):
@@ -89,17 +86,3 @@ def _kind(plan: Callable, tensors: Sequence[Tensor | None], options: tuple) -> H
 def _observed() -> bool:
     """Whether a compiler, a mode or the profiler is to see operators, unnoticed by guards."""
     return is_compiling() or _len_torch_dispatch_stack() > 0 or _profiler_enabled()
-
-
-def _plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether memory of one device holds what the tensors are: no subclass, nothing lazy."""
-    device = tensors[0].device
-    return all(
-        type(t) in _OWN
-        and t.device == device
-        and not t.is_neg()
-        and not t._is_zerotensor()
-        and not _is_functional_tensor(t)
-        and not is_legacy_batchedtensor(t)  # of `is_grads_batched`
-        for t in tensors
-    )

@@ -14,15 +14,11 @@ from .calls import Call
 from .counters import counters
 
 
-def _parameter_like(
-    parameter: Tensor | None, other: Tensor | None, x: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """Memory for the gradient of a weight or bias, which the backward itself may not need."""
-    if parameter is None:
-        parameter = other
-    if parameter is None:
-        return torch.empty(x.shape[1], dtype=dtype, device=x.device)
-    return torch.empty_like(parameter)
+def any_parameter(weight: Tensor | None, bias: Tensor | None, statistics: Tensor) -> Tensor:
+    """What the gradients of weight and bias are like; the backward may have kept neither."""
+    if weight is None:
+        weight = bias
+    return statistics.flatten()[: statistics.shape[-1]] if weight is None else weight
 
 
 def forward(
@@ -56,8 +52,10 @@ def forward(
             tensors = (*outputs, *written, partials, arrivals, tickets)
             call.whole(tensors, momentum, eps, param)
         else:
-            call.reduce((x, *written, partials, arrivals), momentum, eps)
-            call.apply((*outputs, statistics, None), eps, param)
+            first, second = (x, *written, partials, arrivals), (*outputs, statistics, None)
+            call.apply.pointers(second)  # refused before the first has written
+            call.reduce(first, momentum, eps)
+            call.apply(second, eps, param)
     # Autograd checks saved tensors for changes, and does not see a kernel's.
     if running_mean is not None:
         increment_version((running_mean, running_var))
@@ -78,8 +76,9 @@ def backward(
     want_dx, want_dr, want_dw, want_db = wanted
     dx = torch.empty_like(x, memory_format=call.format) if want_dx else None
     dr = torch.empty_like(x, memory_format=call.format) if want_dr else None
-    dw = _parameter_like(weight, bias, x, call.statistics) if want_dw else None
-    db = _parameter_like(bias, weight, x, call.statistics) if want_db else None
+    parameter = any_parameter(weight, bias, statistics)
+    dw = torch.empty_like(parameter) if want_dw else None
+    db = torch.empty_like(parameter) if want_db else None
     inputs = (dy, x, residual, mask, weight, bias, statistics)
     need_sums = want_dw or want_db or (want_dx and var is None)
     if not (need_sums or want_dx or want_dr):

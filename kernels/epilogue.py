@@ -121,7 +121,7 @@ def activation_backward(dy, z, param, ACTIVATION: tl.constexpr):
         g = tl.where(z > 0, dy, dy * param)
     elif ACTIVATION == "silu":
         sigmoid = 1.0 / (1.0 + tl.exp(-z))
-        g = dy * sigmoid * (1.0 + z * (1.0 - sigmoid))
+        g = dy * (sigmoid * (1.0 + z * (1.0 - sigmoid)))
     elif ACTIVATION == "gelu":
         # d/dz z P(z) = P(z) + z p(z), with the normal distribution's P and p.
         density = tl.exp(-0.5 * z * z) * (0.5 * _SQRT_2_OVER_PI)

@@ -106,5 +106,6 @@ def merge_partials(Means, M2s, Counts, splits, C, c0, MERGE: tl.constexpr, BLOCK
         means, _ = load_partials(Means, first, splits, C, c0, MERGE, BLOCK_C)
         m2s, mask = load_partials(M2s, first, splits, C, c0, MERGE, BLOCK_C)
         centred = tl.where(mask, means - mean[None, :], 0.0)
+        # No term is larger than m2 itself: each set has values.
         m2 += tl.sum(m2s + counts[:, None] * centred * centred, axis=0)
     return count, mean, m2

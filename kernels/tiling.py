@@ -18,8 +18,13 @@ TILE_BYTES = 8192
 WARPS = 4
 PROGRAMS_PER_SM = 4
 
+# Of an NVIDIA multiprocessor's registers, those that a thread may use for these
+# programs to fit. Left to itself the compiler uses fewer, for programs that
+# nothing counts on: it spills a scalar now and then, and has fewer loads in flight.
+REGISTERS = 65536 // (PROGRAMS_PER_SM * WARPS * 32)
+
 # Where an odd size narrows the accesses there are more of them, each with its
-# address and mask in registers: past eight a thread, three programs no longer fit.
+# address and mask in registers: past eight a thread, the programs no longer fit.
 MAX_ACCESSES = 8
 
 # A resident program holds a whole channel block in registers, in rows of a
@@ -27,6 +32,7 @@ MAX_ACCESSES = 8
 # thread has but 128 registers, and odd sizes spill).
 RESIDENT_ELEMENTS = 8192
 RESIDENT_THREAD_ELEMENTS = 32
+RESIDENT_REGISTERS = 255  # as many as a thread can have
 SECTOR_BYTES = 32
 
 # A row of a tile should be at least this long in memory: four 128-byte lines.
@@ -75,7 +81,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Tile:
-    """The box (n, c, s) that one program handles at once, and its warps.
+    """The box (n, c, s) that one program handles at once, its warps, and its threads' registers.
 
     Attributes:
         align: elements of the contiguous extent come in multiples of this; if
@@ -90,6 +96,7 @@ class Tile:
     align: int = 1
     flat: bool = False
     warps: int = WARPS
+    registers: int = REGISTERS
 
     @property
     def elements(self) -> int:
@@ -145,7 +152,8 @@ def resident_tile(problem: Problem) -> Tile:
         c = max(1, sector // s)
     n = power_of_2(problem.n)
     warps = n * c * s // (32 * RESIDENT_THREAD_ELEMENTS)
-    return Tile(n, c, s, _contiguous_align(problem), warps=min(8, max(WARPS, warps)))
+    warps = min(8, max(WARPS, warps))
+    return Tile(n, c, s, _contiguous_align(problem), warps=warps, registers=RESIDENT_REGISTERS)
 
 
 def resident_fits(problem: Problem) -> bool:

@@ -17,7 +17,7 @@ BELOW = {
     "calls": {"kernels", "launch", "layout"},
     "run": {"calls", "counters"},
     "ops": {"calls", "run", "layout"},
-    "recall": {"calls", "layout"},
+    "recall": {"calls", "backend", "layout"},
     "autograd": {"calls", "run", "ops", "recall", "backend", "reference", "layout"},
     "functional": {"autograd", "backend", "reference"},
     "modules": {"functional"},

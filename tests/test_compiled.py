@@ -11,7 +11,9 @@ from filelock import FileLock
 
 from fastbn.kernels.tiling import PROGRAMS_PER_SM
 
-REGISTERS = 65536  # of a multiprocessor, sm_80 to sm_100
+# Of a multiprocessor: registers, and bytes of shared memory.
+REGISTERS = 65536
+SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +48,7 @@ def test_every_kernel_on_every_target(rows):
 
 
 def test_nothing_spills(rows):
-    """But for one scalar, outside any loop, where ptxas so fits one more program."""
-    spilling = [row for row in rows if row["spills"]]
-    assert all(row["spills"] <= 8 and "ticketed" in row["kernel"] for row in spilling), spilling
-    assert len(spilling) <= 0.02 * len(rows)
+    assert [row for row in rows if row["spills"]] == []
 
 
 def test_accesses_are_as_wide_as_the_layout_allows(rows):
@@ -89,14 +88,10 @@ def test_registers_stay_where_they_are(rows):
 
 
 def test_as_many_programs_fit_as_planned(rows):
-    """Registers and shared memory leave room for the programs that the splits count on.
-
-    One less may fit of the heaviest epilogue (GELU) and of flattened planes: the
-    splits then take turns.
-    """
+    """Registers and shared memory leave room for the programs that the splits count on."""
     for row in rows:
         # Nothing counts on more than one resident program: there spills are the limit.
-        if row["target"] == "sm_90" and "resident" not in row["kernel"]:
-            programs = PROGRAMS_PER_SM - ("gelu" in row["case"] or row["flat"])
-            assert row["registers"] * row["threads"] * programs <= REGISTERS, row
-            assert row["shared"] * programs <= 227 * 1024, row
+        if row["target"] in SHARED and "resident" not in row["kernel"]:
+            assert row["registers"] * row["threads"] * PROGRAMS_PER_SM <= REGISTERS, row
+            shared = row["shared"] + 1024  # which the system takes of each program
+            assert shared * PROGRAMS_PER_SM <= SHARED[row["target"]], row

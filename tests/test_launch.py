@@ -58,6 +58,7 @@ def launches(monkeypatch, replan):
     for name, kernel in KERNELS.items():
         monkeypatch.setattr(calls, name, Kernel(kernel, dispatched, started))
     monkeypatch.setattr(calls, "device_facts", lambda device: H100)
+    monkeypatch.setattr(calls, "limits_registers", lambda device: True)
     return dispatched, started
 
 

@@ -306,6 +306,22 @@ def test_nothing_is_written_if_memory_runs_out(strategy, device, monkeypatch, fo
             assert value.equal(before[key])
 
 
+@pytest.mark.parametrize("freed", ["input", "residual", "weight", "bias", "running_mean"])
+@pytest.mark.parametrize("strategy", ["two-pass", "ticketed", "resident"])
+def test_nothing_is_written_if_an_argument_was_freed(freed, strategy, device, force_strategy):
+    force_strategy(strategy)
+    bn = FusedBatchNormAct2d(4).to(device)
+    tensors = {"input": torch.randn(2, 4, 5, 5, device=device), **bn.state_dict()}
+    tensors["residual"] = tensors["input"].clone()
+    whole = {name: t for name, t in tensors.items() if name != freed}
+    before = copy.deepcopy(whole)
+    tensors[freed].untyped_storage().resize_(0)
+    for _ in range(2):
+        with fastbn.use_backend("triton"), pytest.raises(RuntimeError, match="was freed"):
+            bn(tensors["input"], tensors["residual"])
+        assert all(value.equal(before[name]) for name, value in whole.items())
+
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_compiled_with_saved_tensor_hooks_that_change_strides(residual, device):
     """The packed mask's bits still lie as the input did."""

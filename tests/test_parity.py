@@ -223,6 +223,8 @@ def test_mixed_dtypes(dtype, parameters, statistics, device):
         {"weight": torch.ones(3, device="meta")},
         {"running_mean": torch.zeros(3, requires_grad=True), "training": True},
         {"input": torch.eye(3).to_sparse()},
+        {"weight": [1.0, 1.0, 1.0]},
+        {"running_var": 1.0},
     ],
     ids=lambda kwargs: " ".join(kwargs),
 )
