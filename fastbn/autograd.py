@@ -53,7 +53,7 @@ def _planned_by(tensors: Tensors, options: Options) -> tuple[bool, bool, str, bo
 def _has_backward(tensors: Tensors) -> bool:
     """Whether a gradient may be asked for."""
     if torch.is_grad_enabled():
-        for t in tensors[:4]:
+        for t in tensors:
             # What is no tensor is refused later.
             if getattr(t, "requires_grad", False):
                 return True
@@ -148,6 +148,7 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     if mask is not None:
         # Where the activation's argument is positive was kept, and counts alone.
         positive = unpack_mask(mask, input.contiguous(memory_format=ctx.format))
+        grad_output = reference.accumulated(grad_output)
         negative = grad_output * param if activation == "leaky_relu" else 0.0
         grad_output = torch.where(positive, grad_output, negative)
         activation = "none"

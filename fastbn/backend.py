@@ -86,9 +86,7 @@ def set_aside() -> str | None:
 
 def transformed() -> bool:
     """Whether `torch.func` or forward-mode AD is at work, which the kernels don't know."""
-    return _are_functorch_transforms_active() or (
-        forward_ad._current_level >= 0 and not torch.compiler.is_compiling()
-    )
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def unserved(

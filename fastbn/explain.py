@@ -120,7 +120,8 @@ def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = N
     weight = bias = running_mean = running_var = counter = None
     training, momentum, eps, activation, after = True, 0.1, 1e-5, "none", ()
     try:
-        check_residual(input, residual)
+        if residual is not None:
+            check_residual(input, residual)
         if module is not None:
             module._check_input_dim(input)
     except (TypeError, ValueError) as error:

@@ -88,7 +88,8 @@ def tracked_batch_norm(
         momentum: None for the cumulative average over the batches counted.
     """
     activation, param = _checked_activation(activation, activation_param)
-    check_residual(input, residual)
+    if residual is not None:
+        check_residual(input, residual)
     # Neither `torch.compile` nor recalled calls know one tensor in two places.
     if residual is input:
         residual = input.view_as(input)
@@ -114,10 +115,8 @@ def tracked_batch_norm(
     return reference.ACTIVATIONS[activation](output, param)
 
 
-def check_residual(input: Tensor, residual: Tensor | None) -> None:
+def check_residual(input: Tensor, residual: Tensor) -> None:
     """Raises an error if the residual is no tensor of the input's shape."""
-    if residual is None:
-        return
     if not isinstance(residual, Tensor):
         raise TypeError(f"residual must be a tensor or None, but got a {type(residual).__name__}")
     if residual.shape != input.shape:

@@ -198,7 +198,8 @@ class _FusedAct(_Fused):
         fused = fused_activation(self)
         if fused is not None:
             return self._normalise(input, *fused, residual)
-        check_residual(input, residual)
+        if residual is not None:
+            check_residual(input, residual)
         output = self._normalise(input)
         if self.drop is not None:
             output = self.drop(output)

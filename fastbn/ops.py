@@ -65,7 +65,7 @@ def _backward(
     _check_devices(*tensors)
     call = backward_call(tensors, activation, tuple(wanted), format)
     dx, dr, dw, db = run.backward(call, *_dense(call, tensors), eps, param, wanted)
-    dtype = run.any_parameter(weight, bias, statistics).dtype
+    dtype = run.parameter_like(weight, bias, statistics).dtype
     dw, db = _or_empty(dw, x, dtype), _or_empty(db, x, dtype)
     return _or_empty(dx, x), _or_empty(dr, x), dw, db
 
@@ -97,7 +97,7 @@ def _fake_backward(
     dy, x, residual, mask, weight, bias, statistics, var, eps, activation, param, wanted, format
 ):
     want_dx, want_dr, want_dw, want_db = wanted
-    dtype = run.any_parameter(weight, bias, statistics).dtype
+    dtype = run.parameter_like(weight, bias, statistics).dtype
     dw = x.new_empty(x.shape[1] if want_dw else 0, dtype=dtype)
     db = x.new_empty(x.shape[1] if want_db else 0, dtype=dtype)
     if format is not None:

@@ -72,7 +72,7 @@ def batch_norm(
     `x` but the second, computed in at least float32.
     """
 
-    z = _accumulated(x)
+    z = accumulated(x)
     if training:
         axes = _axes(x)
         mean, var = z.mean(axes), z.var(axes, correction=0)
@@ -100,6 +100,8 @@ def batch_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, residual, weight and bias, which can be differentiated in turn.
 
+    In the dtype of sums: the engine rounds them to that of the tensors.
+
     With x_hat = (x - mean) * rstd, M values to a channel and g = dy * activation'(z), where
     z = x_hat * weight + bias + residual:
 
@@ -112,22 +114,24 @@ def batch_norm_backward(
         frozen: mean and variance, or None: those of the batch.
     """
     axes, count = _axes(x), x.numel() // x.shape[1]
-    z = _accumulated(x)
+    z = accumulated(x)
     mean, var = (z.mean(axes), z.var(axes, correction=0)) if frozen is None else frozen
     rstd = torch.rsqrt(_per_channel(var, z) + eps)
     x_hat = (z - _per_channel(mean, z)) * rstd
-    g = dy.to(z.dtype)
+    g = accumulated(dy)
     if activation != "none":
         z = _argument(x_hat, weight, bias, residual)
         g = ACTIVATIONS_BACKWARD[activation](g, z, activation_param)
     dw, db = (g * x_hat).sum(axes), g.sum(axes)
-    dx = g
     if frozen is None:
         dx = g - _per_channel(db / count, z) - x_hat * _per_channel(dw / count, z)
+    else:
+        # Of the input, as PyTorch's is, though it may not depend on it.
+        dx = torch.where(torch.zeros_like(z, dtype=torch.bool), x_hat, g)
     dx = dx * rstd
     if weight is not None:
         dx = dx * _per_channel(weight, z)
-    return dx.to(x.dtype), g.to(x.dtype), dw, db
+    return dx, g, dw, db
 
 
 def _argument(
@@ -142,7 +146,8 @@ def _argument(
     return z if residual is None else z + residual
 
 
-def _accumulated(x: Tensor) -> Tensor:
+def accumulated(x: Tensor) -> Tensor:
+    """In the dtype of sums."""
     return x.double() if x.dtype == torch.float64 else x.float()
 
 

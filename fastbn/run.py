@@ -14,7 +14,7 @@ from .calls import Call
 from .counters import counters
 
 
-def any_parameter(weight: Tensor | None, bias: Tensor | None, statistics: Tensor) -> Tensor:
+def parameter_like(weight: Tensor | None, bias: Tensor | None, statistics: Tensor) -> Tensor:
     """What the gradients of weight and bias are like; the backward may have kept neither."""
     if weight is None:
         weight = bias
@@ -76,7 +76,7 @@ def backward(
     want_dx, want_dr, want_dw, want_db = wanted
     dx = torch.empty_like(x, memory_format=call.format) if want_dx else None
     dr = torch.empty_like(x, memory_format=call.format) if want_dr else None
-    parameter = any_parameter(weight, bias, statistics)
+    parameter = parameter_like(weight, bias, statistics)
     dw = torch.empty_like(parameter) if want_dw else None
     db = torch.empty_like(parameter) if want_db else None
     inputs = (dy, x, residual, mask, weight, bias, statistics)

@@ -103,6 +103,32 @@ def test_third_order(activation, device):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["", "add"])
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+def test_second_order_where_the_first_is_constant(activation, residual, device):
+    """Frozen statistics and weights: as in PyTorch a penalty has a gradient, if of zeros."""
+    x, _, _, r = leaves(4, 3, 5, device=device)
+    y = call(activation, training=False)(x, None, None, r.detach() if residual else None)
+    (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), x)
+    assert second.any() == (activation == "silu")
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_slope_times_a_tiny_gradient(create_graph, device):
+    """Their product is not rounded to half precision."""
+    x, r, grad = torch.randn(3, 64, 4, 4, device=device).half().unbind()
+    x.requires_grad_()
+    w = torch.ones(4, device=device, requires_grad=True)
+    grad = (grad * 1e-5).half()
+    y = batch_norm(x, None, None, w, None, True, activation="leaky_relu", residual=r)
+    (found,) = torch.autograd.grad(y, w, grad, create_graph=create_graph)
+    x_hat = F.batch_norm(x.detach().double(), None, None, training=True)
+    slope = torch.where(x_hat + r > 0, 1.0, 0.01)
+    expected = (grad * slope * x_hat).sum((0, 2))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-9)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_create_graph_in_other_precisions(dtype, training, device):

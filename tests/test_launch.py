@@ -12,6 +12,7 @@ from triton.runtime import JITFunction, driver
 from fastbn import calls, counters, ops
 from fastbn.kernels import backward, forward, resident, ticketed
 from fastbn.kernels.device import H100
+from fastbn.launch import limits_registers
 from fastbn.layout import memory_format
 
 from .compile_kernels import _Driver
@@ -151,6 +152,9 @@ def test_a_cached_kernel_is_the_one_that_triton_would_have_started(launches, mon
             wanted = self.kernel.specialisation(arguments, {"debug": False, **self.constants})
             assert compiled.specialisation == wanted
             assert compiled.kernel is self.kernel
+            # Resident programs may use all that a thread can have.
+            registers = 255 if "resident" in self.kernel.__name__ else 128
+            assert compiled.kwargs["maxnreg"] == registers
             assert grid == self.grid
             pointers = [0 if t is None else t.data_ptr() for t in tensors]
             assert list(args) == [*pointers, *self.integers, *floats, *self._places]
@@ -163,6 +167,13 @@ def test_a_cached_kernel_is_the_one_that_triton_would_have_started(launches, mon
         call(**options_of(change))
     assert set(checked) == set(KERNELS)
     assert len(started) > 1.5 * len(dispatched)
+
+
+@pytest.mark.parametrize(("device", "hip"), [("cuda", None), ("cuda", "6.4"), ("xpu", None)])
+def test_registers_are_limited_on_nvidia_alone(device, hip, monkeypatch):
+    """The other compilers refuse the option."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert limits_registers(torch.device(device)) == (device == "cuda" and hip is None)
 
 
 def test_identical_calls_decide_nothing_again(launches):

@@ -111,6 +111,20 @@ def test_compiled_backward_runs_the_kernels(device):
     assert not any("var" in name or "rsqrt" in name for name in forward | backward)
 
 
+def test_compiled_under_forward_mode(device):
+    """The tangent is not lost where nothing requires a gradient."""
+    torch._dynamo.reset()
+    bn = FusedBatchNormAct2d(4).to(device).requires_grad_(False)
+    compiled = torch.compile(bn, backend="aot_eager")
+    x, tangent = torch.randn(2, 2, 4, 5, 5, device=device).unbind()
+    tangents = []
+    with fastbn.use_backend("triton"), torch.autograd.forward_ad.dual_level():
+        for module in (bn, compiled):
+            y = module(torch.autograd.forward_ad.make_dual(x, tangent))
+            tangents.append(torch.autograd.forward_ad.unpack_dual(y).tangent)
+    torch.testing.assert_close(*tangents)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_export(training, strict, device):
