@@ -71,7 +71,6 @@ def batch_norm(
     Ioffe and Szegedy (2015), algorithm 1; mean and variance over all axes of
     `x` but the second, computed in at least float32.
     """
-
     z = accumulated(x)
     if training:
         axes = _axes(x)
