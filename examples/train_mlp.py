@@ -197,7 +197,7 @@ def draw(path, nets, curves, data):
 def prepare(args):
     """The data on the device and the output folder: all that can fail, before the training."""
     try:
-        torch.empty(0, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {args.device}: cannot be used: {reason}") from None

@@ -111,12 +111,14 @@ def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = N
         strides need first.
 
     Raises:
-        TypeError: the module is not one of fastbn's.
+        TypeError: the module is not one of fastbn's, or the input no tensor.
     """
     if module is not None and not isinstance(module, _Fused):
         raise TypeError(
             f"module must be one of fastbn's or None, but got a {type(module).__name__}"
         )
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a tensor, but got a {type(input).__name__}")
     weight = bias = running_mean = running_var = counter = None
     training, momentum, eps, activation, after = True, 0.1, 1e-5, "none", ()
     try:

@@ -320,6 +320,12 @@ def test_explain_what_is_not_ours(module):
         explain(module, torch.randn(2, 6, 4, 4))
 
 
+@pytest.mark.parametrize("module", [None, FusedBatchNorm2d(6)])
+def test_explain_what_is_no_tensor(module):
+    with pytest.raises(TypeError, match="input must be a tensor, but got a list"):
+        explain(module, [1.0])
+
+
 def test_explain_what_pytorch_serves(device):
     x = torch.randn(2, 6, 8, 8, device=device)
     bn = FusedBatchNorm2d(6).to(device)

@@ -219,11 +219,13 @@ def test_output_folder_and_device_fail_before_the_training(tmp_path, capsys):
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert train_mlp.main(["--device=cpu", "--output-dir", str(blocked)]) == 2
-    assert train_mlp.main(["--device=nonsense", "--output-dir", str(tmp_path / "out")]) == 2
+    for device in ("nonsense", "meta"):
+        assert train_mlp.main(["--device", device, "--output-dir", str(tmp_path / "out")]) == 2
     printed = capsys.readouterr()
-    folder, device = printed.err.splitlines()
+    folder, nonsense, meta = printed.err.splitlines()
     assert f"--output-dir {blocked}: File exists" in folder
-    assert "--device nonsense" in device
+    assert "--device nonsense" in nonsense
+    assert "--device meta: cannot be used" in meta
     assert printed.out == ""
     assert not (tmp_path / "out").exists()
 
