@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from cifar_models import build_model
-from cifar_options import UserError
+from command_line import UserError
 from torch import nn
 
 KEYS = {"model", "norm", "classes", "history", "weights", "optimizer", "scaler"}
@@ -52,7 +52,9 @@ def load_all(options: Namespace) -> dict[str, dict[str, Any]]:
     if path is None:
         return {}
     if path.is_file() and len(options.norm) > 1:
-        raise UserError(f"--resume: expected a folder, or a single --norm with {path}")
+        raise UserError(
+            f"--resume: expected a folder; {path} is one checkpoint, add --norm and what it holds"
+        )
     paths = {norm: path if path.is_file() else path / f"{norm}.pt" for norm in options.norm}
     checkpoints = {norm: load(path) for norm, path in paths.items()}
     for norm, checkpoint in checkpoints.items():

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cifar_options import UserError
 from cifar_procedural import CLASSES, LABEL, SIZE, draw
+from command_line import UserError
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CIFAR10, ImageFolder

@@ -1,65 +1,18 @@
 """The command line of train_cifar.py."""
 
 import argparse
-import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-import torch
 from cifar_models import MODELS, NORMS
-
-
-class UserError(Exception):
-    """Something the user can put right; shown as one line that names the argument."""
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage that argparse would put above it."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def integer(low: int, high: float = math.inf) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if text.isdecimal() and low <= int(text) <= high:
-            return int(text)
-        limit = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise argparse.ArgumentTypeError(f"expected an integer {limit}, not {text!r}")
-
-    return parse
-
-
-def learning_rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a finite number above 0, not {text!r}")
-    return value
+from command_line import Parser, default_device, device, integer, learning_rate
 
 
 def folder(text: str) -> Path:
     if not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"expected an existing folder, not {text!r}")
     return Path(text)
-
-
-def device(text: str) -> torch.device:
-    try:
-        torch.zeros(1, device=text).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        message = f"expected a usable device, not {text!r}: {reason}"
-        raise argparse.ArgumentTypeError(message) from None
-    return torch.device(text)
-
-
-def default_device() -> torch.device:
-    """The accelerator that PyTorch finds (CUDA or ROCm, XPU, MPS), else the CPU."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def parse_options(argv: Sequence[str] | None, description: str) -> argparse.Namespace:

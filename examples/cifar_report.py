@@ -52,16 +52,19 @@ def summarise(histories: dict[str, History], memory: dict[str, int | None]) -> d
 
 
 def table(norms: dict[str, Any]) -> str:
-    rows = [("norm", "best", "final", "first epoch at the best of", "s/epoch", "peak memory")]
+    rows = [("norm", "best", "final", "reached the best of", "s/epoch", "peak memory")]
     for norm, result in norms.items():
-        reached = result["epochs_to_reach_best_of"].items()
+        reached = [
+            f"{other} never" if epochs is None else f"{other} in epoch {epochs}"
+            for other, epochs in result["epochs_to_reach_best_of"].items()
+        ]
         memory = result["peak_memory_bytes"]
         rows.append(
             (
                 norm,
                 f"{result['best_val_accuracy']:.1%}",
                 f"{result['final_val_accuracy']:.1%}",
-                ", ".join(f"{other}: {epochs or 'never'}" for other, epochs in reached) or "-",
+                ", ".join(reached) or "-",
                 f"{result['seconds_per_epoch']:.1f}",
                 "-" if memory is None else f"{memory / 2**20:,.0f} MiB",
             )

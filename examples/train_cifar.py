@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from cifar_data import Data, Split, load_data, train_batches, val_batches
 from cifar_models import build_model
-from cifar_options import UserError, parse_options
+from cifar_options import parse_options
+from command_line import UserError, make_output_dir
 from torch import nn
 from tqdm import tqdm
 
@@ -171,11 +172,7 @@ def prepare(options: Namespace) -> tuple[dict[str, Any], Data]:
                 f" {', '.join(checkpoint['classes'])}; expected {', '.join(data.classes)}"
             )
     if not options.test_only:
-        try:
-            options.output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = f"{options.output_dir}: {error.strerror}"
-            raise UserError(f"--output-dir: expected a folder, not {reason}") from None
+        make_output_dir(options.output_dir)
     return checkpoints, data
 
 

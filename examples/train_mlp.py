@@ -18,6 +18,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from command_line import (
+    Parser,
+    UserError,
+    default_device,
+    device,
+    integer,
+    learning_rate,
+    make_output_dir,
+)
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
@@ -34,10 +43,7 @@ LINES = {
     "fused": {"color": "tab:purple", "zorder": 3},
 }
 NOISE = 0.1  # standard deviation of the radius; the rings lie at 0.5 and 1
-
-
-class UserError(Exception):
-    """Something the user can put right; shown as one line."""
+LARGEST = 1e15  # of a coordinate: float32 still holds the squares in variances and gradients
 
 
 def make_circles(samples, seed):
@@ -50,14 +56,14 @@ def make_circles(samples, seed):
 
 
 def parse_number(text, where):
-    """A value that float32 can hold, or a UserError that says where it stands."""
+    """A value to train on, or a UserError that says where it stands."""
     try:
         number = float(text)
     except ValueError:
         raise UserError(f"{where}: {text!r} is no number") from None
     # Written so that NaN, which compares false with everything, is refused too.
-    if not abs(number) <= torch.finfo(torch.float32).max:
-        raise UserError(f"{where}: {text!r} is no finite float32 number")
+    if not abs(number) <= LARGEST:
+        raise UserError(f"{where}: {text!r} is not between {-LARGEST:g} and {LARGEST:g}")
     return number
 
 
@@ -196,48 +202,29 @@ def draw(path, nets, curves, data):
 
 def prepare(args):
     """The data on the device and the output folder: all that can fail, before the training."""
-    try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {args.device}: cannot be used: {reason}") from None
     points, labels = load_csv(args.csv) if args.csv else make_circles(args.samples, args.seed)
     train_rows, val_rows = split(len(points), args.seed)
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {args.output_dir}: {error.strerror}") from None
+    make_output_dir(args.output_dir)
     parts = points[train_rows], labels[train_rows], points[val_rows], labels[val_rows]
     return [part.to(args.device) for part in parts]
 
 
-def within(kind, minimum, maximum=sys.maxsize):
-    """An argparse type: a number within limits."""
-
-    def parse(text):
-        value = kind(text)
-        if not minimum <= value <= maximum:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {minimum} to {maximum}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(
+        prog="train_mlp.py",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--norm", nargs="+", choices=NORMS, default=["none", "fused"], help="networks to train")
     add("--order", choices=ORDERS, default="norm-act", help="batch norm before or after ReLU")
     add("--csv", type=Path, metavar="FILE", help="data with columns X,Y,class instead of circles")
-    add("--samples", type=within(int, 5), default=1000, help="points on the circles")
-    add("--epochs", type=within(int, 1), default=200, help="passes over the training data")
-    add("-b", "--batch-size", type=within(int, 2), default=32, help="samples per step")
-    add("--lr", type=within(float, 0, 1e6), default=0.01, help="Adam's learning rate")
-    add("--seed", type=within(int, 0), default=0, help="for circles, split, weights and batches")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
+    add("--samples", type=integer(5, 10**6), default=1000, help="points on the circles")
+    add("--epochs", type=integer(1), default=200, help="passes over the training data")
+    add("-b", "--batch-size", type=integer(2), default=32, help="samples per step")
+    add("--lr", type=learning_rate, default=0.01, help="Adam's learning rate")
+    add("--seed", type=integer(0, 2**32 - 1), default=0, help="for all that is drawn at random")
+    add("--device", type=device, default=default_device(), help="where to train")
     add("--output-dir", type=Path, default=Path("runs/mlp"), help="for circles.png, metrics.json")
     return parser.parse_args(argv)
 

@@ -1,0 +1,63 @@
+"""What the command lines of the examples have in common."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+
+class UserError(Exception):
+    """Something the user can put right; shown as one line that names the argument."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage that argparse would put above it."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def integer(low: int, high: int = sys.maxsize) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if text.isdecimal() and low <= int(text) <= high:
+            return int(text)
+        limit = f"of at least {low}" if high == sys.maxsize else f"from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"expected an integer {limit}, not {text!r}")
+
+    return parse
+
+
+def learning_rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number above 0, not {text!r}")
+    return value
+
+
+def device(text: str) -> torch.device:
+    try:
+        torch.zeros(1, device=text).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        message = f"expected a usable device, not {text!r}: {reason}"
+        raise argparse.ArgumentTypeError(message) from None
+    return torch.device(text)
+
+
+def default_device() -> torch.device:
+    """The accelerator that PyTorch finds (CUDA or ROCm, XPU, MPS), else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def make_output_dir(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"{path}: {error.strerror}"
+        raise UserError(f"--output-dir: expected a folder, not {reason}") from None
