@@ -78,13 +78,23 @@ def in_brief(schedule: Schedule, problem: Problem) -> str:
     )
 
 
+def named(text: str) -> Device:
+    """The device with this in its name."""
+    found = [device for device in DEVICES if text.lower() in device.name.lower()]
+    if len(found) != 1:
+        names = ", ".join(device.name for device in DEVICES)
+        raise argparse.ArgumentTypeError(f"expected what is in one name of {names}, not {text!r}")
+    return found[0]
+
+
 def main() -> int:
-    names = {device.name: device for device in DEVICES}
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plans", description=__doc__)
-    parser.add_argument("--device", choices=names, default=H100.name)
-    device = names[parser.parse_args().device]
+    parser.add_argument("--device", type=named, default=H100, help="a part of its name")
+    device = parser.parse_args().device
     print(
-        f"Predicted, not measured, for {device.name}: tile n x c x s, /programs to a channel block"
+        f"Predicted, not measured, for {device.name}: strategy, tile n x c x s, / programs that\n"
+        "share a channel block, slices that the channels are cut into, bytes of one access, units\n"
+        "of traffic (one tensor read or written once), time"
     )
     for case in cases(gpu=True, quick=False):
         problem = problem_of(case)

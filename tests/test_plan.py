@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import plans
 from benchmarks.plans import problem_of
 from benchmarks.shapes import cases
 from fastbn.kernels.device import A100, DEVICES, H100, INTERPRETER, L4
@@ -309,3 +310,26 @@ def test_the_fastest_is_chosen():
 def test_the_interpreter_gets_few_programs():
     schedule = two_pass(Problem(64, 3, 3136, 4), INTERPRETER, False)
     assert schedule.reduce.splits <= PROGRAMS_PER_SM
+
+
+def test_the_table_is_printed_for_a_device_named_in_part(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["plans", "--device", "a100"])
+    assert plans.main() == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"Predicted, not measured, for {A100.name}")
+    case = next(case for case in cases(gpu=True, quick=False) if case.size[1:] == (2048, 7, 7))
+    plan = make_plan(problem_of(case), A100)
+    entry = printed[printed.index(f"{case.shape} {case.layout} {case.dtype} {case.epilogue}\n") :]
+    for line, direction in zip(entry.splitlines()[1:3], ("forward", "backward"), strict=True):
+        schedule = getattr(plan, direction)
+        found, strategy, *_, units, _, seconds, _ = line.split()
+        assert (found, strategy, float(units)) == (direction, schedule.strategy, schedule.units)
+        assert float(seconds) == pytest.approx(schedule.seconds * 1e6, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["NVIDIA", "V100"])
+def test_a_device_must_be_one_of_those_known(name, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["plans", "--device", name])
+    with pytest.raises(SystemExit):
+        plans.main()
+    assert "NVIDIA L4, NVIDIA GeForce RTX 4090" in capsys.readouterr().err
