@@ -93,7 +93,7 @@ class Launcher:
 
     def __call__(self, tensors: Sequence[Tensor | None], *floats: float) -> None:
         """Launches; a tensor that is left out is None."""
-        pointers = self.pointers(tensors)
+        pointers = self._pointers(tensors)
         aligned = gcd(_ALIGNMENT, *pointers) == _ALIGNMENT
         try:
             if self._start is None or not aligned:
@@ -107,12 +107,11 @@ class Launcher:
             counters.discard()
             raise
 
-    def pointers(self, tensors: Sequence[Tensor | None]) -> list[int]:
-        """What a launch is given of its tensors.
+    def check(self, tensors: Sequence[Tensor | None]) -> None:
+        """Raises a RuntimeError if one of the tensors has no memory, as a launch does."""
+        self._pointers(tensors)
 
-        Raises:
-            RuntimeError: one has no memory.
-        """
+    def _pointers(self, tensors: Sequence[Tensor | None]) -> list[int]:
         pointers = [0 if t is None else t.data_ptr() for t in tensors]
         if pointers.count(0) != self._absent:
             self._absent = sum(t is None for t in tensors)

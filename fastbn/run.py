@@ -53,7 +53,7 @@ def forward(
             call.whole(tensors, momentum, eps, param)
         else:
             first, second = (x, *written, partials, arrivals), (*outputs, statistics, None)
-            call.apply.pointers(second)  # refused before the first has written
+            call.apply.check(second)  # before the first has written
             call.reduce(first, momentum, eps)
             call.apply(second, eps, param)
     # Autograd checks saved tensors for changes, and does not see a kernel's.
@@ -80,13 +80,13 @@ def backward(
     dw = torch.empty_like(parameter) if want_dw else None
     db = torch.empty_like(parameter) if want_db else None
     inputs = (dy, x, residual, mask, weight, bias, statistics)
-    need_sums = want_dw or want_db or (want_dx and var is None)
-    if not (need_sums or want_dx or want_dr):
+    if not any(wanted):
         return dx, dr, dw, db
     if call.schedule.strategy == "resident":
         call.whole((*inputs, dw, db, dx, dr), param)
         return dx, dr, dw, db
     sums = partials = arrivals = None
+    need_sums = want_dw or want_db or (want_dx and var is None)
     if need_sums:
         sums = torch.empty(2 * x.shape[1], dtype=call.statistics, device=x.device)
         partials = torch.empty(call.partials, dtype=call.statistics, device=x.device)

@@ -23,6 +23,8 @@ launches don't count.
 
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.language.target_info import is_hip
 
 
 @triton.jit
@@ -50,6 +52,22 @@ def work_of(ticket, slices, slice_blocks, splits):
     return applies, slice * slice_blocks + ticket % slice_blocks, ticket % phase // slice_blocks
 
 
+@triton.constexpr_function
+def releases_by_wave():
+    """Whether a release covers the stores of its own wave alone, as AMD's does."""
+    return is_hip() and not knobs.runtime.interpret
+
+
+@triton.jit
+def wait_for_own_stores():
+    """Each wave for its own, where the release that follows, by one of them, does not."""
+    if releases_by_wave():
+        # There must be a result.
+        wait: tl.constexpr = "s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1"
+        lanes = tl.arange(0, 64)
+        tl.inline_asm_elementwise(wait, "=v,v", [lanes], tl.int32, is_pure=False, pack=1)
+
+
 @triton.jit
 def last_to_arrive(Arrivals, programs):
     """Whether this program is the last of so many to get here.
@@ -57,6 +75,7 @@ def last_to_arrive(Arrivals, programs):
     All threads' stores come before the barrier, the barrier before the release;
     so whoever arrives last, and acquires, sees every partial result.
     """
+    wait_for_own_stores()
     tl.debug_barrier()
     last = tl.atomic_add(Arrivals, 1, sem="acq_rel") == programs - 1
     if last:
@@ -67,6 +86,7 @@ def last_to_arrive(Arrivals, programs):
 @triton.jit
 def raise_flag(Flag, generation):
     """All threads' stores, then the flag."""
+    wait_for_own_stores()
     tl.debug_barrier()
     tl.atomic_xchg(Flag, tl.cast(generation, tl.int64), sem="release")
 

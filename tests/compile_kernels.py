@@ -145,7 +145,7 @@ def compile_case(case: Case, target_name: str) -> list[dict]:
         mock.patch.object(calls, "device_facts", return_value=H100),
         mock.patch.object(calls, "limits_registers", return_value=nvidia),
         mock.patch.object(Launcher, "__call__", compile_instead),
-        mock.patch.object(Launcher, "pointers"),
+        mock.patch.object(Launcher, "check"),
     ):
         _call(case)
     rows = []
@@ -246,9 +246,18 @@ def _amd_resources(compiled) -> dict:
         "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]),
         # Scalar registers spill to vector ones; what goes to memory is in this segment.
         "spills": int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1]),
+        "releases": text.count("buffer_wbl2"),
+        "lone_releases": lone_releases(text),
         "loads": loads,
         "stores": stores,
     }
+
+
+def lone_releases(amdgcn: str) -> int:
+    """Releases that cover the stores of their own wave alone: see `wait_for_own_stores`."""
+    before = (text.rpartition("ASMSTART")[2] for text in amdgcn.split("buffer_wbl2")[:-1])
+    joined = r"\A\s+s_waitcnt vmcnt\(0\)(?!.*_store_).*\bs_barrier\b"
+    return sum(re.search(joined, text, re.DOTALL) is None for text in before)
 
 
 def main() -> int:

@@ -11,6 +11,8 @@ from filelock import FileLock
 
 from fastbn.kernels.tiling import PROGRAMS_PER_SM
 
+from .compile_kernels import lone_releases
+
 # Of a multiprocessor: registers, and bytes of shared memory.
 REGISTERS = 65536
 SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
@@ -79,6 +81,30 @@ def test_outputs_are_stored_wide(rows):
 def test_nothing_is_contracted(rows):
     """The backward finds an argument on the side of a kink where the forward left it."""
     assert not any(row["contracted"] for row in rows)
+
+
+def test_a_release_covers_the_stores_of_all_waves(rows):
+    """AMD's covers those of its own wave: all wait for theirs, and for each other, before it."""
+    rows = [row for row in rows if row["target"] == "gfx942"]
+    for row in rows:
+        assert row["lone_releases"] == 0, row
+    shared = {row["kernel"] for row in rows if row["releases"]}
+    assert {"bn_stats_fwd_kernel", "bn_reduce_bwd_kernel"} <= shared
+    assert {"bn_ticketed_fwd_kernel", "bn_ticketed_bwd_kernel"} <= shared
+
+
+def test_a_lone_release_is_noticed():
+    store, wait = "buffer_store_dword v1\n", ";;#ASMSTART\n s_waitcnt vmcnt(0)\n ;;#ASMEND\n"
+    barrier, release = "s_barrier\n", "buffer_wbl2 sc1\ns_waitcnt vmcnt(0)\nglobal_atomic_add v1\n"
+    whole = store + wait + barrier + release
+    assert lone_releases(2 * whole) == 0
+    for broken in (
+        store + barrier + release,
+        store + wait + release,
+        wait + store + barrier + release,
+        wait + barrier + store + release,
+    ):
+        assert lone_releases(whole + broken) == 1, broken
 
 
 def test_registers_stay_where_they_are(rows):
