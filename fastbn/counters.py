@@ -37,7 +37,7 @@ def counters(device: torch.device, blocks: int) -> Counters:
     """
     stream = 0
     if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
+        if _captured(device):
             # They belong to the graph, which may be replayed in any stream.
             return _zeros(device, blocks)
         stream = torch._C._cuda_getCurrentRawStream(device.index)
@@ -52,6 +52,14 @@ def counters(device: torch.device, blocks: int) -> Counters:
 def discard() -> None:
     """Forgets all sets: after a launch that failed nobody knows what they hold."""
     _sets.clear()
+
+
+def _captured(device: torch.device) -> bool:
+    """Whether a graph is recorded from the device's current stream."""
+    if torch.cuda.current_device() == device.index:
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _zeros(device: torch.device, blocks: int) -> Counters:

@@ -48,9 +48,20 @@ def test_one_set_that_grows():
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU as far as the counters ask for one: its streams, and whether a graph is captured."""
-    made = SimpleNamespace(stream=1, capturing=False, threads=[], filled_in=[])
+    made = SimpleNamespace(stream=1, capturing=False, current=0, threads=[], filled_in=[])
     device = SimpleNamespace(type="cuda", index=0)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: made.capturing)
+
+    @contextlib.contextmanager
+    def guard(device):
+        before, made.current = made.current, device.index
+        yield
+        made.current = before
+
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: made.current)
+    monkeypatch.setattr(
+        torch.cuda, "is_current_stream_capturing", lambda: made.capturing and made.current == 0
+    )
     monkeypatch.setattr(
         torch._C, "_cuda_getCurrentRawStream", lambda index: made.stream, raising=False
     )
@@ -84,10 +95,11 @@ def test_each_stream_has_its_own(gpu):
     assert gpu.filled_in == [1, 2]
 
 
-def test_a_graph_has_its_own(gpu):
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_graph_has_its_own(gpu, current):
     """It may be replayed in any stream, beside launches in this one."""
     eager = counters.counters(gpu.device, 5)
-    gpu.capturing = True
+    gpu.capturing, gpu.current = True, current
     captured = counters.counters(gpu.device, 5)
     assert captured is not eager
     assert counters.counters(gpu.device, 5) is not captured
