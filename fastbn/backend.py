@@ -51,8 +51,8 @@ def set_backend(name: str) -> None:
         name: "auto" (GPU tensors go to the Triton kernels, CPU tensors to
             PyTorch), "triton" (what the kernels can't serve is an error) or
             "torch" (PyTorch's own batch norm throughout). `torch.func`,
-            forward-mode AD and second derivatives run on PyTorch's
-            differentiable operations whatever the backend.
+            `torch.export`, forward-mode AD and second derivatives take
+            PyTorch's operations whatever the backend.
 
     Raises:
         ValueError: for any other name; the backend stays as it was.
@@ -91,15 +91,15 @@ def transformed() -> bool:
 
 def unserved(
     input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
     training: bool,
     momentum: float | None,
     eps: float,
-    residual: Tensor | None,
 ) -> str | None:
     """Why the kernels can't serve a call, or None if they can.
 
@@ -107,7 +107,10 @@ def unserved(
     """
     if not (isinstance(eps, (float, int)) and isinstance(momentum, (float, int, type(None)))):
         return "momentum or eps is not a number"
-    parameters = [t for t in (weight, bias, running_mean, running_var) if t is not None]
+    given = {"weight": weight, "bias": bias, "running_mean": running_mean}
+    given["running_var"] = running_var
+    given = {name: t for name, t in given.items() if t is not None}
+    parameters = list(given.values())
     if not all(isinstance(t, Tensor) for t in (input, *parameters)):
         return PYTORCH_REFUSES
     if input.dim() < 2 or (running_mean is None) != (running_var is None):
@@ -133,24 +136,25 @@ def unserved(
         return "the input is empty"
     if eps == 0:
         return "eps is 0"
-    for t in (input, *parameters, num_batches_tracked, residual):
-        reason = None if t is None else oddity(t, input.device)
-        if reason is not None:
-            return reason
-    for t in parameters:
+    others = {"num_batches_tracked": num_batches_tracked, "residual": residual}
+    for name, t in {"input": input, **given, **others}.items():
+        odd = None if t is None else oddity(t, input.device)
+        if odd is not None:
+            return f"{name} {odd}"
+    for name, t in given.items():
         if t.dim() != 1:
-            return "a parameter or running statistic is not one-dimensional"
+            return f"{name} is not one-dimensional"
         if t.dtype is not parameters[0].dtype:
-            return f"parameters and statistics are of {parameters[0].dtype} and {t.dtype}"
+            return f"{next(iter(given))} is of {parameters[0].dtype} and {name} of {t.dtype}"
         if t.dtype is not input.dtype and (
             t.dtype is not torch.float32 or input.dtype not in _HALVES
         ):
-            return f"parameters or statistics of {t.dtype} don't go with an input of {input.dtype}"
-    for t in (running_mean, running_var):
-        if t is not None and t.requires_grad:
-            return "a running statistic requires a gradient"
-        if t is not None and not t.is_contiguous():
-            return "the running statistics are not contiguous"
+            return f"{name} of {t.dtype} does not go with an input of {input.dtype}"
+        if name.startswith("running"):
+            if t.requires_grad:
+                return f"{name} requires a gradient"
+            if not t.is_contiguous():
+                return f"{name} is not contiguous"
     counter = num_batches_tracked
     if counter is not None and (counter.dtype is not torch.int64 or counter.numel() != 1):
         return "num_batches_tracked is not a single int64"
@@ -160,21 +164,23 @@ def unserved(
 
 
 def oddity(t: Tensor, device: torch.device) -> str | None:
-    """Why a tensor is not just what memory of this device holds, or None if it is."""
+    """What makes a tensor more than what memory of this device holds, or None."""
     if t.layout is not torch.strided:
-        return f"an argument's layout is {t.layout}"
+        return f"is of layout {t.layout}"
     if t.device != device:
-        return "tensors are on different devices"
+        return f"is on {t.device} and not, as the input, on {device}"
     if type(t) not in PLAIN:
-        return "an argument is a tensor subclass"
+        return f"is a tensor subclass, {type(t).__name__}"
     if torch.compiler.is_compiling():
         return None  # Dynamo can't ask for what follows, and has no such tensors
+    if t.is_inference() and not torch.is_inference_mode_enabled():
+        return "is an inference tensor, outside inference mode"
     if t.is_neg() or t._is_zerotensor():
-        return "an argument is lazily negated, or lazily zero"
+        return "is lazily negated, or lazily zero"
     if torch._is_functional_tensor(t):
-        return "an argument is being functionalised"
+        return "is being functionalised"
     if is_legacy_batchedtensor(t):
-        return "an argument is batched"  # by `is_grads_batched`
+        return "is batched"  # by `is_grads_batched`
     return None
 
 

@@ -31,7 +31,8 @@ class Explanation:
             None if PyTorch serves the call.
         after: what PyTorch does after the kernels: drop layer, residual, activation.
         device: name of the device planned for.
-        forward_bytes, backward_bytes: of tensors read and written; what the
+        forward_bytes, backward_bytes: of tensors read and written in a training
+            step (without a gradient to come no mask is written); what the
             second of two passes finds in a cache counts too, what a ticketed
             launch reads again from the cache does not.
         forward_seconds, backward_seconds: those bytes at the device's
@@ -146,7 +147,7 @@ def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = N
             residual = None
     statistics = (running_mean, running_var)
     reason = backend.set_aside() or backend.unserved(
-        input, *statistics, counter, weight, bias, training, momentum, eps, residual
+        input, residual, weight, bias, *statistics, counter, training, momentum, eps
     )
     if reason is not None:
         numbers = (training, 0.1 if momentum is None else momentum, eps)

@@ -12,7 +12,7 @@ if backend.HAS_TRITON:
     from . import autograd
 
 # What momentum may be without a closer look.
-_NUMBERS = (float, int, type(None))
+_MOMENTUM_TYPES = (float, int, type(None))
 
 
 def batch_norm(
@@ -45,8 +45,8 @@ def batch_norm(
         training: use the batch's own mean and (biased) variance.
         momentum: running <- (1 - momentum) * running + momentum * batch.
         eps: added to the variance.
-        activation: None, or one of "relu", "leaky_relu", "silu", "gelu",
-            "gelu_tanh", "hardswish", "relu6", "elu", "sigmoid", "tanh".
+        activation: None or "none", or one of "relu", "leaky_relu", "silu",
+            "gelu", "gelu_tanh", "hardswish", "relu6", "elu", "sigmoid", "tanh".
         activation_param: negative slope of "leaky_relu" (default 0.01), alpha
             of "elu" (default 1.0); the others take none.
         residual: added before the activation; the input's shape.
@@ -56,8 +56,10 @@ def batch_norm(
         residual of a wider one promotes it.
 
     Raises:
+        TypeError: a residual that is no tensor, an activation's parameter that is
+            no number.
         ValueError: an unknown activation, a parameter for one that takes none,
-            a residual of another shape, one value per channel in training.
+            a residual of another shape or device, one value per channel in training.
         RuntimeError: sizes or dtypes that PyTorch's batch norm refuses; under the
             backend "triton", whatever the kernels can't serve.
     """
@@ -98,25 +100,33 @@ def tracked_batch_norm(
     tensors = (input, residual, weight, bias, running_mean, running_var, num_batches_tracked)
     options = (training, momentum, eps, activation, param)
     if backend.set_aside() is None:
-        # A plan says nothing of numbers.
-        sound = type(eps) is float and eps > 0 and type(momentum) in _NUMBERS
+        # What is recalled is not checked again, and was kept for any numbers.
+        sound = type(eps) is float and eps > 0 and type(momentum) in _MOMENTUM_TYPES
         call = autograd.recalled(tensors, options) if backend.HAS_TRITON and sound else None
         if call is not None or _goes_to_kernels(*tensors, training, momentum, eps):
             return autograd.batch_norm(tensors, options, call)
 
-    # Nothing is written before PyTorch has accepted the call: the counter follows it.
-    if momentum is None and num_batches_tracked is not None:
-        momentum = 1.0 / (float(num_batches_tracked) + 1.0)
-    output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if training and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
+    counter = num_batches_tracked if training else None
+    # First, for where a change is refused; a call that is refused is not counted.
+    if counter is not None:
+        counter.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(counter)
+    try:
+        output = F.batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum, eps
+        )
+    except BaseException:
+        if counter is not None:
+            counter.sub_(1)
+        raise
     if residual is not None:
         output = output + residual
     return reference.ACTIVATIONS[activation](output, param)
 
 
 def check_residual(input: Tensor, residual: Tensor) -> None:
-    """Raises an error if the residual is no tensor of the input's shape."""
+    """Raises an error if the residual is no tensor of the input's shape and device."""
     if not isinstance(residual, Tensor):
         raise TypeError(f"residual must be a tensor or None, but got a {type(residual).__name__}")
     if residual.shape != input.shape:
@@ -124,31 +134,33 @@ def check_residual(input: Tensor, residual: Tensor) -> None:
             f"residual must have the input's shape {tuple(input.shape)},"
             f" but got {tuple(residual.shape)}"
         )
+    if residual.device != input.device:
+        raise ValueError(
+            f"residual must be on the input's device {input.device}, but got {residual.device}"
+        )
 
 
 def _checked_activation(name: str | None, param: float | None) -> tuple[str, float]:
-    if name is None:
-        name = "none"
-    if name not in reference.ACTIVATIONS:
-        known = ", ".join(known for known in reference.ACTIVATIONS if known != "none")
+    """Name and parameter, "none" and 0.0 where there is none."""
+    if name is not None and not (isinstance(name, str) and name in reference.ACTIVATIONS):
+        known = ", ".join(reference.ACTIVATIONS)
         raise ValueError(f"activation must be None or one of {known}, but got {name!r}")
-    default = reference.DEFAULT_PARAMS.get(name)
     if param is None:
-        return name, 0.0 if default is None else default
-    if default is None:
-        raise ValueError(f"activation_param must be None for activation {name!r}, but got {param}")
+        return name or "none", reference.DEFAULT_PARAMS.get(name, 0.0)
+    if name not in reference.DEFAULT_PARAMS:
+        raise ValueError(
+            f"activation_param must be None for activation {name!r}, but got {param!r}"
+        )
+    if not isinstance(param, (float, int)):
+        raise TypeError(
+            f"activation_param must be a number or None, but got a {type(param).__name__}"
+        )
     return name, float(param)
 
 
-def _goes_to_kernels(
-    input, residual, weight, bias, running_mean, running_var, num_batches_tracked, training,
-    momentum, eps,
-) -> bool:  # fmt: skip
+def _goes_to_kernels(input: Tensor, *arguments) -> bool:
     """Whether the kernels take a call; PyTorch gets the others, to serve or to refuse."""
-    reason = backend.unserved(
-        input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
-        eps, residual,
-    )  # fmt: skip
+    reason = backend.unserved(input, *arguments)
     if reason is None:
         return True
     if reason == backend.PYTORCH_REFUSES:

@@ -94,13 +94,15 @@ class FusedBatchNorm3d(_Fused, nn.BatchNorm3d):
     """
 
 
-# Activation modules that the kernels compute: name and parameter of one.
-_FUSIBLE: dict[type, Callable[[Any], tuple[str, float | None]]] = {
+_GELUS = {"none": ("gelu", None), "tanh": ("gelu_tanh", None)}
+
+# Activation modules that the kernels compute: name and parameter of one, or None.
+_FUSIBLE: dict[type, Callable[[Any], tuple[str, float | None] | None]] = {
     nn.Identity: lambda act: ("none", None),
     nn.ReLU: lambda act: ("relu", None),
     nn.LeakyReLU: lambda act: ("leaky_relu", act.negative_slope),
     nn.SiLU: lambda act: ("silu", None),
-    nn.GELU: lambda act: ("gelu" if act.approximate == "none" else "gelu_tanh", None),
+    nn.GELU: lambda act: _GELUS.get(act.approximate),
     nn.Hardswish: lambda act: ("hardswish", None),
     nn.ReLU6: lambda act: ("relu6", None),
     nn.ELU: lambda act: ("elu", act.alpha),
@@ -145,15 +147,15 @@ _LAYERS: dict[str, type[nn.Module]] = {
 def _make_activation(
     layer: str | Callable[..., nn.Module] | None, kwargs: dict[str, Any]
 ) -> nn.Module:
-    if layer is None or layer == "":
+    if layer in (None, "none", ""):  # timm's is ""
         return nn.Identity()
     if layer == "gelu_tanh":
         return nn.GELU(**{"approximate": "tanh", **kwargs})
     if isinstance(layer, str):
         if layer not in _LAYERS:
             raise ValueError(
-                f"act_layer must be a module class or one of {', '.join(_LAYERS)}, gelu_tanh,"
-                f" but got {layer!r}"
+                f"act_layer must be None, a module class or one of {', '.join(_LAYERS)},"
+                f" gelu_tanh, none, but got {layer!r}"
             )
         layer = _LAYERS[layer]
     _check_class("act_layer", layer)

@@ -135,21 +135,25 @@ def served(device, **kwargs):
     [
         ({"input": torch.randn(4, 3, 5).int()}, "dtype is torch.int32"),
         ({"input": torch.randn(0, 3, 5)}, "empty"),
-        ({"input": torch.eye(3).to_sparse()}, "layout is torch.sparse_coo"),
-        ({"weight": torch.ones(3).half()}, "of torch.float16 don't go with an input of"),
-        ({"weight": torch.ones(3, 1)}, "not one-dimensional"),
+        ({"input": torch.eye(3).to_sparse()}, "input is of layout torch.sparse_coo"),
+        ({"weight": torch.ones(3).half()}, "weight of torch.float16 does not go with an input of"),
+        ({"weight": torch.ones(3, 1)}, "weight is not one-dimensional"),
+        ({"bias": torch.ones(3).double()}, "bias of torch.float64 does not go with an input"),
+        ({"running_var": torch.ones(3).half()}, "running_mean is of torch.float32 and running_var"),
         ({"residual": torch.randn(4, 3, 5).double()}, "residual's dtype is torch.float64"),
-        ({"residual": torch.randn(4, 3, 5).to_sparse()}, "layout is torch.sparse_coo"),
-        ({"residual": torch.randn(4, 3, 5, device="meta")}, "different devices"),
-        ({"residual": torch.randn(4, 3, 5).as_subclass(Tagged)}, "subclass"),
-        ({"weight": torch.ones(3, device="meta")}, "different devices"),
-        ({"weight": torch.ones(3).as_subclass(Tagged)}, "subclass"),
-        ({"weight": torch._efficientzerotensor(3)}, "lazily zero"),
-        ({"bias": torch._neg_view(torch.ones(3))}, "lazily negated"),
-        ({"running_var": torch.ones(6)[::2]}, "statistics are not contiguous"),
-        ({"running_var": torch.ones(3, requires_grad=True)}, "statistic requires a gradient"),
-        ({"num_batches_tracked": torch.tensor(0, device="meta")}, "different devices"),
-        ({"num_batches_tracked": torch.tensor(0).as_subclass(Tagged)}, "subclass"),
+        ({"residual": torch.randn(4, 3, 5).to_sparse()}, "residual is of layout torch.sparse_coo"),
+        ({"residual": torch.randn(4, 3, 5).as_subclass(Tagged)}, "residual is a tensor subclass"),
+        ({"weight": torch.ones(3, device="meta")}, "weight is on meta and not, as the input, on"),
+        ({"weight": torch.ones(3).as_subclass(Tagged)}, "weight is a tensor subclass, Tagged"),
+        ({"weight": torch._efficientzerotensor(3)}, "weight is lazily negated, or lazily zero"),
+        ({"bias": torch._neg_view(torch.ones(3))}, "bias is lazily negated"),
+        ({"running_var": torch.ones(6)[::2]}, "running_var is not contiguous"),
+        ({"running_var": torch.ones(3, requires_grad=True)}, "running_var requires a gradient"),
+        ({"num_batches_tracked": torch.tensor(0, device="meta")}, "num_batches_tracked is on meta"),
+        (
+            {"num_batches_tracked": torch.tensor(0).as_subclass(Tagged)},
+            "tracked is a tensor subclass",
+        ),
         ({"num_batches_tracked": torch.tensor(0.0)}, "not a single int64"),
         ({"input": torch.randn(4, 3, 5, device="meta")}, "device type 'meta'"),
         ({"momentum": torch.tensor(0.1)}, "momentum or eps is not a number"),
@@ -185,7 +189,7 @@ def test_falling_back_on_a_gpu_is_said(monkeypatch):
     monkeypatch.setattr(backend, "_warned", set())
     x, weight = torch.randn(4, 3, device="cuda"), torch.ones(3, device="cuda", dtype=torch.half)
     with (
-        pytest.warns(RuntimeWarning, match="torch.float16 don't go with an input of torch.float32"),
+        pytest.warns(RuntimeWarning, match="weight of torch.float16 does not go with an input of"),
         contextlib.suppress(RuntimeError),  # PyTorch may refuse it
     ):
         batch_norm(x, None, None, weight, training=True)
@@ -196,7 +200,7 @@ def test_noncontiguous_statistics_are_updated_all_the_same(device):
     x = torch.randn(8, 3, device=device) + 2
     with (
         fastbn.use_backend("triton"),
-        pytest.raises(RuntimeError, match="statistics are not contiguous"),
+        pytest.raises(RuntimeError, match="running_mean is not contiguous"),
     ):
         batch_norm(x, mean, var, training=True)
     batch_norm(x, mean, var, training=True)
@@ -222,17 +226,43 @@ class TestBadEpilogues:
         ):
             bn(torch.randn(2, 3, 4, 4), torch.randn(3, 1, 1))
 
-    def test_unknown_activation(self, bn):
-        with pytest.raises(ValueError, match=r"activation must be None or one of relu.*'mish'"):
-            batch_norm(
-                torch.randn(2, 3), bn.running_mean, bn.running_var, training=True, activation="mish"
-            )
+    def test_residual_on_another_device(self, bn, device):
+        x = torch.randn(2, 3, 4, 4, device=device)
+        with pytest.raises(ValueError, match=f"on the input's device {x.device}, but got meta"):
+            bn.to(device)(x, x.to("meta"))
 
-    def test_parameter_for_an_activation_without(self, bn):
-        with pytest.raises(ValueError, match="activation_param must be None for activation 'relu'"):
+    @pytest.mark.parametrize("activation", ["mish", ["relu"], 3])
+    def test_unknown_activation(self, bn, activation):
+        with pytest.raises(ValueError, match="activation must be None or one of none, relu") as e:
+            batch_norm(
+                torch.randn(2, 3),
+                bn.running_mean,
+                bn.running_var,
+                training=True,
+                activation=activation,
+            )
+        assert str(e.value).endswith(f"but got {activation!r}")
+
+    @pytest.mark.parametrize(
+        ("activation", "param", "kind", "why"),
+        [
+            ("relu", 0.1, ValueError, "must be None for activation 'relu', but got 0.1"),
+            (None, 0.1, ValueError, "must be None for activation None, but got 0.1"),
+            ("elu", "1", TypeError, "must be a number or None, but got a str"),
+            # As in `F.leaky_relu`: it would get no gradient.
+            (
+                "leaky_relu",
+                torch.tensor(0.1),
+                TypeError,
+                "must be a number or None, but got a Tensor",
+            ),
+        ],
+    )
+    def test_parameter_of_an_activation(self, bn, activation, param, kind, why):
+        with pytest.raises(kind, match=f"activation_param {why}"):
             batch_norm(
                 torch.randn(2, 3), bn.running_mean, bn.running_var,
-                training=True, activation="relu", activation_param=0.1,
+                training=True, activation=activation, activation_param=param,
             )  # fmt: skip
 
 

@@ -33,6 +33,8 @@ LAYERS = {
     nn.SiLU: F.silu,
     nn.Mish: F.mish,
     None: lambda x: x,
+    "none": lambda x: x,
+    "": lambda x: x,
 }
 
 
@@ -182,8 +184,20 @@ def test_arguments_of_a_named_layer():
         FusedBatchNormAct2d(3, act_layer="gelu_tanh", act_kwargs={"slope": 1})
 
 
+def test_gelu_of_an_unknown_kind_is_refused_as_in_pytorch(device):
+    ours = FusedBatchNormAct2d(3, act_layer=nn.GELU, act_kwargs={"approximate": "sloppy"})
+    x = torch.randn(2, 3, 4, 4, device=device)
+    with pytest.raises(RuntimeError) as theirs:
+        ours.act(x)
+    with pytest.raises(RuntimeError) as found:
+        ours.to(device)(x)
+    assert str(found.value) == str(theirs.value)
+
+
 def test_unknown_layer():
-    with pytest.raises(ValueError, match=r"act_layer must be a module class or one of .*'rellu'"):
+    with pytest.raises(
+        ValueError, match=r"act_layer must be None, a module class or one of .*'rellu'"
+    ):
         FusedBatchNormAct2d(3, act_layer="rellu")
 
 

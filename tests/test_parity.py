@@ -340,3 +340,37 @@ def test_counter_that_is_no_single_int64_still_counts(pair, convert):
         module.num_batches_tracked = convert(module.num_batches_tracked)
     assert_same(ours, theirs, x)
     assert (ours.num_batches_tracked == 1).all()
+
+
+def _in_inference_mode(make, *args):
+    with torch.inference_mode():
+        return make(*args)
+
+
+LATE = {
+    "captured by torch.func": lambda module, x: torch.func.grad(lambda t: module(t).sum())(x),
+    "input of inference mode": lambda module, x: module(_in_inference_mode(x.clone)),
+    "module of inference mode": lambda module, x: _in_inference_mode(copy.deepcopy, module)(x),
+}
+
+
+@pytest.mark.parametrize("call", LATE)
+def test_what_autograd_refuses_leaves_no_trace(pair, call):
+    """Though it is refused only after the sizes and dtypes have been accepted."""
+    ours, theirs, x = pair()
+    before = copy.deepcopy(ours.state_dict())
+    found = outcome(LATE[call], ours, x)
+    assert found == outcome(LATE[call], theirs, x)
+    assert found[0] is RuntimeError
+    for name, value in ours.state_dict().items():
+        assert value.equal(before[name]), name
+
+
+def test_statistics_of_inference_mode_are_not_updated_outside(pair):
+    ours, theirs, x = pair()
+    inner, their_inner = (_in_inference_mode(copy.deepcopy, module) for module in (ours, theirs))
+    with torch.no_grad():
+        assert_same_outcome(inner, their_inner, x)
+        assert inner.running_mean.equal(ours.running_mean)
+        assert_same_state(inner, their_inner)
+        torch.testing.assert_close(inner.eval()(x), ours.eval()(x))
