@@ -10,6 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastbn.kernels.tiling import PROGRAMS_PER_SM
+
 from . import probes
 from .timing import CudaClock, captured, time_rounds
 
@@ -31,7 +33,6 @@ VISITS = 256
 KEPT_SPEED = 1.5
 
 LAUNCHES = 256
-PROGRAMS_PER_SM = 4
 
 
 @dataclass(frozen=True)

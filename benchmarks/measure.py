@@ -102,11 +102,7 @@ def measure(
         for method in [method for method in methods if method in plays]:
             timing = time_rounds(plays[method], len(sets), clock_of(machine.device))
             yield Row(
-                network=case.network,
-                shape=case.shape,
-                layout=case.layout,
-                dtype=case.dtype,
-                epilogue=case.epilogue.name,
+                **case.labels,
                 direction=direction,
                 method=method,
                 rival=name,

@@ -45,15 +45,7 @@ def floor_units(case: Case, direction: str) -> tuple[float, float]:
 
 def plan_entry(case: Case, plan: Plan, device: str) -> dict:
     """A plan as it goes into the report."""
-    return {
-        "network": case.network,
-        "shape": case.shape,
-        "layout": case.layout,
-        "dtype": case.dtype,
-        "epilogue": case.epilogue.name,
-        "device": device,
-        **asdict(plan),
-    }
+    return {**case.labels, "device": device, **asdict(plan)}
 
 
 def device_plan(case: Case, device: Device) -> dict:
@@ -78,23 +70,26 @@ def in_brief(schedule: Schedule, problem: Problem) -> str:
     )
 
 
-def named(text: str) -> Device:
+def device_named(text: str) -> Device:
     """The device with this in its name."""
     found = [device for device in DEVICES if text.lower() in device.name.lower()]
     if len(found) != 1:
         names = ", ".join(device.name for device in DEVICES)
-        raise argparse.ArgumentTypeError(f"expected what is in one name of {names}, not {text!r}")
+        raise argparse.ArgumentTypeError(f"expected part of one name among {names}, not {text!r}")
     return found[0]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plans", description=__doc__)
-    parser.add_argument("--device", type=named, default=H100, help="a part of its name")
+    parser.add_argument(
+        "--device", type=device_named, default=H100, help="a part of its name, as L4 or H200"
+    )
     device = parser.parse_args().device
     print(
         f"Predicted, not measured, for {device.name}: strategy, tile n x c x s, / programs that\n"
-        "share a channel block, slices that the channels are cut into, bytes of one access, units\n"
-        "of traffic (one tensor read or written once), time"
+        "share a channel block, slices that a ticketed launch goes through, whether small planes\n"
+        "are read as one flat piece of memory, bytes of one access, units of traffic (one tensor\n"
+        "read or written once), time"
     )
     for case in cases(gpu=True, quick=False):
         problem = problem_of(case)

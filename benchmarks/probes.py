@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE_BYTES = 8192
+from fastbn.kernels.tiling import TILE_BYTES
+
 ITEMSIZE = 4
 TILE = TILE_BYTES // ITEMSIZE
 

@@ -179,7 +179,7 @@ def _one_case(report: Report, case: Case, rivals: list[str]) -> None:
 
 
 def _device_facts(report: Report) -> None:
-    from .facts import device_facts  # Triton
+    from .facts import device_facts  # needs Triton
 
     found = device_facts(report.device, report.environment, report.bandwidth, report.attempt)
     report.device_facts = found
@@ -187,7 +187,7 @@ def _device_facts(report: Report) -> None:
 
 
 def _strategies(report: Report, case: Case) -> None:
-    from .forced import STRATEGIES  # Triton
+    from .forced import STRATEGIES  # needs Triton
     from .strategies import measure_strategy
 
     machine = Machine(report.device, report.bandwidth)
@@ -207,11 +207,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results",
-        help="folder for the JSON, the table and the plots (%(default)s)",
+        help="folder for the JSON, the table and the plot (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="fewer shapes, one dtype")
     parser.add_argument(
-        "--budget", type=float, default=540.0, help="seconds until it begins no more (%(default)s)"
+        "--budget",
+        type=float,
+        default=540.0,
+        help="seconds after which nothing new is begun (%(default)s)",
     )
     options = parser.parse_args(arguments)
 

@@ -87,6 +87,17 @@ class Case:
         return "x".join(map(str, self.size))
 
     @property
+    def labels(self) -> dict[str, str]:
+        """What tells it from others in a report."""
+        return {
+            "network": self.network,
+            "shape": self.shape,
+            "layout": self.layout,
+            "dtype": self.dtype,
+            "epilogue": self.epilogue.name,
+        }
+
+    @property
     def tensor_bytes(self) -> int:
         """Bytes of one unit of traffic: a tensor read or written once."""
         return math.prod(self.size) * (4 if self.dtype == "float32" else 2)
@@ -102,7 +113,7 @@ class Case:
         return (plain + residual * self.epilogue.residual) * self.tensor_bytes
 
     def __str__(self) -> str:
-        return f"{self.network} {self.shape} {self.layout} {self.dtype} {self.epilogue}"
+        return " ".join(self.labels.values())
 
 
 def cases(gpu: bool, quick: bool) -> list[Case]:

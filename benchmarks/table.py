@@ -53,8 +53,8 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in (header, rule, *lines))
 
 
-def _number(value: float | None, unit: str = "") -> str:
-    return "-" if value is None else f"{value:,.{0 if value >= 100 else 1}f}{unit}"
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.{0 if value >= 100 else 1}f}"
 
 
 def _factor(value: float | None) -> str:

@@ -17,7 +17,7 @@ def saved_for(activation: str, residual: bool) -> str | None:
     """What the backward needs besides input, statistics and parameters."""
     if not residual or activation == "none":
         return None
-    # Their derivative is the sign's, which is one bit.
+    # Of these two the derivative depends on the argument's sign alone, which is one bit.
     return "mask" if activation in ("relu", "leaky_relu") else "residual"
 
 
@@ -146,13 +146,13 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     input, residual, mask, weight, bias, statistics, var = ctx.saved_tensors
     _, _, eps, activation, param = ctx.options
     if mask is not None:
-        # Where the activation's argument is positive was kept, and counts alone.
+        # Whether the activation's argument was positive was kept, and is all that counts.
         positive = unpack_mask(mask, input.contiguous(memory_format=ctx.format))
         grad_output = reference.accumulated(grad_output)
         negative = grad_output * param if activation == "leaky_relu" else 0.0
         grad_output = torch.where(positive, grad_output, negative)
         activation = "none"
-    # What the forward did counts: the flag may be a tensor, and have changed.
+    # As the forward was. Its flag does not say: it may be a tensor, and have changed since.
     frozen = None if var is None else (statistics, var)
     grads = reference.batch_norm_backward(
         grad_output, input, weight, bias, frozen, eps, activation, param, residual

@@ -125,7 +125,7 @@ def batch_norm_backward(
     if frozen is None:
         dx = g - _per_channel(db / count, z) - x_hat * _per_channel(dw / count, z)
     else:
-        # Of the input, as PyTorch's is, though it may not depend on it.
+        # g, and a function of the input, so that it requires a gradient where PyTorch's does.
         dx = torch.where(torch.zeros_like(z, dtype=torch.bool), x_hat, g)
     dx = dx * rstd
     if weight is not None:

@@ -110,12 +110,12 @@ def store_gradients(
 @triton.jit
 def store_partial_sums(
     DY, X, R, Mask, Partials, DX, DR, mean, scale, bias, param, N, C, S, block, split, splits,
-    SUMS: tl.constexpr, ACTIVATION: tl.constexpr, FLAT: tl.constexpr, EVICTION: tl.constexpr,
+    ACTIVATION: tl.constexpr, FLAT: tl.constexpr, EVICTION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Sums of g and g * (x - mean) over every splits-th tile of a channel block.
 
-    DX and DR are written on the way, as frozen statistics have them, unless they are None.
+    DX and DR are written on the way, as frozen statistics have them. What is None is not written.
     """
     acc: tl.constexpr = mean.dtype
     c0 = block * BLOCK_C
@@ -128,7 +128,7 @@ def store_partial_sums(
             DY, X, R, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
             ACTIVATION, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S,
         )  # fmt: skip
-        if SUMS:
+        if Partials is not None:
             # Outside the array dy is 0, but g is NaN there if the mean is.
             _, _, inside = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
             sum_g += tl.where(inside, g, 0.0)
@@ -138,7 +138,7 @@ def store_partial_sums(
             store_tile(DX, dx, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
         if DR is not None:
             store_tile(DR, g, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
-    if SUMS:
+    if Partials is not None:
         tl.store(Partials + split * C + c, sum_rows(sum_g), c < C)
         tl.store(Partials + splits * C + split * C + c, sum_rows(sum_gx), c < C)
 
@@ -158,7 +158,7 @@ def bn_reduce_bwd_kernel(
     Sums,  # pointer to (2, C): sum(g), sum(g * (x - mean)); None: no sums wanted at all
     DX,  # pointer to the input's gradient with frozen statistics, or None
     DR,  # pointer to the residual's gradient with frozen statistics, or None
-    Partials,  # pointer to (2, splits, C) sums
+    Partials,  # pointer to (2, splits, C) sums, or None
     Arrivals,  # pointer to a zero for each channel block
     N,
     C,
@@ -189,7 +189,7 @@ def bn_reduce_bwd_kernel(
     scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
     store_partial_sums(
         DY, X, R, Mask, Partials, DX, DR, mean, scale, bias, param, N, C, S, block, split, splits,
-        Sums is not None, ACTIVATION, FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S,
+        ACTIVATION, FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S,
     )  # fmt: skip
     if Sums is not None:  # noqa: SIM102, `and` would not be decided at compile time
         if last_to_arrive(Arrivals + block, splits):

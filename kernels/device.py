@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Device:
     """The facts of one device that launch decisions and predictions rest on.
 
-    Those with a default are assumptions, the same for all devices until
+    From `l2_share` on they are assumptions, the same for all devices until
     `python -m benchmarks.report`, which measures most of them, has run on one.
 
     Attributes:

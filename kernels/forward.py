@@ -54,9 +54,7 @@ def averaging_factor(momentum, BatchesTracked, CUMULATIVE: tl.constexpr, acc: tl
 
 
 @triton.jit
-def store_statistics(
-    count, mean, m2, Statistics, RunningMean, RunningVar, factor, eps, c, C
-):  # fmt: skip
+def store_statistics(count, mean, m2, Statistics, RunningMean, RunningVar, factor, eps, c, C):
     """Writes a channel block's statistics, updates the running ones, and returns rstd."""
     rstd = 1.0 / tl.sqrt(m2 / count + tl.full((), eps, mean.dtype))
     tl.store(Statistics + c, mean, c < C)

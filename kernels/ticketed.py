@@ -146,7 +146,7 @@ def bn_ticketed_bwd_kernel(
         else:
             store_partial_sums(
                 DY, X, R, Mask, Partials, None, None, mean, scale, bias, param, N, C, S,
-                block, split, splits, True, ACTIVATION, FLAT, "evict_last",
+                block, split, splits, ACTIVATION, FLAT, "evict_last",
                 BLOCK_N, BLOCK_C, BLOCK_S,
             )  # fmt: skip
             if last_to_arrive(Arrivals + block, splits):

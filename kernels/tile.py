@@ -56,7 +56,7 @@ def flat_box(N, C, S, n0, c0, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOC
 
 @triton.jit
 def rearrange(x, columns, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):
-    """Each row of a (BLOCK_N, WIDTH) block in another order: column j becomes columns[j].
+    """Each row of a (BLOCK_N, WIDTH) block in another order, from column columns[j] to column j.
 
     As one vector: of a single row Triton would shuffle between threads, which
     takes 32 steps for each value; through shared memory it takes one.

@@ -229,7 +229,7 @@ def test_an_output_folder_that_is_a_file_fails_before_the_training(tmp_path, cap
     {
         "--epochs": ["0", "many"],
         "--batch-size": ["1", str(2**63)],
-        "--lr": ["0", "-1", "nan"],
+        "--lr": ["0", "-1", "nan", "1e38"],
         "--samples": ["4", "1000000000000"],
         "--seed": ["-1", str(2**32)],
         "--norm": ["batch"],

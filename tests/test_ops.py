@@ -238,9 +238,7 @@ def test_operators_do_not_write_between_elements(device):
 def test_opcheck_backward_with_a_mask_of_another_format(device):
     """The results lie as the mask does, on paper too."""
     x, r, dy, w, b, mean, var, _ = tensors(device, channels_last=True)
-    *_, mask = ops._forward_train(
-        x, r, w, b, None, None, None, 0.1, 1e-5, "relu", 0.0, True
-    )  # fmt: skip
+    *_, mask = ops._forward_train(x, r, w, b, None, None, None, 0.1, 1e-5, "relu", 0.0, True)
     args = (
         dy,
         x.contiguous(),

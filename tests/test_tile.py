@@ -33,14 +33,11 @@ def expected(n, c, s, tile, block):
     s0 = tile % s_tiles * bs
     return [
         [
-            [
-                (i * c + j) * s + k if i < n and j < c and k < s else -1
-                for k in range(s0, s0 + bs)
-            ]
+            [(i * c + j) * s + k if i < n and j < c and k < s else -1 for k in range(s0, s0 + bs)]
             for j in range(c0, c0 + bc)
         ]
         for i in range(n0, n0 + bn)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize(
