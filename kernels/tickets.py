@@ -24,7 +24,7 @@ launches don't count.
 import triton
 import triton.language as tl
 from triton import knobs
-from triton.language.target_info import is_hip
+from triton.language.target_info import current_target
 
 
 @triton.jit
@@ -53,19 +53,24 @@ def work_of(ticket, slices, slice_blocks, splits):
 
 
 @triton.constexpr_function
-def releases_by_wave():
-    """Whether a release covers the stores of its own wave alone, as AMD's does."""
-    return is_hip() and not knobs.runtime.interpret
+def store_wait():
+    """AMD's instruction by which a wave waits for its own stores; elsewhere None."""
+    target = current_target()
+    if knobs.runtime.interpret or target is None or target.backend != "hip":
+        return None
+    if target.arch.startswith("gfx9"):
+        return "s_waitcnt vmcnt(0)"
+    return "s_wait_storecnt 0x0" if target.arch.startswith("gfx12") else "s_waitcnt_vscnt null, 0x0"
 
 
 @triton.jit
 def wait_for_own_stores():
     """Each wave for its own, where the release that follows, by one of them, does not."""
-    if releases_by_wave():
-        # There must be a result.
-        wait: tl.constexpr = "s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1"
+    wait: tl.constexpr = store_wait()
+    if wait is not None:
+        assembly: tl.constexpr = wait + "\nv_mov_b32 $0, $1"  # there must be a result
         lanes = tl.arange(0, 64)
-        tl.inline_asm_elementwise(wait, "=v,v", [lanes], tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise(assembly, "=v,v", [lanes], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
