@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -188,11 +189,12 @@ _warned: set[str] = set()
 
 
 def warn_fallback(reason: str) -> None:
-    """Says once a reason that a GPU call went to PyTorch."""
-    if reason not in _warned:
-        _warned.add(reason)
-        warnings.warn(
-            f"fastbn falls back to PyTorch's batch norm because {reason}",
-            RuntimeWarning,
-            stacklevel=5,  # the caller of `batch_norm`
-        )
+    """Says once a reason that a GPU call went to PyTorch, and where: in whose code."""
+    if reason in _warned:
+        return
+    _warned.add(reason)
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals["__name__"].startswith(("fastbn.", "torch.")):
+        frame, level = frame.f_back, level + 1
+    message = f"fastbn falls back to PyTorch's batch norm because {reason}"
+    warnings.warn(message, RuntimeWarning, stacklevel=level)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
@@ -182,6 +183,21 @@ def test_falling_back_warns_once_a_reason(monkeypatch):
     backend.warn_fallback("it rains")
     with pytest.warns(RuntimeWarning, match="because it snows"):
         backend.warn_fallback("it snows")
+
+
+def test_the_warning_points_to_the_callers_code(monkeypatch, device, replan):
+    """From a function and from within modules alike."""
+    monkeypatch.setattr(backend, "_warned", set())
+    monkeypatch.setattr(
+        backend, "unserved", lambda *call: backend.warn_fallback(f"of {len(backend._warned)}")
+    )
+    x = torch.randn(4, 3, device=device)
+    network = torch.nn.Sequential(fastbn.FusedBatchNorm1d(3)).to(device)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        batch_norm(x, None, None, training=True)
+        network(x)
+    assert [warning.filename for warning in caught] == [__file__] * 2
 
 
 @pytest.mark.gpu
