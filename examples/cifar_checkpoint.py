@@ -52,9 +52,7 @@ def load_all(options: Namespace) -> dict[str, dict[str, Any]]:
     if path is None:
         return {}
     if path.is_file() and len(options.norm) > 1:
-        raise UserError(
-            f"--resume: expected a folder; {path} is one checkpoint, add --norm and what it holds"
-        )
+        raise UserError(f"--resume: expected a folder, or one --norm to go with {path}")
     paths = {norm: path if path.is_file() else path / f"{norm}.pt" for norm in options.norm}
     checkpoints = {norm: load(path) for norm, path in paths.items()}
     for norm, checkpoint in checkpoints.items():

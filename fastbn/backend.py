@@ -137,9 +137,10 @@ def unserved(
         return "the input is empty"
     if eps == 0:
         return "eps is 0"
-    others = {"num_batches_tracked": num_batches_tracked, "residual": residual}
-    for name, t in {"input": input, **given, **others}.items():
-        odd = None if t is None else oddity(t, input.device)
+    tensors = {"input": input, "residual": residual, "num_batches_tracked": num_batches_tracked}
+    tensors = {name: t for name, t in tensors.items() if t is not None} | given
+    for name, t in tensors.items():
+        odd = oddity(t, input.device)
         if odd is not None:
             return f"{name} {odd}"
     for name, t in given.items():
@@ -161,6 +162,13 @@ def unserved(
         return "num_batches_tracked is not a single int64"
     if residual is not None and residual.dtype is not input.dtype:
         return f"the residual's dtype is {residual.dtype}, the input's {input.dtype}"
+    if torch.compiler.is_compiling():
+        return None
+    saved = torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())
+    for name, t in tensors.items():
+        written = training and (name.startswith("running") or name == "num_batches_tracked")
+        if (saved or written) and of_inference(t):
+            return f"{name} is an inference tensor, outside inference mode"
     return None
 
 
@@ -174,8 +182,6 @@ def oddity(t: Tensor, device: torch.device) -> str | None:
         return f"is a tensor subclass, {type(t).__name__}"
     if torch.compiler.is_compiling():
         return None  # Dynamo can't ask for what follows, and has no such tensors
-    if t.is_inference() and not torch.is_inference_mode_enabled():
-        return "is an inference tensor, outside inference mode"
     if t.is_neg() or t._is_zerotensor():
         return "is lazily negated, or lazily zero"
     if torch._is_functional_tensor(t):
@@ -183,6 +189,11 @@ def oddity(t: Tensor, device: torch.device) -> str | None:
     if is_legacy_batchedtensor(t):
         return "is batched"  # by `is_grads_batched`
     return None
+
+
+def of_inference(t: Tensor) -> bool:
+    """Whether a tensor may be neither written nor saved for a backward."""
+    return t.is_inference() and not torch.is_inference_mode_enabled()
 
 
 _warned: set[str] = set()

@@ -109,9 +109,9 @@ def tracked_batch_norm(
     counter = num_batches_tracked if training else None
     # First, for where a change is refused; a call that is refused is not counted.
     if counter is not None:
-        counter.add_(1)
         if momentum is None:
-            momentum = 1.0 / float(counter)
+            momentum = 1.0 / (float(counter) + 1.0)
+        counter.add_(1)
     try:
         output = F.batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps
@@ -143,7 +143,7 @@ def check_residual(input: Tensor, residual: Tensor) -> None:
 def _checked_activation(name: str | None, param: float | None) -> tuple[str, float]:
     """Name and parameter, "none" and 0.0 where there is none."""
     if name is not None and not (isinstance(name, str) and name in reference.ACTIVATIONS):
-        known = ", ".join(reference.ACTIVATIONS)
+        known = ", ".join(known for known in reference.ACTIVATIONS if known != "none")
         raise ValueError(f"activation must be None or one of {known}, but got {name!r}")
     if param is None:
         return name or "none", reference.DEFAULT_PARAMS.get(name, 0.0)
@@ -151,10 +151,12 @@ def _checked_activation(name: str | None, param: float | None) -> tuple[str, flo
         raise ValueError(
             f"activation_param must be None for activation {name!r}, but got {param!r}"
         )
-    if not isinstance(param, (float, int)):
-        raise TypeError(
-            f"activation_param must be a number or None, but got a {type(param).__name__}"
-        )
+    # A tensor that requires a gradient would get none.
+    number = isinstance(param, (float, int)) or (
+        hasattr(param, "__float__") and not getattr(param, "requires_grad", False)
+    )
+    if not number:
+        raise TypeError(f"activation_param must be a number or None, but got {param!r}")
     return name, float(param)
 
 

@@ -228,9 +228,10 @@ _ACT_DOC = """`{base}`, an optional residual and an activation in one.
             with one, nothing but the normalisation is fused.
 
     Raises:
-        TypeError: `act_layer` or `drop_layer` is a module and not a class.
+        TypeError: `act_layer` or `drop_layer` is a module and not a class, or
+            the residual no tensor.
         ValueError: `act_layer` is an unknown name, or the residual is of
-            another shape than the input.
+            another shape than the input, or on another device.
     """
 
 

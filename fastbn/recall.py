@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 
-from torch import Tensor
+from torch import Tensor, is_inference_mode_enabled
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._dynamo.guards import TensorGuards
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
@@ -20,7 +20,7 @@ from torch.autograd import _profiler_enabled
 from torch.compiler import is_compiling
 
 from . import calls
-from .backend import PLAIN, oddity
+from .backend import PLAIN, oddity, of_inference
 from .calls import Call
 from .layout import dense
 
@@ -57,7 +57,7 @@ def keep(
     if _get_tracing_state() is not None or _len_torch_dispatch_stack_pre_dispatch() > 0:
         return None
     given = [t for t in tensors if t is not None]
-    if any(oddity(t, given[0].device) is not None for t in given):
+    if any(oddity(t, given[0].device) is not None or of_inference(t) for t in given):
         return None
     call = plan(tensors, *options)
     if any(dense(t, call.format) is not t for t in given):
@@ -80,7 +80,8 @@ def _kind(plan: Callable, tensors: Sequence[Tensor | None], options: tuple) -> H
     """Of the calls of a kind one is kept: what calls may alternate in belongs here."""
     first = tensors[0]
     looks = (first.shape, first.dtype, first.device, first.requires_grad)
-    return plan, *looks, options, *map(type, tensors)
+    # Guards find a tensor in inference mode like one of inference mode outside.
+    return plan, is_inference_mode_enabled(), *looks, options, *map(type, tensors)
 
 
 def _observed() -> bool:

@@ -227,13 +227,13 @@ def test_an_output_folder_that_is_a_file_fails_before_the_training(tmp_path, cap
 @pytest.mark.parametrize(
     ("option", "values"),
     {
-        "--epochs": ["0", "many"],
+        "--epochs": ["0", "many", "9" * 5000],
         "--batch-size": ["1", str(2**63)],
         "--lr": ["0", "-1", "nan", "1e38"],
         "--samples": ["4", "1000000000000"],
         "--seed": ["-1", str(2**32)],
         "--norm": ["batch"],
-        "--device": ["nonsense", "meta"],
+        "--device": ["nonsense", "meta", "hpu"],
     }.items(),
 )
 def test_options_out_of_range_are_one_line_and_nothing_is_written(option, values, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -89,8 +90,9 @@ def test_arguments_of_the_layer(device):
     x = torch.randn(4, 3, 5, 5, device=device)
     bn = nn.BatchNorm2d(3).to(device)
     assert_same(ours, bn, lambda z: F.leaky_relu(z, 0.3), x)
-    ours = FusedBatchNormAct2d(3, act_layer="elu", act_kwargs={"alpha": 0.5}, device=device)
-    assert_same(ours, nn.BatchNorm2d(3).to(device), lambda z: F.elu(z, 0.5), x)
+    for alpha in (0.5, np.float32(0.5), torch.tensor(0.5)):
+        ours = FusedBatchNormAct2d(3, act_layer="elu", act_kwargs={"alpha": alpha}, device=device)
+        assert_same(ours, nn.BatchNorm2d(3).to(device), lambda z: F.elu(z, 0.5), x)
 
 
 def test_without_activation(device):

@@ -187,6 +187,22 @@ def test_compile_dynamic_shapes(training, device):
             torch.testing.assert_close(bn.running_var, other.running_var)
 
 
+def test_compile_a_parameter_that_changes(device):
+    """Which `torch.compile` takes for a symbol."""
+    torch._dynamo.reset()
+
+    def function(x, alpha):
+        return fastbn.batch_norm(
+            x, None, None, training=True, activation="elu", activation_param=alpha
+        )
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    x = torch.randn(3, 4, 5, device=device)
+    with fastbn.use_backend("triton"):
+        for alpha in (0.3, 0.4):
+            torch.testing.assert_close(compiled(x, alpha), function(x, alpha))
+
+
 @pytest.mark.parametrize("transform", ["grad", "vjp"])
 def test_transforms_inside_compile(transform, device):
     torch._dynamo.reset()

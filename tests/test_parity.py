@@ -358,6 +358,7 @@ LATE = {
 def test_what_autograd_refuses_leaves_no_trace(pair, call):
     """Though it is refused only after the sizes and dtypes have been accepted."""
     ours, theirs, x = pair()
+    _in_inference_mode(copy.deepcopy(ours), x)  # a call alike, which is not to be recalled
     before = copy.deepcopy(ours.state_dict())
     found = outcome(LATE[call], ours, x)
     assert found == outcome(LATE[call], theirs, x)
@@ -366,11 +367,31 @@ def test_what_autograd_refuses_leaves_no_trace(pair, call):
         assert value.equal(before[name]), name
 
 
-def test_statistics_of_inference_mode_are_not_updated_outside(pair):
-    ours, theirs, x = pair()
-    inner, their_inner = (_in_inference_mode(copy.deepcopy, module) for module in (ours, theirs))
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("inner", ["input", "module", "both"])
+def test_tensors_of_inference_mode_outside_of_it(pair, inner, training):
+    """They may be read, not written."""
+    modules = *_, x = pair()
+    for module in modules[:2]:
+        module.train(training)
+        _in_inference_mode(copy.deepcopy(module), x)  # a call alike
+    if inner != "input":
+        modules = [_in_inference_mode(copy.deepcopy, module) for module in modules[:2]]
+    if inner != "module":
+        x = _in_inference_mode(x.clone)
+    ours, theirs = modules[:2]
     with torch.no_grad():
-        assert_same_outcome(inner, their_inner, x)
-        assert inner.running_mean.equal(ours.running_mean)
-        assert_same_state(inner, their_inner)
-        torch.testing.assert_close(inner.eval()(x), ours.eval()(x))
+        assert_same_outcome(ours, theirs, x)
+    assert_same_state(ours, theirs)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_kernels_read_tensors_of_inference_mode(training, device):
+    """Where PyTorch takes them, as features kept from another network may be."""
+    bn = FusedBatchNorm2d(3).to(device).train(training)
+    x = _in_inference_mode(torch.randn, 4, 3, 5, 5).to(device)
+    with fastbn.use_backend("triton"), torch.no_grad():
+        y = bn(x)
+    twin = nn.BatchNorm2d(3).to(device).train(training)
+    torch.testing.assert_close(y, twin(x.clone()))
+    torch.testing.assert_close(bn.running_var, twin.running_var)
