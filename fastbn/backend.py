@@ -108,18 +108,17 @@ def unserved(
     """
     if not (isinstance(eps, (float, int)) and isinstance(momentum, (float, int, type(None)))):
         return "momentum or eps is not a number"
-    given = {"weight": weight, "bias": bias, "running_mean": running_mean}
-    given["running_var"] = running_var
-    given = {name: t for name, t in given.items() if t is not None}
-    parameters = list(given.values())
-    if not all(isinstance(t, Tensor) for t in (input, *parameters)):
+    names = ("weight", "bias", "running_mean", "running_var")
+    parameters = zip(names, (weight, bias, running_mean, running_var))
+    parameters = {name: t for name, t in parameters if t is not None}
+    if not all(isinstance(t, Tensor) for t in (input, *parameters.values())):
         return PYTORCH_REFUSES
     if input.dim() < 2 or (running_mean is None) != (running_var is None):
         return PYTORCH_REFUSES
     if momentum is None and num_batches_tracked is None:
         return PYTORCH_REFUSES
     channels = input.shape[1]
-    if any(t.numel() != channels for t in parameters):
+    if any(t.numel() != channels for t in parameters.values()):
         return PYTORCH_REFUSES
     if training and not (eps > 0 and input.numel() != channels):
         return PYTORCH_REFUSES
@@ -138,16 +137,17 @@ def unserved(
     if eps == 0:
         return "eps is 0"
     tensors = {"input": input, "residual": residual, "num_batches_tracked": num_batches_tracked}
-    tensors = {name: t for name, t in tensors.items() if t is not None} | given
+    tensors = {name: t for name, t in tensors.items() if t is not None} | parameters
     for name, t in tensors.items():
         odd = oddity(t, input.device)
         if odd is not None:
             return f"{name} {odd}"
-    for name, t in given.items():
+    for name, t in parameters.items():
         if t.dim() != 1:
             return f"{name} is not one-dimensional"
-        if t.dtype is not parameters[0].dtype:
-            return f"{next(iter(given))} is of {parameters[0].dtype} and {name} of {t.dtype}"
+        first, *_ = parameters
+        if t.dtype is not parameters[first].dtype:
+            return f"{first} is of {parameters[first].dtype} and {name} of {t.dtype}"
         if t.dtype is not input.dtype and (
             t.dtype is not torch.float32 or input.dtype not in _HALVES
         ):
@@ -205,7 +205,7 @@ def warn_fallback(reason: str) -> None:
         return
     _warned.add(reason)
     frame, level = sys._getframe(), 1
-    while frame.f_back and frame.f_globals["__name__"].startswith(("fastbn.", "torch.")):
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("fastbn.", "torch.")):
         frame, level = frame.f_back, level + 1
     message = f"fastbn falls back to PyTorch's batch norm because {reason}"
     warnings.warn(message, RuntimeWarning, stacklevel=level)
