@@ -142,10 +142,10 @@ def unserved(
         odd = oddity(t, input.device)
         if odd is not None:
             return f"{name} {odd}"
+    first = next(iter(parameters), None)
     for name, t in parameters.items():
         if t.dim() != 1:
             return f"{name} is not one-dimensional"
-        first, *_ = parameters
         if t.dtype is not parameters[first].dtype:
             return f"{first} is of {parameters[first].dtype} and {name} of {t.dtype}"
         if t.dtype is not input.dtype and (

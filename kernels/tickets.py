@@ -54,7 +54,10 @@ def work_of(ticket, slices, slice_blocks, splits):
 
 @triton.constexpr_function
 def store_wait():
-    """AMD's instruction by which a wave waits for its own stores; elsewhere None."""
+    """AMD's instruction by which a wave waits for its own stores; elsewhere None.
+
+    The tests compile it for gfx942 alone.
+    """
     target = current_target()
     if knobs.runtime.interpret or target is None or target.backend != "hip":
         return None

@@ -389,7 +389,8 @@ def test_tensors_of_inference_mode_outside_of_it(pair, inner, training):
 def test_kernels_read_tensors_of_inference_mode(training, device):
     """Where PyTorch takes them, as features kept from another network may be."""
     bn = FusedBatchNorm2d(3).to(device).train(training)
-    x = _in_inference_mode(torch.randn, 4, 3, 5, 5).to(device)
+    x = _in_inference_mode(torch.randn(4, 3, 5, 5, device=device).clone)
+    assert x.is_inference()
     with fastbn.use_backend("triton"), torch.no_grad():
         y = bn(x)
     twin = nn.BatchNorm2d(3).to(device).train(training)
