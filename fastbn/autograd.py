@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -31,13 +31,14 @@ Tensors = Sequence[Tensor | None]
 
 def recalled(tensors: Tensors, options: Options) -> Call | None:
     """The plan of a call like an earlier one, or None."""
-    return recall.find(forward_call, tensors, *_planned_by(tensors, options))
+    return None if recall.observed() else recall.find(_kind(tensors, options), tensors)
 
 
 def batch_norm(tensors: Tensors, options: Options, call: Call | None) -> Tensor:
     """Batch norm, residual and activation, by a recalled plan or a new one."""
-    if call is None:
-        call = recall.keep(forward_call, tensors, *_planned_by(tensors, options))
+    if call is None and not recall.observed():
+        planned_by = _planned_by(tensors, options)
+        call = recall.keep(_kind(tensors, options), tensors, forward_call, *planned_by)
     if _has_backward(tensors):
         return BatchNorm.apply(*tensors, options, call)
     return _forward(tensors, options, call, save_mask=False)[0]
@@ -48,6 +49,15 @@ def _planned_by(tensors: Tensors, options: Options) -> tuple[bool, bool, str, bo
     training, momentum, _, activation, _ = options
     save_mask = saved_for(activation, tensors[1] is not None) == "mask" and _has_backward(tensors)
     return bool(training), momentum is None, activation, save_mask
+
+
+def _kind(tensors: Tensors, options: Options) -> Hashable:
+    """What a plan is kept by."""
+    # Guards find a tensor in inference mode like one of inference mode outside.
+    inference = torch.is_inference_mode_enabled()
+    # For speed: of the kinds that differ in nothing else, networks have many.
+    shape = getattr(tensors[0], "shape", None)
+    return *_planned_by(tensors, options), inference, shape, *map(type, tensors)
 
 
 def _has_backward(tensors: Tensors) -> bool:
@@ -89,21 +99,19 @@ class BatchNorm(torch.autograd.Function):
         options: Options,
         call: Call | None,
     ) -> Tensor:
-        training, _, _, activation, _ = options
+        training, _, eps, activation, param = options
         saved = saved_for(activation, residual is not None)
         tensors = (input, residual, weight, bias, running_mean, running_var, num_batches_tracked)
         output, statistics, mask = _forward(tensors, options, call, saved == "mask")
-        if saved == "mask":
-            # Hooks on saved tensors may change strides; the mask's bits follow the input's.
-            ctx.format = memory_format(input)
-        else:
-            mask, ctx.format = None, None
+        mask = mask if saved == "mask" else None
         residual = residual if saved == "residual" else None
         # What the backward does not read may change before it, as in PyTorch.
         bias = None if saved == "mask" or activation == "none" else bias
         var = None if training else running_var
         ctx.save_for_backward(input, residual, mask, weight, bias, statistics, var)
-        ctx.options = options
+        # Hooks on saved tensors may change strides; the mask's bits follow the input's.
+        format = None if mask is None else memory_format(input)
+        ctx.options = call, eps, activation, param, format
         return output
 
     @staticmethod
@@ -119,20 +127,23 @@ class BatchNorm(torch.autograd.Function):
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of input, residual, weight and bias, each where asked for."""
     input, residual, mask, weight, bias, statistics, var = ctx.saved_tensors
-    _, _, eps, activation, param = ctx.options
+    forward, eps, activation, param, format = ctx.options
     want_dx, want_dr, want_dw, want_db = ctx.needs_input_grad[:4]
     # With no activation the residual's gradient is the output's: no copy.
     compute_dr = want_dr and activation != "none"
     wanted = (want_dx, compute_dr, want_dw, want_db)
     tensors = (grad_output, input, residual, mask, weight, bias, statistics, var)
-    kind = (backward_call, tensors, activation, wanted, ctx.format)
-    call = recall.find(*kind)
-    if call is None:
-        call = recall.keep(*kind)
+    call = None
+    if forward is not None and not recall.observed():
+        # Backwards of alike forwards differ in the gradients wanted.
+        kind = (forward, wanted)
+        call = recall.find(kind, tensors)
+        if call is None:
+            call = recall.keep(kind, tensors, backward_call, activation, wanted, format)
     if call is not None:
         dx, dr, dw, db = run.backward(call, *tensors, eps, param, wanted)
     else:
-        dx, dr, dw, db = ops.backward(*tensors, eps, activation, param, wanted, ctx.format)
+        dx, dr, dw, db = ops.backward(*tensors, eps, activation, param, wanted, format)
     return (
         dx if want_dx else None,
         dr if compute_dr else grad_output if want_dr else None,
@@ -144,10 +155,10 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """The same gradients through the reference, for derivatives of the derivative."""
     input, residual, mask, weight, bias, statistics, var = ctx.saved_tensors
-    _, _, eps, activation, param = ctx.options
+    _, eps, activation, param, format = ctx.options
     if mask is not None:
         # Whether the activation's argument was positive was kept, and is all that counts.
-        positive = unpack_mask(mask, input.contiguous(memory_format=ctx.format))
+        positive = unpack_mask(mask, input.contiguous(memory_format=format))
         grad_output = reference.accumulated(grad_output)
         negative = grad_output * param if activation == "leaky_relu" else 0.0
         grad_output = torch.where(positive, grad_output, negative)

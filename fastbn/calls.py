@@ -26,7 +26,7 @@ from .layout import mask_sizes, memory_format, sizes, statistics_dtype
 _OPTIONS = {"enable_fp_fusion": False}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
     """One direction of calls of the same sizes, strides, dtypes and options.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 
-from torch import Tensor, is_inference_mode_enabled
+from torch import Tensor
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._dynamo.guards import TensorGuards
 from torch._ops import _len_torch_dispatch_stack_pre_dispatch
@@ -24,35 +24,49 @@ from .backend import PLAIN, oddity, of_inference
 from .calls import Call
 from .layout import dense
 
-# More kinds of calls than this are forgotten and found anew.
+# More kinds of calls than this are forgotten and found anew; of a kind, all but the latest.
 _LIMIT = 1024
+_LIMIT_OF_A_KIND = 8
 
-_kept: dict[Hashable, tuple[TensorGuards, Call]] = {}
+# By what is quickly asked; what else tells calls apart is left to the guards.
+_kept: dict[Hashable, list[tuple[TensorGuards, Call]]] = {}
 
 
-def find(
-    plan: Callable[..., Call], tensors: Sequence[Tensor | None], *options: Hashable
-) -> Call | None:
-    """What `keep` kept for a call like this, or None."""
-    if _observed() or type(tensors[0]) not in PLAIN:
+def observed() -> bool:
+    """Whether a compiler, a mode or the profiler is to see operators, unnoticed by guards.
+
+    Then nothing is to be recalled or kept.
+    """
+    return is_compiling() or _len_torch_dispatch_stack() > 0 or _profiler_enabled()
+
+
+def find(kind: Hashable, tensors: Sequence[Tensor | None]) -> Call | None:
+    """What `keep` kept for a call like this, or None.
+
+    Args:
+        kind: what guards don't tell: options, and which of the tensors are None.
+        tensors: the first is not None.
+    """
+    # The sizes of others need not be hashable.
+    if type(tensors[0]) not in PLAIN:
         return None
-    kept = _kept.get(_kind(plan, tensors, options))
-    if kept is None:
-        return None
-    guards, call = kept
-    return call if guards.check(*[t for t in tensors if t is not None]) else None
+    kept = _kept.get(kind)
+    if kept is not None:
+        given = [t for t in tensors if t is not None]
+        for guards, call in kept:
+            if guards.check(*given):
+                return call
+    return None
 
 
 def keep(
-    plan: Callable[..., Call], tensors: Sequence[Tensor | None], *options: Hashable
+    kind: Hashable, tensors: Sequence[Tensor | None], plan: Callable[..., Call], *options: Hashable
 ) -> Call | None:
-    """Plans a call and keeps the plan, the latest of its kind.
+    """Plans a call, and keeps the plan.
 
-    None if the call must go through the dispatcher: somebody listens to it, or a
+    None if the call must go through the dispatcher: a tracer listens to it, or a
     tensor is not what it seems, or lies in memory as the kernels don't take it.
     """
-    if _observed():
-        return None
     # Guards compare what tracers change, so they must not be made under one.
     if _get_tracing_state() is not None or _len_torch_dispatch_stack_pre_dispatch() > 0:
         return None
@@ -66,7 +80,8 @@ def keep(
     guards = TensorGuards(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
     if len(_kept) >= _LIMIT:
         _kept.clear()
-    _kept[_kind(plan, tensors, options)] = guards, call
+    # A new list: another thread may be looking through the old one.
+    _kept[kind] = [(guards, call), *_kept.get(kind, ())][:_LIMIT_OF_A_KIND]
     return call
 
 
@@ -74,16 +89,3 @@ def forget() -> None:
     """Forgets all calls and their plans."""
     _kept.clear()
     calls.forget()
-
-
-def _kind(plan: Callable, tensors: Sequence[Tensor | None], options: tuple) -> Hashable:
-    """Of the calls of a kind one is kept: what calls may alternate in belongs here."""
-    first = tensors[0]
-    looks = (first.shape, first.dtype, first.device, first.requires_grad)
-    # Guards find a tensor in inference mode like one of inference mode outside.
-    return plan, is_inference_mode_enabled(), *looks, options, *map(type, tensors)
-
-
-def _observed() -> bool:
-    """Whether a compiler, a mode or the profiler is to see operators, unnoticed by guards."""
-    return is_compiling() or _len_torch_dispatch_stack() > 0 or _profiler_enabled()

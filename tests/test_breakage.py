@@ -86,8 +86,8 @@ BREAKAGES = {
     ),
     "any call recalled for another": (
         "recall.py",
-        "return call if guards.check(*[t for t in tensors if t is not None]) else None",
-        "return call",
+        "if guards.check(*given):",
+        "if True:",
         "tests/test_recall.py::test_an_earlier_call_changes_nothing",
     ),
     "resident mean left uncorrected": (

@@ -24,20 +24,25 @@ def only_kernels(replan):
 
 @pytest.fixture
 def recalled(monkeypatch):
-    """How often each plan was asked for, and how often it was recalled."""
-    asked, found = [], []
-    find = recall.find
+    """The plans that were asked for and recalled, by name."""
+    planned, found = {}, []
+    find, keep = recall.find, recall.keep
 
-    def spy(plan, tensors, *options):
-        call = find(plan, tensors, *options)
-        asked.append(plan.__name__)
+    def spy_keep(kind, tensors, plan, *options):
+        planned[kind] = plan, options
+        return keep(kind, tensors, plan, *options)
+
+    def spy_find(kind, tensors):
+        call = find(kind, tensors)
         if call is not None:
+            plan, options = planned[kind]
             assert call is plan(tensors, *options)
             assert all(t is None or dense(t, call.format) is t for t in tensors)
             found.append(plan.__name__)
         return call
 
-    monkeypatch.setattr(recall, "find", spy)
+    monkeypatch.setattr(recall, "keep", spy_keep)
+    monkeypatch.setattr(recall, "find", spy_find)
     return found
 
 
@@ -193,7 +198,9 @@ def test_an_earlier_call_elsewhere(where, device):
     assert ("fastbn.forward_train.default" in seen) == (where == "dispatch mode")
 
 
-@pytest.mark.parametrize("what", ["gradient", "dtype", "training", "activation", "residual"])
+@pytest.mark.parametrize(
+    "what", ["gradient", "dtype", "format", "training", "activation", "residual"]
+)
 def test_kinds_in_turn_are_recalled(what, recalled, device):
     """As of two networks of the same sizes, one of them frozen or in another precision."""
     x = torch.randn(2, 4, 3, 3, device=device)
@@ -204,6 +211,7 @@ def test_kinds_in_turn_are_recalled(what, recalled, device):
         | {
             "gradient": {"input": x.clone().requires_grad_()},
             "dtype": {"input": x.half()},
+            "format": {"input": x.contiguous(memory_format=torch.channels_last)},
             "training": {"training": False},
             "activation": {"activation": "silu"},
             "residual": {"residual": x.clone()},
@@ -281,6 +289,16 @@ def test_many_kinds_are_not_all_kept(monkeypatch, device):
         y = batch_norm(x, None, None, training=True)
         torch.testing.assert_close(y, torch.nn.functional.batch_norm(x, None, None, training=True))
         assert len(recall._kept) <= 3
+
+
+def test_of_a_kind_the_latest_are_kept(monkeypatch, recalled, device):
+    """They differ in what only guards tell: dtypes."""
+    monkeypatch.setattr(recall, "_LIMIT_OF_A_KIND", 2)
+    x = torch.randn(2, 4, 3, device=device)
+    for dtype in (torch.half, torch.float, torch.double, torch.float, torch.half):
+        batch_norm(x.to(dtype), None, None, training=True)
+    assert recalled == ["forward_call"]
+    assert [len(kept) for kept in recall._kept.values()] == [2]
 
 
 def test_threads_with_calls_of_one_kind(device):
