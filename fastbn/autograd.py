@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,27 +37,23 @@ def recalled(tensors: Tensors, options: Options) -> Call | None:
 def batch_norm(tensors: Tensors, options: Options, call: Call | None) -> Tensor:
     """Batch norm, residual and activation, by a recalled plan or a new one."""
     if call is None and not recall.observed():
-        planned_by = _planned_by(tensors, options)
-        call = recall.keep(_kind(tensors, options), tensors, forward_call, *planned_by)
+        kind = _kind(tensors, options)
+        call = recall.keep(kind, tensors, forward_call, *kind[:4])
     if _has_backward(tensors):
         return BatchNorm.apply(*tensors, options, call)
     return _forward(tensors, options, call, save_mask=False)[0]
 
 
-def _planned_by(tensors: Tensors, options: Options) -> tuple[bool, bool, str, bool]:
-    """What a plan depends on besides the tensors."""
+def _kind(tensors: Tensors, options: Options) -> tuple:
+    """By what a plan is kept: its four options, then what else guards don't tell."""
     training, momentum, _, activation, _ = options
     save_mask = saved_for(activation, tensors[1] is not None) == "mask" and _has_backward(tensors)
-    return bool(training), momentum is None, activation, save_mask
-
-
-def _kind(tensors: Tensors, options: Options) -> Hashable:
-    """What a plan is kept by."""
     # Guards find a tensor in inference mode like one of inference mode outside.
     inference = torch.is_inference_mode_enabled()
-    # For speed: of the kinds that differ in nothing else, networks have many.
+    # Guards tell sizes, but networks have many.
     shape = getattr(tensors[0], "shape", None)
-    return *_planned_by(tensors, options), inference, shape, *map(type, tensors)
+    cumulative = momentum is None
+    return bool(training), cumulative, activation, save_mask, inference, shape, *map(type, tensors)
 
 
 def _has_backward(tensors: Tensors) -> bool:

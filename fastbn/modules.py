@@ -111,8 +111,9 @@ _FUSIBLE: dict[type, Callable[[Any], tuple[str, float | None] | None]] = {
 }
 
 
-def _hooks(module: nn.Module) -> bool:
-    return bool(
+def _hooks(module: nn.Module) -> dict | None:
+    """Some of a module's hooks, if it has any."""
+    return (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
@@ -132,9 +133,8 @@ def fused_activation(module: nn.Module) -> tuple[str, float | None] | None:
         return None
     if act is None:
         return "none", None
-    if type(act) not in _FUSIBLE or _hooks(act):
-        return None
-    return _FUSIBLE[type(act)](act)
+    fusible = _FUSIBLE.get(type(act))
+    return None if fusible is None or _hooks(act) else fusible(act)
 
 
 _LAYERS: dict[str, type[nn.Module]] = {
