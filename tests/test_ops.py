@@ -231,6 +231,13 @@ def test_whoever_listens_hears_the_operators(device):
         with torch.profiler.profile(acc_events=True) as profile:
             bn(x)
         assert "fastbn::forward_eval" in {event.key for event in profile.key_averages()}
+        leaf = x.clone().requires_grad_()
+        for _ in range(2):
+            y = bn(leaf)
+            torch.autograd.grad(y, leaf, torch.ones_like(y), retain_graph=True)
+        with torch.profiler.profile(acc_events=True) as profile:
+            torch.autograd.grad(y, leaf, torch.ones_like(y))
+        assert "fastbn::backward" in {event.key for event in profile.key_averages()}
         for pre_dispatch in (False, True):
             graph = make_fx(bn, pre_dispatch=pre_dispatch)(x)
             assert any("fastbn.forward_eval" in str(node.target) for node in graph.graph.nodes)

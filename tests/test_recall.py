@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbn
-from fastbn import FusedBatchNormAct2d, batch_norm, recall
+from fastbn import FusedBatchNormAct2d, batch_norm, recall, run
 from fastbn.layout import dense
 
 
@@ -221,6 +221,41 @@ def test_kinds_in_turn_are_recalled(what, recalled, device):
         batch_norm(running_mean=mean, running_var=var, **one)
         batch_norm(running_mean=mean, running_var=var, **other)
     assert recalled == ["forward_call"] * 4
+
+
+def test_gradients_wanted_in_turn(monkeypatch, device):
+    """Compiled kernels leave out what is not wanted: each has its plan, which is recalled."""
+    plans, backward = {}, run.backward
+
+    def spy(call, *arguments):
+        plans.setdefault(arguments[-1], []).append(call)
+        return backward(call, *arguments)
+
+    monkeypatch.setattr(run, "backward", spy)
+    inputs = [torch.randn(size, device=device) for size in ((2, 4, 3, 3), (4,), (4,))]
+    for _ in range(2):
+        for wanted in ((True, True, False), (True, True, True), (False, True, True)):
+            x, w, b = (t.requires_grad_(want) for t, want in zip(inputs, wanted))
+            y = batch_norm(x, None, None, w, b, training=True)
+            y.backward(torch.ones_like(y))
+    assert all(first is second for first, second in plans.values())
+    assert len({call for first, call in plans.values()}) == 3
+
+
+def test_a_call_without_gradients_is_not_taken_for_one_with(device):
+    """It saved no mask."""
+    x, r = torch.randn(2, 2, 4, 3, 3, device=device).unbind()
+    x.requires_grad_()
+
+    def gradient(first_without):
+        recall.forget()
+        if first_without:
+            with torch.no_grad():
+                batch_norm(x, None, None, training=True, activation="relu", residual=r)
+        y = batch_norm(x, None, None, training=True, activation="relu", residual=r)
+        return torch.autograd.grad(y.square().sum(), x)[0]
+
+    assert gradient(True).equal(gradient(False))
 
 
 def test_a_flag_that_is_a_tensor_is_read_each_time(device):
