@@ -45,12 +45,13 @@ def batch_norm(tensors: Tensors, options: Options, call: Call | None) -> Tensor:
 
 
 def _kind(tensors: Tensors, options: Options) -> tuple:
-    """By what a plan is kept: its four options, then what else guards don't tell."""
+    """By what a forward's plan is kept, the options of `forward_call` first."""
     training, momentum, _, activation, _ = options
     save_mask = saved_for(activation, tensors[1] is not None) == "mask" and _has_backward(tensors)
-    # Guards find a tensor in inference mode like one of inference mode outside.
+    # Guards take a tensor in inference mode for one of inference mode outside, where it can't
+    # be saved or written. (A backward does neither.)
     inference = torch.is_inference_mode_enabled()
-    # Guards tell sizes, but networks have many.
+    # Guards compare sizes, but a network has many.
     shape = getattr(tensors[0], "shape", None)
     cumulative = momentum is None
     return bool(training), cumulative, activation, save_mask, inference, shape, *map(type, tensors)

@@ -111,8 +111,8 @@ _FUSIBLE: dict[type, Callable[[Any], tuple[str, float | None] | None]] = {
 }
 
 
-def _hooks(module: nn.Module) -> dict | None:
-    """Some of a module's hooks, if it has any."""
+def _hooks(module: nn.Module) -> dict:
+    """Some of a module's hooks; empty if it has none."""
     return (
         module._forward_hooks
         or module._forward_pre_hooks

@@ -1,10 +1,10 @@
 """Calls recalled: one like an earlier one is neither checked nor planned again.
 
 It goes straight to its kernels, past PyTorch's dispatcher, which takes three
-microseconds. Calls are alike if they agree in their options, in which tensors are None,
-and in all that PyTorch's guards compare of the others: type, what the dispatcher goes by
-(device, lazy negation, batches, inference mode, autocast), dtype, sizes, strides, need of
-a gradient. Guards, made for `torch.compile`, take a third of a microsecond; to look at
+microseconds. Calls are alike if they agree in kind (options, which tensors are None) and
+in all that PyTorch's guards compare of the others: type, what the dispatcher goes by
+(device, lazy negation, batches, autocast), dtype, sizes, strides, need of a gradient.
+Guards, made for `torch.compile`, take a third of a microsecond; to look at
 every property from here takes ten times as long.
 """
 
@@ -44,7 +44,7 @@ def find(kind: Hashable, tensors: Sequence[Tensor | None]) -> Call | None:
     """What `keep` kept for a call like this, or None.
 
     Args:
-        kind: what guards don't tell: options, and which of the tensors are None.
+        kind: at least what guards don't compare: options, and which tensors are None.
         tensors: the first is not None.
     """
     # The sizes of others need not be hashable.
@@ -78,10 +78,12 @@ def keep(
         return None
     sizes, strides = [list(t.shape) for t in given], [list(t.stride()) for t in given]
     guards = TensorGuards(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-    if len(_kept) >= _LIMIT:
-        _kept.clear()
-    # A new list: another thread may be looking through the old one.
-    _kept[kind] = [(guards, call), *_kept.get(kind, ())][:_LIMIT_OF_A_KIND]
+    # They never match where one tensor is in two places.
+    if guards.check(*given):
+        if len(_kept) >= _LIMIT:
+            _kept.clear()
+        # A new list: another thread may be looking through the old one.
+        _kept[kind] = [(guards, call), *_kept.get(kind, ())][:_LIMIT_OF_A_KIND]
     return call
 
 

@@ -336,6 +336,15 @@ def test_of_a_kind_the_latest_are_kept(monkeypatch, recalled, device):
     assert [len(kept) for kept in recall._kept.values()] == [2]
 
 
+def test_what_cannot_be_recalled_takes_no_place(device):
+    """Guards don't match one tensor in two places: here the input and its own gradient."""
+    x = torch.randn(2, 4, 3, device=device, requires_grad=True)
+    for _ in range(3):
+        y = batch_norm(x, None, None, training=True)
+        torch.autograd.grad(y, x, x)
+    assert len(recall._kept) == 1
+
+
 def test_threads_with_calls_of_one_kind(device):
     """They differ in what only guards tell: strides."""
     x = torch.randn(2, 4, 3, 3, device=device)
