@@ -73,7 +73,7 @@ def _forward(
     """Output, (2, C) mean and rstd (or the frozen mean), and packed mask if it is saved."""
     training, momentum, eps, activation, param = options
     if call is not None:
-        return run.forward(call, *tensors, momentum, eps, param)
+        return run.forward(call, tensors, momentum, eps, param)
     if training:
         return ops.forward_train(*tensors, momentum, eps, activation, param, save_mask)
     output, mask = ops.forward_eval(*tensors[:6], eps, activation, param, save_mask)
@@ -138,7 +138,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if call is None:
             call = recall.keep(kind, tensors, backward_call, activation, wanted, format)
     if call is not None:
-        dx, dr, dw, db = run.backward(call, *tensors, eps, param, wanted)
+        dx, dr, dw, db = run.backward(call, tensors, eps, param, wanted)
     else:
         dx, dr, dw, db = ops.backward(*tensors, eps, activation, param, wanted, format)
     return (

@@ -46,7 +46,7 @@ def _forward_train(
         raise RuntimeError("expected running statistics that are contiguous")
     call = forward_call((*given, *written), True, momentum is None, activation, save_mask)
     tensors = (*_dense(call, given), *written)
-    y, statistics, mask = run.forward(call, *tensors, momentum, eps, param)
+    y, statistics, mask = run.forward(call, tensors, momentum, eps, param)
     return y, statistics, _or_empty(mask, x, torch.uint8)
 
 
@@ -54,7 +54,7 @@ def _forward_eval(x, residual, weight, bias, mean, var, eps, activation, param, 
     tensors = (x, residual, weight, bias, mean, var, None)
     _check_devices(*tensors)
     call = forward_call(tensors, False, False, activation, save_mask)
-    y, _, mask = run.forward(call, *_dense(call, tensors), 0.0, eps, param)
+    y, _, mask = run.forward(call, _dense(call, tensors), 0.0, eps, param)
     return y, _or_empty(mask, x, torch.uint8)
 
 
@@ -64,7 +64,7 @@ def _backward(
     tensors = (dy, x, residual, mask, weight, bias, statistics, var)
     _check_devices(*tensors)
     call = backward_call(tensors, activation, tuple(wanted), format)
-    dx, dr, dw, db = run.backward(call, *_dense(call, tensors), eps, param, wanted)
+    dx, dr, dw, db = run.backward(call, _dense(call, tensors), eps, param, wanted)
     dtype = run.parameter_like(weight, bias, statistics).dtype
     dw, db = _or_empty(dw, x, dtype), _or_empty(db, x, dtype)
     return _or_empty(dx, x), _or_empty(dr, x), dw, db

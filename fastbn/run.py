@@ -6,6 +6,8 @@ All tensors are of one device and lie in memory as the kernels take them
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -28,13 +30,20 @@ def _empty(call: Call, x: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def forward(
-    call: Call, x, residual, weight, bias, running_mean, running_var, batches_tracked,
-    momentum, eps, param,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    call: Call,
+    tensors: Sequence[Tensor | None],
+    momentum: float | None,
+    eps: float,
+    param: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output, (2, C) mean and rstd (or the frozen mean), and packed mask.
 
     In training, running statistics and counter are updated.
+
+    Args:
+        tensors: as for `calls.forward_call`.
     """
+    x, residual, weight, bias, running_mean, running_var, batches_tracked = tensors
     # All memory is there before anything is written: what runs out leaves no trace.
     y, mask = torch.empty_like(x, memory_format=call.format), None
     if call.mask_bytes:
@@ -68,14 +77,18 @@ def forward(
 
 
 def backward(
-    call: Call, dy, x, residual, mask, weight, bias, statistics, var, eps, param, wanted
+    call: Call,
+    tensors: Sequence[Tensor | None],
+    eps: float,
+    param: float,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, residual, weight and bias, each where it is wanted.
 
     Args:
-        statistics: a batch's (2, C) mean and rstd, or the frozen mean.
-        var: the frozen variance, or None.
+        tensors: as for `calls.backward_call`.
     """
+    dy, x, residual, mask, weight, bias, statistics, var = tensors
     want_dx, want_dr, want_dw, want_db = wanted
     dx = torch.empty_like(x, memory_format=call.format) if want_dx else None
     dr = torch.empty_like(x, memory_format=call.format) if want_dr else None
