@@ -108,7 +108,7 @@ class BatchNorm(torch.autograd.Function):
         ctx.save_for_backward(input, residual, mask, weight, bias, statistics, var)
         # Hooks on saved tensors may change strides; the mask's bits follow the input's.
         format = None if mask is None else memory_format(input)
-        ctx.options = call, eps, activation, param, format
+        ctx.kept = call, eps, activation, param, format
         return output
 
     @staticmethod
@@ -124,7 +124,7 @@ class BatchNorm(torch.autograd.Function):
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of input, residual, weight and bias, each where asked for."""
     input, residual, mask, weight, bias, statistics, var = ctx.saved_tensors
-    forward, eps, activation, param, format = ctx.options
+    forward, eps, activation, param, format = ctx.kept
     want_dx, want_dr, want_dw, want_db = ctx.needs_input_grad[:4]
     # With no activation the residual's gradient is the output's: no copy.
     compute_dr = want_dr and activation != "none"
@@ -132,7 +132,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     tensors = (grad_output, input, residual, mask, weight, bias, statistics, var)
     call = None
     if forward is not None and not recall.observed():
-        # Backwards of alike forwards differ in the gradients wanted.
+        # The forward's plan fixes all but the gradients wanted.
         kind = (forward, wanted)
         call = recall.find(kind, tensors)
         if call is None:
@@ -152,7 +152,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """The same gradients through the reference, for derivatives of the derivative."""
     input, residual, mask, weight, bias, statistics, var = ctx.saved_tensors
-    _, eps, activation, param, format = ctx.options
+    _, eps, activation, param, format = ctx.kept
     if mask is not None:
         # Whether the activation's argument was positive was kept, and is all that counts.
         positive = unpack_mask(mask, input.contiguous(memory_format=format))

@@ -26,7 +26,7 @@ from .layout import mask_sizes, memory_format, sizes, statistics_dtype
 _OPTIONS = {"enable_fp_fusion": False}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)  # a key in `recall.py`, by identity
 class Call:
     """One direction of calls of the same sizes, strides, dtypes and options.
 

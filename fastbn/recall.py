@@ -1,8 +1,8 @@
 """Calls recalled: one like an earlier one is neither checked nor planned again.
 
 It goes straight to its kernels, past PyTorch's dispatcher, which takes three
-microseconds. Calls are alike if they agree in kind (options, which tensors are None) and
-in all that PyTorch's guards compare of the others: type, what the dispatcher goes by
+microseconds. Calls are alike if they agree in kind (options, inference mode, which tensors are
+None) and in all that PyTorch's guards compare of the others: type, what the dispatcher goes by
 (device, lazy negation, batches, autocast), dtype, sizes, strides, need of a gradient.
 Guards, made for `torch.compile`, take a third of a microsecond; to look at
 every property from here takes ten times as long.
@@ -26,7 +26,7 @@ from .layout import dense
 
 # More kinds of calls than this are forgotten and found anew; of a kind, all but the latest.
 _LIMIT = 1024
-_LIMIT_OF_A_KIND = 8
+_LIMIT_OF_A_KIND = 32
 
 # By what is quickly asked; what else tells calls apart is left to the guards.
 _kept: dict[Hashable, list[tuple[TensorGuards, Call]]] = {}
@@ -44,7 +44,8 @@ def find(kind: Hashable, tensors: Sequence[Tensor | None]) -> Call | None:
     """What `keep` kept for a call like this, or None.
 
     Args:
-        kind: at least what guards don't compare: options, and which tensors are None.
+        kind: at least what guards don't compare: options, inference mode for a call
+            that writes or saves tensors, and which tensors are None.
         tensors: the first is not None.
     """
     # The sizes of others need not be hashable.
@@ -80,7 +81,7 @@ def keep(
     guards = TensorGuards(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
     # They never match where one tensor is in two places.
     if guards.check(*given):
-        if len(_kept) >= _LIMIT:
+        if kind not in _kept and len(_kept) >= _LIMIT:
             _kept.clear()
         # A new list: another thread may be looking through the old one.
         _kept[kind] = [(guards, call), *_kept.get(kind, ())][:_LIMIT_OF_A_KIND]

@@ -64,8 +64,8 @@ def forward(
         arrivals, tickets, _ = counters(x.device, call.blocks)
         partials = _empty(call, x, 1, call.partials)
         if call.whole is not None:
-            tensors = (*outputs, *written, partials, arrivals, tickets)
-            call.whole(tensors, momentum, eps, param)
+            whole = (*outputs, *written, partials, arrivals, tickets)
+            call.whole(whole, momentum, eps, param)
         else:
             first, second = (x, *written, partials, arrivals), (*outputs, statistics, None)
             call.apply.check(second)  # before the first has written

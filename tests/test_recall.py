@@ -223,7 +223,7 @@ def test_kinds_in_turn_are_recalled(what, recalled, device):
     assert recalled == ["forward_call"] * 4
 
 
-def test_gradients_wanted_in_turn(monkeypatch, device):
+def test_gradients_wanted_in_turn(monkeypatch, recalled, device):
     """Compiled kernels leave out what is not wanted: each has its plan, which is recalled."""
     plans, backward = {}, run.backward
 
@@ -240,6 +240,7 @@ def test_gradients_wanted_in_turn(monkeypatch, device):
             y.backward(torch.ones_like(y))
     assert all(first is second for first, second in plans.values())
     assert len({call for first, call in plans.values()}) == 3
+    assert recalled.count("backward_call") == 3
 
 
 def test_a_call_without_gradients_is_not_taken_for_one_with(device):
