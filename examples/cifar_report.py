@@ -116,7 +116,7 @@ def draw(path: Path, model: str, data: Data, histories: dict[str, History]) -> N
     accuracy.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     loss.set(title="training loss", xlabel="epoch", ylim=(0, None))
     for axes in (accuracy, loss):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.3)
     accuracy.legend(frameon=False)
