@@ -1,18 +1,34 @@
 """The networks of train_cifar.py, with the norm left open."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torchvision.models import resnet18 as torchvision_resnet18
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from fastbn import FusedBatchNorm2d, FusedBatchNormAct1d, FusedBatchNormAct2d
 
 
-class Norm(NamedTuple):
-    """What follows a layer, built from its number of channels."""
+class FusedBlock(BasicBlock):
+    """torchvision's residual block with both ReLUs and the sum inside the norms."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.bn1 = FusedBatchNormAct2d(self.bn1.num_features)
+        self.bn2 = FusedBatchNormAct2d(self.bn2.num_features)
+        del self.relu
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.bn1(self.conv1(x))
+        return self.bn2(self.conv2(out), shortcut)
+
+
+class Norm(NamedTuple):
+    """What follows a layer, built from its number of channels; a residual block made with it."""
+
+    block: type[BasicBlock]
     norm2d: Callable[[int], nn.Module]  # after a convolution
     norm_relu2d: Callable[[int], nn.Module]  # after a convolution, with the ReLU
     norm_relu1d: Callable[[int], nn.Module]  # after a dense layer, with the ReLU
@@ -20,11 +36,13 @@ class Norm(NamedTuple):
 
 NORMS = {
     "none": Norm(
+        block=BasicBlock,
         norm2d=lambda channels: nn.Identity(),
         norm_relu2d=lambda channels: nn.ReLU(),
         norm_relu1d=lambda channels: nn.ReLU(),
     ),
     "torch": Norm(
+        block=BasicBlock,
         norm2d=nn.BatchNorm2d,
         norm_relu2d=lambda channels: nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU()),
         norm_relu1d=lambda channels: nn.Sequential(nn.BatchNorm1d(channels), nn.ReLU()),
@@ -32,6 +50,7 @@ NORMS = {
     # Norm and ReLU in one module. The Sequential around it keeps the names of the parameters, so
     # that a checkpoint trained with "torch" loads here, and back.
     "fused": Norm(
+        block=FusedBlock,
         norm2d=FusedBatchNorm2d,
         norm_relu2d=lambda channels: nn.Sequential(FusedBatchNormAct2d(channels)),
         norm_relu1d=lambda channels: nn.Sequential(FusedBatchNormAct1d(channels)),
@@ -68,10 +87,11 @@ def gap(norm: Norm, classes: int) -> nn.Module:
 
 def resnet18(norm: Norm, classes: int) -> nn.Module:
     """torchvision's ResNet-18 without the stem that shrinks an image to a quarter of its width."""
-    model = torchvision_resnet18(norm_layer=norm.norm2d, num_classes=classes)
+    model = ResNet(norm.block, [2, 2, 2, 2], num_classes=classes, norm_layer=norm.norm2d)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    model.maxpool = nn.Identity()
+    model.bn1 = norm.norm_relu2d(64)
+    model.relu = model.maxpool = nn.Identity()
     return model
 
 

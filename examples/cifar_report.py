@@ -42,8 +42,9 @@ def summarise(histories: dict[str, History], memory: dict[str, int | None]) -> d
                 for other in histories
                 if other != norm
             },
-            # The median, because the first epoch may include compilation.
+            # Medians, because the first epoch may include compilation.
             "seconds_per_epoch": median(row["seconds"] for row in history),
+            "images_per_second": median(row["images_per_second"] for row in history),
             "peak_memory_bytes": memory[norm],
             "history": history,
         }
@@ -52,7 +53,7 @@ def summarise(histories: dict[str, History], memory: dict[str, int | None]) -> d
 
 
 def table(norms: dict[str, Any]) -> str:
-    rows = [("norm", "best", "final", "reached the best of", "s/epoch", "peak memory")]
+    rows = [("norm", "best", "final", "reached the best of", "s/epoch", "images/s", "peak memory")]
     for norm, result in norms.items():
         reached = [
             f"{other} never" if epochs is None else f"{other} in epoch {epochs}"
@@ -66,6 +67,7 @@ def table(norms: dict[str, Any]) -> str:
                 f"{result['final_val_accuracy']:.1%}",
                 ", ".join(reached) or "-",
                 f"{result['seconds_per_epoch']:.1f}",
+                f"{result['images_per_second']:,.0f}",
                 "-" if memory is None else f"{memory / 2**20:,.0f} MiB",
             )
         )
@@ -113,7 +115,7 @@ def draw(path: Path, model: str, data: Data, histories: dict[str, History]) -> N
         accuracy.plot(epochs, [row["val_accuracy"] for row in history], **style)
         loss.plot(epochs, [row["train_loss"] for row in history], **style)
     accuracy.set(title="validation accuracy", xlabel="epoch")
-    accuracy.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    accuracy.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     loss.set(title="training loss", xlabel="epoch", ylim=(0, None))
     for axes in (accuracy, loss):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -175,6 +175,25 @@ def test_shared_weights_start_equal_and_a_bias_replaces_the_norm(model):
     assert not names & {"BatchNorm1d", "BatchNorm2d"}
 
 
+def test_norms_with_relu_and_sum_inside_make_the_same_resnet():
+    native, fused = (
+        cifar_models.build_model("resnet18", norm, 10, seed=3).double()
+        for norm in ("torch", "fused")
+    )
+    images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    for _ in range(2):
+        outputs = [net(images) for net in (native, fused)]
+        torch.testing.assert_close(*outputs)
+        for output in outputs:
+            output.square().sum().backward()
+    pairs = zip(native.named_parameters(), fused.named_parameters(), strict=True)
+    for (name, right), (fused_name, got) in pairs:
+        assert name == fused_name
+        torch.testing.assert_close(got.grad, right.grad)
+    torch.testing.assert_close(fused.state_dict(), native.state_dict())
+    torch.testing.assert_close(fused.eval()(images), native.eval()(images))
+
+
 def test_resnet_keeps_the_resolution_of_small_images():
     net = cifar_models.build_model("resnet18", "torch", 10, seed=0).eval()
     with torch.no_grad():
@@ -346,7 +365,13 @@ def test_a_host_that_answers_is_reachable(tmp_path):
 
 def history(*accuracies):
     return [
-        {"epoch": i, "train_loss": math.nan, "val_accuracy": accuracy, "seconds": float(i)}
+        {
+            "epoch": i,
+            "train_loss": math.nan,
+            "val_accuracy": accuracy,
+            "seconds": float(i),
+            "images_per_second": 6000 / i,
+        }
         for i, accuracy in enumerate(accuracies, start=1)
     ]
 
@@ -355,8 +380,8 @@ def test_report_compares_the_norms_and_is_strict_json(tmp_path):
     histories = {"none": history(0.2, 0.5, 0.4), "fused": history(0.4, 0.5, 0.7)}
     norms = cifar_report.summarise(histories, {"none": None, "fused": 3 << 20})
     _, none, fused = cifar_report.table(norms).splitlines()
-    assert none.split() == ["none", "50.0%", "40.0%", "fused", "never", "2.0", "-"]
-    assert "fused  70.0%  70.0%  none in epoch 2      2.0      3 MiB" in fused
+    assert none.split() == ["none", "50.0%", "40.0%", "fused", "never", "2.0", "3,000", "-"]
+    assert "fused  70.0%  70.0%  none in epoch 2      2.0      3,000     3 MiB" in fused
     split = torch.zeros(2, 3, 32, 32), torch.zeros(2)
     data = cifar_data.Data(LABEL, ["a", "b"], split, split)
     options = train_cifar.parse_options(["--device=cpu"], "")
