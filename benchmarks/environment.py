@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import re
@@ -55,9 +56,10 @@ def driver_version(proc: Path = Path("/proc/driver/nvidia/version")) -> str | No
     """NVIDIA's, as nvidia-smi gives it, or else the kernel module."""
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
-        if answer.returncode == 0 and answer.stdout.strip():
-            return answer.stdout.split()[0]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
+            if answer.returncode == 0 and answer.stdout.strip():
+                return answer.stdout.split()[0]
     if proc.exists():
         found = re.search(r"\d+\.\d+(\.\d+)?", proc.read_text())
         return found[0] if found else None

@@ -13,7 +13,7 @@ from .inputs import Inputs
 from .plans import floor_units
 from .rivals import DIRECTIONS, RIVALS, forward_backward, in_one_line
 from .shapes import Case
-from .timing import Timing, captured, clock_of, one_round, peak_memory, time_rounds
+from .timing import Timing, captured, clock_of, peak_memory, time_rounds
 
 METHODS = ("calls", "graph")
 
@@ -89,8 +89,8 @@ def measure(
     rival = RIVALS[name](case, machine.device)
     error = worst_error(case, rival, sets[0])
     memory = peak_memory(partial(forward_backward, rival, sets[0])) if machine.gpu else None
-    for direction, step in DIRECTIONS.items():
-        play = one_round(partial(step, rival), sets)
+    for direction, play_round in DIRECTIONS.items():
+        play = partial(play_round, rival, sets)
         plays = {"calls": play}
         if machine.gpu and "graph" in methods:
             try:

@@ -7,6 +7,7 @@ is printed and listed, and the others go on; the exit status tells.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import json
 import sys
@@ -21,6 +22,7 @@ import torch
 import fastbn
 from fastbn.kernels.device import H100
 
+from .command_line import parse
 from .environment import environment, title
 from .inputs import input_sets
 from .measure import Machine, Row, measure
@@ -32,7 +34,11 @@ from .table import markdown
 from .timing import copy_bandwidth
 
 # Seconds kept back for the table and the plot.
-WRITING = 4.0
+WRITING = 15.0
+
+# Seconds until a part counts as hanging. A kernel that waits for ever can't be stopped, and the
+# process ends: what was found before is on disk.
+HANGING = 120.0
 
 
 class Report:
@@ -85,7 +91,11 @@ class Report:
             self.skipped.append(name)
             return
         print(f"[{elapsed:6.1f} s] {name}", flush=True)
-        self.attempt(name, work)
+        faulthandler.dump_traceback_later(HANGING, exit=True, file=sys.__stderr__)
+        try:
+            self.attempt(name, work)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         self._longest = max(self._longest, self._clock() - self._start - elapsed)
 
     def _fail(self, name: str, problem: Exception) -> None:
@@ -131,6 +141,10 @@ def run(report: Report, folder: Path, quick: bool) -> None:
     device, gpu = report.device, report.device.type == "cuda"
     rivals = list(RIVALS)
 
+    def part(name: str, work: Callable[[], None]) -> None:
+        report.part(name, work)
+        report.write_json(folder)
+
     def bandwidth() -> None:
         report.bandwidth = copy_bandwidth(device)
 
@@ -143,19 +157,17 @@ def run(report: Report, folder: Path, quick: bool) -> None:
     def h100() -> None:
         report.plans.extend(device_plan(case, H100) for case in cases(gpu=True, quick=quick))
 
-    report.part("copy bandwidth", bandwidth)
+    part("copy bandwidth", bandwidth)
     if gpu:
-        report.part("device facts", lambda: _device_facts(report))
+        part("device facts", lambda: _device_facts(report))
     else:
         report.skipped.append("device facts and the time of each strategy: there is no GPU")
-        report.part("plans for an H100", h100)
-    report.part("torch.compile", compiler)
+        part("plans for an H100", h100)
+    part("torch.compile", compiler)
     for case in cases(gpu, quick):
-        report.part(str(case), lambda case=case: _one_case(report, case, rivals))
+        part(str(case), lambda case=case: _one_case(report, case, rivals))
         if gpu:
-            report.part(f"{case}, strategies", lambda case=case: _strategies(report, case))
-        # Should a kernel hang, what came before it is on disk.
-        report.write_json(folder)
+            part(f"{case}, strategies", lambda case=case: _strategies(report, case))
 
 
 def _one_case(report: Report, case: Case, rivals: list[str]) -> None:
@@ -205,10 +217,6 @@ def _strategies(report: Report, case: Case) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0, or 1 if anything failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results",
-        help="folder for the JSON, the table and the plot (%(default)s)",
-    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="fewer shapes, one dtype")
     parser.add_argument(
         "--budget",
@@ -216,12 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
         default=540.0,
         help="seconds after which nothing new is begun (%(default)s)",
     )
-    options = parser.parse_args(arguments)
-
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        parser.error(f"argument --out: expected a folder, not {options.out}: {problem.strerror}")
+    options = parse(parser, arguments, "report.json, report.md and report.png")
     torch.manual_seed(0)
     report = Report(torch.device("cuda" if torch.cuda.is_available() else "cpu"), options.budget)
     print(title(report.environment))

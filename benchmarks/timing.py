@@ -11,8 +11,6 @@ from itertools import pairwise
 
 import torch
 
-from .inputs import Inputs
-
 # Of one measurement: seconds of work that its rounds should add up to, and
 # how many rounds at least and at most.
 WINDOW = 0.08
@@ -82,27 +80,13 @@ def time_rounds(play: Callable[[], object], calls: int, clock: Clock) -> Timing:
     return Timing(median, (high - low) / median)
 
 
-def one_round(step: Callable[[Inputs], object], sets: list[Inputs]) -> Callable[[], None]:
-    """A step on each input set in turn.
-
-    Results are held to the end of the round: if each went where the one before
-    it was, writes would stay in the cache.
-    """
-
-    def play() -> None:
-        held = [step(inputs) for inputs in sets]
-        del held
-
-    return play
-
-
 @lru_cache
 def _capture_stream() -> torch.cuda.Stream:
     """One for all captures: what is set up for each stream is set up once."""
     return torch.cuda.Stream()
 
 
-def captured(play: Callable[[], None]) -> Callable[[], None]:
+def captured(play: Callable[[], object]) -> Callable[[], None]:
     """`play` as one CUDA graph, which runs without gaps between launches.
 
     Raises:

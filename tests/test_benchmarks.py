@@ -153,6 +153,26 @@ def test_a_failing_plot_does_not_take_the_figures_with_it(here, monkeypatch, tmp
     assert "matplotlib.figure" in (tmp_path / "report.md").read_text()
 
 
+def test_a_part_that_hangs_ends_the_report_and_what_was_found_is_on_disk(tmp_path):
+    hang = f"""
+import time
+from pathlib import Path
+from benchmarks import report
+
+report.HANGING = 1
+report.copy_bandwidth = lambda device: 7e9
+report.no_compiler = lambda device: time.sleep(60)
+report.main(["--quick", "--out={tmp_path}"])
+"""
+    done = run_module("-c", hang)
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr
+    assert "in compiler" in done.stderr
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["copy_bandwidth"] == {"gb_per_s": 7.0}
+    assert found["plans"]
+
+
 def test_no_budget_no_figures(here, tmp_path):
     status, found = run_here(tmp_path, "--budget=0")
     assert status == 0

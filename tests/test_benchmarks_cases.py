@@ -1,5 +1,6 @@
 """benchmarks/: what is measured, its inputs, the rivals, and the check that finds wrong ones."""
 
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -52,6 +53,26 @@ def test_bytes_of_the_floor():
     with_residual = replace(TINY, epilogue=BN_ADD_RELU)
     assert [TINY.floor_bytes(d) / unit for d in rivals.DIRECTIONS] == [2, 5]
     assert [with_residual.floor_bytes(d) / unit for d in rivals.DIRECTIONS] == [3, 7]
+
+
+def test_a_round_holds_all_that_it_computes(monkeypatch):
+    """And no backward follows its own forward, of which the cache would still hold something."""
+    alive, order = [], []
+
+    class Result:
+        def __init__(self, kind):
+            alive.append(weakref.ref(self))
+            assert all(one() is not None for one in alive)
+            order.append(kind)
+
+    monkeypatch.setattr(rivals, "forward", lambda rival, inputs: Result("forward"))
+    monkeypatch.setattr(rivals, "gradients", lambda rival, inputs, y: Result("backward"))
+    rivals.DIRECTIONS["forward"](None, [None] * 3)
+    assert order == ["forward"] * 3
+    assert all(one() is None for one in alive)
+    alive.clear()
+    rivals.DIRECTIONS["forward+backward"](None, [None] * 3)
+    assert order[3:] == ["forward"] * 3 + ["backward"] * 3
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)

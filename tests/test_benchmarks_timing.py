@@ -39,24 +39,6 @@ def test_rounds_fill_the_window(monkeypatch, window, rounds):
     assert len(played) == 1 + 3 + rounds
 
 
-def test_results_of_a_round_are_alive_together():
-    import weakref
-
-    alive = []
-
-    class Result:
-        pass
-
-    def step(_):
-        made = Result()
-        alive.append(weakref.ref(made))
-        assert all(one() is not None for one in alive)
-        return made
-
-    timing.one_round(step, [None] * 3)()
-    assert all(one() is None for one in alive)
-
-
 def test_copy_bandwidth_counts_both_ways(monkeypatch):
     monkeypatch.setitem(timing.COPY_BYTES, "cpu", 1000)
     monkeypatch.setattr(timing, "clock_of", lambda device: FakeClock)

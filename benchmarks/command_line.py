@@ -1,0 +1,21 @@
+"""What commands that write results share: --out."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def parse(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, files: str
+) -> argparse.Namespace:
+    """The options, --out among them: a folder, made where there is none, for the files named."""
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results",
+        help=f"folder for {files} (%(default)s)",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        parser.error(f"argument --out: expected a folder, not {options.out}: {problem.strerror}")
+    return options
