@@ -1,0 +1,176 @@
+"""ResNet-50's training step on made-up images, with PyTorch's batch norm and with fastbn's.
+
+    python -m benchmarks.train_step
+
+Mixed precision in bfloat16, channels-last, SGD; eager and under torch.compile. Prints images a
+second and peak memory, and writes them to train_step.json. On a GPU the batch is 256 images of 224
+by 224; on a CPU, where fastbn is PyTorch's own batch norm, it is small and says nothing of a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck, ResNet
+
+from fastbn import FusedBatchNorm2d, FusedBatchNormAct2d
+
+from .command_line import parse
+from .environment import environment, title
+from .rivals import kernels_only, no_compiler
+from .timing import clock_of, peak_memory, time_rounds
+
+LAYERS = (3, 4, 6, 3)
+CLASSES = 1000
+
+# Of the first steps' losses between two norms, as a fraction: bfloat16 rounds each layer's results.
+TOLERANCE = 0.02
+STEPS = 3
+
+
+class FusedBottleneck(Bottleneck):
+    """torchvision's, with its ReLUs and its sum inside the norms; parameters keep their names."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.bn1 = FusedBatchNormAct2d(self.bn1.num_features)
+        self.bn2 = FusedBatchNormAct2d(self.bn2.num_features)
+        self.bn3 = FusedBatchNormAct2d(self.bn3.num_features)
+        del self.relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.bn1(self.conv1(x))
+        out = self.bn2(self.conv2(out))
+        return self.bn3(self.conv3(out), shortcut)
+
+
+def torch_network() -> nn.Module:
+    return ResNet(Bottleneck, LAYERS, CLASSES)
+
+
+def fused_network() -> nn.Module:
+    network = ResNet(FusedBottleneck, LAYERS, CLASSES, norm_layer=FusedBatchNorm2d)
+    network.bn1, network.relu = FusedBatchNormAct2d(64), nn.Identity()
+    return network
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"torch": torch_network, "fused": fused_network}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network, eager or compiled.
+
+    Attributes:
+        norm: of `NETWORKS`.
+        compiled: by `torch.compile`.
+        images_per_second: at the median of many steps.
+        spread: interquartile range of the steps' times as a fraction of it.
+        peak_memory: bytes that a step needs on top of images, parameters and the
+            optimizer's state; None without a GPU.
+        losses: of the first steps.
+    """
+
+    norm: str
+    compiled: bool
+    images_per_second: float
+    spread: float
+    peak_memory: int | None
+    losses: list[float]
+
+
+def measure(norm: str, compiled: bool, images: Tensor, labels: Tensor) -> Row:
+    """Trains on the same images again and again; weights depend on nothing but the seed."""
+    device = images.device
+    torch.manual_seed(0)
+    network = NETWORKS[norm]().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
+    if compiled:
+        torch.compiler.reset()
+        network.compile(dynamic=False)
+
+    def step() -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = F.cross_entropy(network(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    with warnings.catch_warnings():
+        # The compiler warns of its own code and of options that play no part here.
+        warnings.simplefilter("ignore")
+        losses = [step().item() for _ in range(STEPS)]
+    memory = peak_memory(step) if device.type == "cuda" else None
+    timing = time_rounds(step, 1, clock_of(device))
+    return Row(norm, compiled, len(images) / timing.median, timing.spread, memory, losses)
+
+
+def compare(batch: int, size: int, device: torch.device, compile: bool) -> list[Row]:
+    """Both norms, eager and compiled.
+
+    Raises:
+        ArithmeticError: they don't train alike.
+    """
+    images = torch.randn(batch, 3, size, size, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(CLASSES, (batch,), device=device)
+    rows = []
+    for compiled in (False, True)[: 1 + compile]:
+        for norm in NETWORKS:
+            rows.append(measure(norm, compiled, images, labels))
+            # What one network held is none of the next one's memory.
+            gc.collect()
+            print(line(rows[-1]), flush=True)
+    for row in rows:
+        for loss, expected in zip(row.losses, rows[0].losses):
+            if not abs(loss - expected) <= TOLERANCE * expected:
+                raise ArithmeticError(f"losses of {row} are not those of {rows[0]}")
+    return rows
+
+
+def line(row: Row) -> str:
+    memory = "-" if row.peak_memory is None else f"{row.peak_memory / 2**30:.2f} GiB"
+    mode = "compiled" if row.compiled else "eager"
+    speed = f"{row.images_per_second:9,.1f} images/s, spread {row.spread:.0%}"
+    return f"{row.norm:6}{mode:9}{speed}, {memory}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.train_step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    out = parse(parser, arguments, "train_step.json").out
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    found = environment(device)
+    print(title(found))
+    reason = no_compiler(device)
+    if reason is not None:
+        print(f"without torch.compile, which does not work here: {reason}")
+    batch, size = (256, 224) if gpu else (16, 64)
+    with kernels_only(device):
+        rows = compare(batch, size, device, compile=reason is None)
+    result = {
+        "title": title(found), "environment": found, "batch": batch, "image_size": size,
+        "rows": [asdict(row) for row in rows],
+    }  # fmt: skip
+    (out / "train_step.json").write_text(json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

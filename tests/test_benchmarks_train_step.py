@@ -1,0 +1,75 @@
+"""benchmarks/train_step.py, with a network of a block a stage."""
+
+import json
+
+import pytest
+import torch
+
+import fastbn
+from benchmarks import timing, train_step
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(train_step, "LAYERS", (1, 1, 1, 1))
+    monkeypatch.setattr(train_step, "CLASSES", 10)
+    monkeypatch.setattr(train_step, "no_compiler", lambda device: "there is none")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(timing, "WINDOW", 0.0)
+    with fastbn.use_backend("torch"):  # the interpreter would take minutes
+        yield
+
+
+def test_both_networks_train_alike():
+    """In float64, by the same names: outputs, gradients and statistics."""
+    native, fused = (make().double() for make in train_step.NETWORKS.values())
+    fused.load_state_dict(native.state_dict())
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    outputs = [net(images) for net in (native, fused)]
+    torch.testing.assert_close(*outputs)
+    for output in outputs:
+        output.square().sum().backward()
+    grads = [{name: p.grad for name, p in net.named_parameters()} for net in (native, fused)]
+    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(fused.state_dict(), native.state_dict())
+
+
+def test_command(tmp_path, capsys):
+    assert train_step.main([f"--out={tmp_path}"]) == 0
+    found = json.loads((tmp_path / "train_step.json").read_text())
+    assert [(row["norm"], row["compiled"]) for row in found["rows"]] == [
+        ("torch", False), ("fused", False),
+    ]  # fmt: skip
+    native, fused = found["rows"]
+    assert fused["losses"] == pytest.approx(native["losses"], rel=train_step.TOLERANCE)
+    assert native["losses"][-1] < native["losses"][0]
+    assert found["environment"]["gpu"] is native["peak_memory"] is None
+    printed = capsys.readouterr().out
+    assert "no statement about any GPU" in printed
+    assert "does not work here: there is none" in printed
+    for row in found["rows"]:
+        assert f"{row['images_per_second']:,.1f} images/s" in printed
+
+
+def test_compiled_rows_are_compiled(monkeypatch):
+    backend = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda net, **options: backend.append((type(net), options))
+    )
+    rows = train_step.compare(2, 32, CPU, compile=True)
+    assert [(row.norm, row.compiled) for row in rows] == [
+        ("torch", False), ("fused", False), ("torch", True), ("fused", True),
+    ]  # fmt: skip
+    assert backend == [(train_step.ResNet, {"dynamic": False})] * 2
+
+
+def test_networks_that_do_not_train_alike_have_no_speed(monkeypatch, tmp_path):
+    forward = train_step.FusedBottleneck.forward
+    monkeypatch.setattr(
+        train_step.FusedBottleneck, "forward", lambda block, x: forward(block, x).detach() + x.sum()
+    )
+    with pytest.raises(ArithmeticError, match="norm='fused'"):
+        train_step.main([f"--out={tmp_path}"])
+    assert list(tmp_path.iterdir()) == []
