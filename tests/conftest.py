@@ -1,12 +1,18 @@
 """With a GPU the tests run on it; without one the kernels run in Triton's interpreter."""
 
 import os
+import sys
+import traceback
 
 import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
+if HAS_GPU:
+    # What fastbn is compared with shall be exact, and the same from run to run.
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+    torch.backends.cudnn.deterministic = True
+else:
     # Read when Triton is imported.
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.language as tl
@@ -43,6 +49,18 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _own_errors():
+    """A kernel's invalid access shows late, and for good: it ends this process, in its own test."""
+    yield
+    if HAS_GPU:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            traceback.print_exc(file=sys.__stderr__)
+            os.abort()
+
+
 @pytest.fixture
 def replan():
     """Forgets all calls and plans, now and after the test."""
@@ -77,7 +95,17 @@ def force_strategy(monkeypatch, replan):
 
 
 @pytest.fixture
-def tiny_tiles(monkeypatch, replan):
+def few_programs(monkeypatch, replan):
+    """Plans on a GPU as for the interpreter: few programs, each with many tiles."""
+    from fastbn import calls
+    from fastbn.kernels.device import INTERPRETER
+
+    monkeypatch.setattr(calls, "device_facts", lambda device: INTERPRETER)
+    replan()
+
+
+@pytest.fixture
+def tiny_tiles(monkeypatch, few_programs, replan):
     """Tiles so small that small tensors take many of them, and many splits and slices."""
     from fastbn.kernels import plan, tiling
 

@@ -1,6 +1,7 @@
 """Choice of the backend, refusals, and `explain`."""
 
 import contextlib
+import copy
 import os
 import subprocess
 import sys
@@ -125,7 +126,9 @@ def served(device, **kwargs):
     }  # fmt: skip
     arguments |= kwargs
     for name, value in arguments.items():
-        if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+        if callable(value):
+            arguments[name] = value(device)
+        elif isinstance(value, torch.Tensor) and value.device.type == "cpu":
             arguments[name] = value.to(device)
     with fastbn.use_backend("triton"):
         return tracked_batch_norm(**arguments)
@@ -146,9 +149,18 @@ def served(device, **kwargs):
         ({"residual": torch.randn(4, 3, 5).as_subclass(Tagged)}, "residual is a tensor subclass"),
         ({"weight": torch.ones(3, device="meta")}, "weight is on meta and not, as the input, on"),
         ({"weight": torch.ones(3).as_subclass(Tagged)}, "weight is a tensor subclass, Tagged"),
-        ({"weight": torch._efficientzerotensor(3)}, "weight is lazily negated, or lazily zero"),
-        ({"bias": torch._neg_view(torch.ones(3))}, "bias is lazily negated"),
-        ({"running_var": torch.ones(6)[::2]}, "running_var is not contiguous"),
+        (
+            {"weight": lambda device: torch._efficientzerotensor(3, device=device)},
+            "weight is lazily negated, or lazily zero",
+        ),
+        (
+            {"bias": lambda device: torch._neg_view(torch.ones(3, device=device))},
+            "bias is lazily negated",
+        ),
+        (
+            {"running_var": lambda device: torch.ones(6, device=device)[::2]},
+            "running_var is not contiguous",
+        ),
         ({"running_var": torch.ones(3, requires_grad=True)}, "running_var requires a gradient"),
         ({"num_batches_tracked": torch.tensor(0, device="meta")}, "num_batches_tracked is on meta"),
         (
@@ -245,7 +257,7 @@ class TestBadEpilogues:
     def test_residual_on_another_device(self, bn, device):
         x = torch.randn(2, 3, 4, 4, device=device)
         with pytest.raises(ValueError, match=f"on the input's device {x.device}, but got meta"):
-            bn.to(device)(x, x.to("meta"))
+            copy.deepcopy(bn).to(device)(x, x.to("meta"))
 
     @pytest.mark.parametrize("activation", ["mish", ["relu"], 3])
     def test_unknown_activation(self, bn, activation):
@@ -286,7 +298,7 @@ def test_explain_in_words(device, force_strategy):
     text = str(explain(FusedBatchNormAct2d(6).to(device), torch.randn(2, 6, 8, 8, device=device)))
     assert "Triton kernels serve this call" in text
     assert "channels-first, seen as (N, C, S) = (2, 6, 64)." in text
-    forward = "Forward:  resident, 1 launch, 16-byte accesses; 2 tensors read or written = 6.14 kB."
+    forward = "Forward:  resident, 1 launch, 16-byte accesses; 2 tensors read or written = 6.14 kB"
     assert forward in text
     assert "Backward: resident, 1 launch, 16-byte accesses; 3 tensors" in text
     assert "After the kernels" not in text
@@ -383,7 +395,8 @@ def test_explain_what_pytorch_serves(device):
     with torch.autograd.forward_ad.dual_level():
         assert "forward-mode AD" in explain(bn, x).reason
     assert "is empty" in explain(None, x[:0]).reason
-    assert "not a number" in explain(FusedBatchNorm2d(6, momentum=torch.tensor(0.1)), x).reason
+    odd = FusedBatchNorm2d(6, momentum=torch.tensor(0.1)).to(device)
+    assert "not a number" in explain(odd, x).reason
     for name, value in bn.state_dict().items():
         assert value.equal(before[name]), name
 

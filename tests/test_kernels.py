@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import fastbn
@@ -166,6 +166,7 @@ def test_first_value_far_from_the_others(device):
     compare(arguments)
 
 
+@pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize(("outliers", "limit"), [(1, 2e-6), (16, 2.4e-5)], ids=["one", "many"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
 def test_outliers_among_very_many_values(outliers, limit, channels_last, device, strategy):
@@ -241,6 +242,8 @@ def test_bitwise_reproducible(channels_last, device):
 
 
 @settings(
+    # On a GPU each smaller example would be compiled.
+    phases=[Phase.generate] if torch.cuda.is_available() else Phase,
     max_examples=25,
     deadline=None,
     derandomize=True,
