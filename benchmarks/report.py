@@ -1,7 +1,8 @@
 """`python -m benchmarks.report`: everything measured in one go, as JSON, a table and a plot.
 
 Parts run in order of importance while the time budget lasts. A part that fails
-is printed and listed, and the others go on; the exit status tells.
+is printed and listed, and the others go on; the exit status tells. One that takes
+two minutes counts as hanging and ends the run: the JSON holds what came before.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Report:
         self.failures: list[dict[str, str]] = []
         self.skipped: list[str] = []
         self.notes: list[str] = []
+        self.running: str | None = None
         self._clock, self._start, self._budget = clock, clock(), budget
         self._longest = 0.0
         self._lost = False
@@ -112,6 +114,7 @@ class Report:
             "failures": self.failures,
             "skipped": self.skipped,
             "notes": self.notes,
+            "running": self.running,
             "device_facts": self.device_facts,
             "rows": [asdict(row) for row in self.rows],
             "strategies": self.strategies,
@@ -142,8 +145,10 @@ def run(report: Report, folder: Path, quick: bool) -> None:
     rivals = list(RIVALS)
 
     def part(name: str, work: Callable[[], None]) -> None:
-        report.part(name, work)
+        report.running = name
         report.write_json(folder)
+        report.part(name, work)
+        report.running = None
 
     def bandwidth() -> None:
         report.bandwidth = copy_bandwidth(device)
@@ -225,6 +230,8 @@ def main(arguments: list[str] | None = None) -> int:
         help="seconds after which nothing new is begun (%(default)s)",
     )
     options = parse(parser, arguments, "report.json, report.md and report.png")
+    for name in ("report.md", "report.png"):  # of another run, should this one not get to its own
+        (options.out / name).unlink(missing_ok=True)
     torch.manual_seed(0)
     report = Report(torch.device("cuda" if torch.cuda.is_available() else "cpu"), options.budget)
     print(title(report.environment))

@@ -107,7 +107,7 @@ def forward_round(rival: Rival, sets: Sequence[Inputs]) -> list[Tensor]:
 def forward_backward_round(
     rival: Rival, sets: Sequence[Inputs]
 ) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
-    """As in a network, others come between a forward and its backward, which so reads memory."""
+    """All forwards come first, so that backwards, as in a network, don't find `x` in the cache."""
     outputs = forward_round(rival, sets)
     return [(y, gradients(rival, inputs, y)) for inputs, y in zip(sets, outputs)]
 

@@ -26,9 +26,9 @@ class FusedBlock(BasicBlock):
 
 
 class Norm(NamedTuple):
-    """What follows a layer, built from its number of channels; a residual block made with it."""
+    """What follows a layer, built from its number of channels."""
 
-    block: type[BasicBlock]
+    block: type[BasicBlock]  # of a ResNet, with this norm inside
     norm2d: Callable[[int], nn.Module]  # after a convolution
     norm_relu2d: Callable[[int], nn.Module]  # after a convolution, with the ReLU
     norm_relu1d: Callable[[int], nn.Module]  # after a dense layer, with the ReLU

@@ -1,7 +1,6 @@
 """With a GPU the tests run on it; without one the kernels run in Triton's interpreter."""
 
 import os
-import sys
 import traceback
 
 import pytest
@@ -50,14 +49,16 @@ def _seed():
 
 
 @pytest.fixture(autouse=True)
-def _own_errors():
+def _own_errors(pytestconfig):
     """A kernel's invalid access shows late, and for good: it ends this process, in its own test."""
     yield
     if HAS_GPU:
         try:
             torch.cuda.synchronize()
         except RuntimeError:
-            traceback.print_exc(file=sys.__stderr__)
+            capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+            with capture.global_and_fixture_disabled():
+                traceback.print_exc()
             os.abort()
 
 

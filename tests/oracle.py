@@ -229,7 +229,7 @@ def compare(arguments: Arguments) -> None:
         scale = torch.maximum(_largest(exact[name]), _terms(name, arguments))
         actual_error = _largest(actual[name].double() - exact[name])
         native_error = _largest(yardstick[name].double() - exact[name])
-        # Nor is an error for which there is no number.
+        # Where PyTorch's result is not finite, fastbn's has the units alone.
         native_error.masked_fill_(~native_error.isfinite(), 0.0)
         ulps = FLOOR_ULPS[actual[name].dtype] * EPSILON[actual[name].dtype]
         allowed = (2 * (native_error / scale).max() + ulps) * scale

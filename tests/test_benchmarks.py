@@ -156,7 +156,6 @@ def test_a_failing_plot_does_not_take_the_figures_with_it(here, monkeypatch, tmp
 def test_a_part_that_hangs_ends_the_report_and_what_was_found_is_on_disk(tmp_path):
     hang = f"""
 import time
-from pathlib import Path
 from benchmarks import report
 
 report.HANGING = 1
@@ -169,6 +168,7 @@ report.main(["--quick", "--out={tmp_path}"])
     assert "Timeout" in done.stderr
     assert "in compiler" in done.stderr
     found = json.loads((tmp_path / "report.json").read_text())
+    assert found["running"] == "torch.compile"
     assert found["copy_bandwidth"] == {"gb_per_s": 7.0}
     assert found["plans"]
 
