@@ -399,26 +399,38 @@ def test_compile_with_cuda_graphs():
 def test_graph_replay_and_two_streams(strategy, force_strategy):
     force_strategy(strategy)
     bn = FusedBatchNorm2d(64).cuda()
-    x = torch.randn(16, 64, 32, 32, device="cuda")
+    x = torch.randn(16, 64, 32, 32, device="cuda", requires_grad=True)
+    dy = torch.randn_like(x)
+
+    def stateless(x):
+        return fastbn.batch_norm(x, None, None, training=True)
+
+    def step(norm):
+        y = norm(x)
+        return [y.detach(), *torch.autograd.grad(y, x, dy)]
+
+    def assert_equal(one, other):
+        assert all(a.equal(b) for a, b in zip(one, other, strict=True))
+
     for _ in range(3):
-        expected = bn(x)
+        expected = step(bn)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.no_grad():
-        y = bn(x)
+    with torch.cuda.graph(graph):
+        found = step(bn)
     count = bn.num_batches_tracked.item()
     for _ in range(1000):
         graph.replay()
     torch.cuda.synchronize()
-    assert y.equal(expected)
+    assert_equal(found, expected)
     assert bn.num_batches_tracked == count + 1000
     streams = [torch.cuda.Stream() for _ in range(2)]
     for _ in range(50):
         results = []
         for stream in streams:
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream), torch.no_grad():
-                results.append(fastbn.batch_norm(x, None, None, training=True))
+            with torch.cuda.stream(stream):
+                results.append(step(stateless))
         torch.cuda.synchronize()
-        assert results[0].equal(results[1])
+        assert_equal(*results)
     assert not any(found.arrivals.any() for found in counters._sets.values())
