@@ -61,7 +61,8 @@ def in_brief(schedule: Schedule, problem: Problem) -> str:
         what += f" /{schedule.reduce.splits}"
     if schedule.strategy == "ticketed":
         blocks = tile.grid(problem)[1]
-        what += f" {-(-blocks // schedule.slice_blocks)} slices"
+        slices = -(-blocks // schedule.slice_blocks)
+        what += f" {slices} slice{'s' * (slices > 1)}"
     if tile.flat:
         what += " flat"
     return (
@@ -86,10 +87,15 @@ def main() -> int:
     )
     device = parser.parse_args().device
     print(
-        f"Predicted, not measured, for {device.name}: strategy, tile n x c x s, / programs that\n"
-        "share a channel block, slices that a ticketed launch goes through, whether small planes\n"
-        "are read as one flat piece of memory, bytes of one access, units of traffic (one tensor\n"
-        "read or written once), time"
+        f"Predicted, not measured, for {device.name}, from left to right:\n"
+        "  strategy\n"
+        "  NxCxS      tile of one program, of an input seen as (N, C, S)\n"
+        "  /n         programs that share a channel block\n"
+        "  n slices   that a ticketed launch goes through, one after the other\n"
+        "  flat       small planes are read as one piece of memory\n"
+        "  n B        bytes of one memory access\n"
+        "  n units    of traffic: a tensor read or written once\n"
+        "  n us       time\n"
     )
     for case in cases(gpu=True, quick=False):
         problem = problem_of(case)
