@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def parse(
+def parse_with_out(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None, files: str
 ) -> argparse.Namespace:
     """The options, --out among them: a folder, made where there is none, for the files named."""

@@ -23,7 +23,7 @@ import torch
 import fastbn
 from fastbn.kernels.device import H100
 
-from .command_line import parse
+from .command_line import parse_with_out
 from .environment import environment, title
 from .inputs import input_sets
 from .measure import Machine, Row, measure
@@ -229,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
         default=540.0,
         help="seconds after which nothing new is begun (%(default)s)",
     )
-    options = parse(parser, arguments, "report.json, report.md and report.png")
+    options = parse_with_out(parser, arguments, "report.json, report.md and report.png")
     for name in ("report.md", "report.png"):  # of another run, should this one not get to its own
         (options.out / name).unlink(missing_ok=True)
     torch.manual_seed(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,15 +56,21 @@ def eager(case: Case, device: torch.device) -> Rival:
     return Rival(_initialised(norm), call)
 
 
+@contextlib.contextmanager
+def quiet_compiler() -> Iterator[None]:
+    """It warns of its own code and of options that play no part here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def compiled(case: Case, device: torch.device) -> Rival:
     """`eager` under `torch.compile`, compiled in both directions."""
     # One function is compiled for eight shapes and then, silently, no more.
     torch.compiler.reset()
     plain = eager(case, device)
     rival = Rival(plain.norm, torch.compile(plain.call, fullgraph=True, dynamic=False))
-    with warnings.catch_warnings():
-        # The compiler warns of its own code and of options that play no part here.
-        warnings.simplefilter("ignore")
+    with quiet_compiler():
         forward_backward(rival, make_inputs(case, device))
     return rival
 
@@ -128,8 +134,7 @@ def in_one_line(problem: Exception) -> str:
 def no_compiler(device: torch.device) -> str | None:
     """Why `torch.compile` can't be used on this machine; None if it can."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet_compiler():
             torch.compile(torch.relu)(torch.ones(2, device=device))
     except Exception as problem:
         return in_one_line(problem)

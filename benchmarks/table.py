@@ -19,8 +19,8 @@ def markdown(report: dict, rows: Iterable[Row]) -> str:
         _listed(f"{name}: {value}" for name, value in report["environment"].items() if value),
         f"Copy bandwidth: {_number(copy and copy['gb_per_s'])} GB/s, read plus written."
         " GB/s count the bytes of a one-pass kernel for all rivals alike."
-        " Method *calls* includes gaps between launches, *graph* does not; there two passes, or"
-        " tickets, take one more launch in each direction, which sets their counters to zero."
+        " Method *calls* includes gaps between launches, *graph* does not; in a graph, two passes,"
+        " or tickets, take one more launch in each direction, which sets their counters to zero."
         " *Of one pass*, *of two*: the time for what fastbn's kernels would move in so many"
         " passes at the copy bandwidth, as a fraction of the time measured.",
         *_section("Failed", _listed(f"{f['part']}: {f['error']}" for f in report["failures"])),

@@ -26,9 +26,9 @@ class FusedBlock(BasicBlock):
 
 
 class Norm(NamedTuple):
-    """What follows a layer, built from its number of channels."""
+    """What follows a layer, built from its number of channels, and a ResNet's block with it."""
 
-    block: type[BasicBlock]  # of a ResNet, with this norm inside
+    block: type[BasicBlock]
     norm2d: Callable[[int], nn.Module]  # after a convolution
     norm_relu2d: Callable[[int], nn.Module]  # after a convolution, with the ReLU
     norm_relu1d: Callable[[int], nn.Module]  # after a dense layer, with the ReLU
@@ -90,8 +90,9 @@ def resnet18(norm: Norm, classes: int) -> nn.Module:
     model = ResNet(norm.block, [2, 2, 2, 2], num_classes=classes, norm_layer=norm.norm2d)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    model.bn1 = norm.norm_relu2d(64)
-    model.relu = model.maxpool = nn.Identity()
+    model.maxpool = nn.Identity()
+    if norm.block is FusedBlock:
+        model.bn1, model.relu = FusedBatchNormAct2d(64), nn.Identity()
     return model
 
 

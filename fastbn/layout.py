@@ -13,7 +13,7 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The format in which batch norm returns its output for this input, as in PyTorch.
+    """The format in which batch norm returns its output for this input, as PyTorch on a CPU.
 
     A tensor of any other strides is copied into this format first.
     """

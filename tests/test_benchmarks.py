@@ -1,5 +1,6 @@
 """benchmarks/: the report, part by part, and whole runs on the CPU."""
 
+import faulthandler
 import itertools
 import json
 import os
@@ -146,7 +147,16 @@ def test_a_wrong_rival_has_no_speed(here, monkeypatch, tmp_path):
 def test_a_failing_plot_does_not_take_the_figures_with_it(here, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.delitem(sys.modules, "benchmarks.plot")
+    (tmp_path / "report.png").write_text("of an earlier run")
+    watched = []
+    cancel = faulthandler.cancel_dump_traceback_later
+    monkeypatch.setattr(
+        faulthandler, "cancel_dump_traceback_later", lambda: (watched.append(1), cancel())
+    )
     status, found = run_here(tmp_path)
+    assert watched
+    assert found["running"] is None
+    assert not (tmp_path / "report.png").exists()
     assert status == 1
     assert [failure["part"] for failure in found["failures"]] == ["plot"]
     assert len(found["rows"]) == 8

@@ -1,5 +1,6 @@
 """benchmarks/train_step.py, with a network of a block a stage."""
 
+import contextlib
 import json
 
 import pytest
@@ -34,9 +35,20 @@ def test_both_networks_train_alike():
     grads = [{name: p.grad for name, p in net.named_parameters()} for net in (native, fused)]
     torch.testing.assert_close(*grads)
     torch.testing.assert_close(fused.state_dict(), native.state_dict())
+    act = fastbn.FusedBatchNormAct2d
+    assert sum(isinstance(module, act) for module in fused.modules()) == 1 + 3 * 4
 
 
-def test_command(tmp_path, capsys):
+def test_command(tmp_path, capsys, monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def kernels_only(device):
+        entered.append(device)
+        yield
+        entered.append("left")
+
+    monkeypatch.setattr(train_step, "kernels_only", kernels_only)
     assert train_step.main([f"--out={tmp_path}"]) == 0
     found = json.loads((tmp_path / "train_step.json").read_text())
     assert [(row["norm"], row["compiled"]) for row in found["rows"]] == [
@@ -46,6 +58,7 @@ def test_command(tmp_path, capsys):
     assert fused["losses"] == pytest.approx(native["losses"], rel=train_step.TOLERANCE)
     assert native["losses"][-1] < native["losses"][0]
     assert found["environment"]["gpu"] is native["peak_memory"] is None
+    assert entered == [CPU, "left"]
     printed = capsys.readouterr().out
     assert "no statement about any GPU" in printed
     assert "does not work here: there is none" in printed
@@ -55,20 +68,44 @@ def test_command(tmp_path, capsys):
 
 def test_compiled_rows_are_compiled(monkeypatch):
     compiled = []
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda net, **options: compiled.append((type(net), options))
-    )
+
+    def compile(net, **options):
+        compiled.append((type(net.layer1[0]), options))
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
     rows = list(train_step.compare(2, 32, CPU, compile=True))
     assert [(row.norm, row.compiled) for row in rows] == [
         ("torch", False), ("fused", False), ("torch", True), ("fused", True),
     ]  # fmt: skip
-    assert compiled == [(train_step.ResNet, {"fullgraph": True, "dynamic": False})] * 2
+    options = {"fullgraph": True, "dynamic": False}
+    blocks = train_step.Bottleneck, train_step.FusedBottleneck
+    assert compiled == [(block, options) for block in blocks]
+
+
+def test_no_gradient_is_left_for_the_next_step(monkeypatch):
+    made = []
+
+    class Network(train_step.ResNet):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+        def forward(self, x):
+            assert all(p.grad is None for p in self.parameters())
+            return super().forward(x)
+
+    monkeypatch.setattr(train_step, "ResNet", Network)
+    next(train_step.compare(2, 32, CPU, compile=False))
+    assert len(made) == 1
 
 
 def test_networks_that_do_not_train_alike_have_no_speed(monkeypatch, tmp_path):
+    """They compute alike, but the second one's gradients are wrong."""
     forward = train_step.FusedBottleneck.forward
     monkeypatch.setattr(
-        train_step.FusedBottleneck, "forward", lambda block, x: forward(block, x).detach() + x.sum()
+        train_step.FusedBottleneck,
+        "forward",
+        lambda block, x: forward(block, x).detach() + 0 * x.sum(),
     )
     with pytest.raises(ArithmeticError, match="norm='fused'"):
         train_step.main([f"--out={tmp_path}"])

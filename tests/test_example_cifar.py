@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 import triton
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fastbn import use_backend
+from fastbn import FusedBatchNormAct2d, use_backend
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -197,6 +198,10 @@ def test_norms_with_relu_and_sum_inside_make_the_same_resnet():
         torch.testing.assert_close(got.grad, right.grad)
     torch.testing.assert_close(fused.state_dict(), native.state_dict())
     torch.testing.assert_close(fused.eval()(images), native.eval()(images))
+    inside = [module for module in fused.modules() if isinstance(module, FusedBatchNormAct2d)]
+    assert len(inside) == 1 + 2 * 8
+    names = torchvision.models.resnet18(num_classes=10).state_dict().keys()
+    assert fused.state_dict().keys() == names
 
 
 def test_resnet_keeps_the_resolution_of_small_images():
