@@ -196,6 +196,9 @@ def _elements(problem: Problem, device: Device, reads: int) -> int:
     align, flat = _alignment(problem, reads)
     most = min(TILE_BYTES // problem.itemsize // reads, MAX_ACCESSES * threads * align)
     least = _flat_planes(problem) if flat else threads * ACCESS_BYTES // problem.itemsize
+    if flat and problem.residual and reads == 1:
+        # A residual is rearranged as well, which takes as many registers again.
+        most = max(least, most // 2)
     share = problem.n * problem.c * problem.s // (2 * PROGRAMS_PER_SM * device.sm_count)
     return min(most, max(least, 1 << share.bit_length() >> 1))
 
