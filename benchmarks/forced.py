@@ -5,20 +5,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from fastbn import recall
 from fastbn.kernels import plan
 from fastbn.kernels.device import Device
 from fastbn.kernels.plan import Schedule
 from fastbn.kernels.tiling import Problem
+from fastbn.runtime import plan_cache
 
 STRATEGIES = ("two-pass", "resident", "ticketed")
 
 
 @contextlib.contextmanager
 def forced(strategy: str) -> Iterator[None]:
-    """Each direction of every call is done so if it can be, or else as it always is.
+    """Within the block, calls run by this strategy wherever it can serve them.
 
-    All threads see it, and what they called before is planned anew.
+    The choice holds for all threads, and cached plans are dropped before and after.
     """
     schedules = plan.schedules
 
@@ -27,9 +27,9 @@ def forced(strategy: str) -> Iterator[None]:
         return {strategy: found[strategy]} if strategy in found else found
 
     plan.schedules = narrowed
-    recall.forget()
+    plan_cache.clear()
     try:
         yield
     finally:
         plan.schedules = schedules
-        recall.forget()
+        plan_cache.clear()

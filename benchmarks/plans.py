@@ -11,18 +11,22 @@ import math
 import sys
 from dataclasses import asdict
 
+import torch
+
 from fastbn.kernels.device import DEVICES, H100, Device
 from fastbn.kernels.plan import Plan, Schedule, make_plan, ticketed, two_pass
 from fastbn.kernels.tiling import Problem
+from fastbn.runtime.layout import kernel_shape
 
 from .shapes import Case, cases
 
 
 def problem_of(case: Case) -> Problem:
     """The planner's view of a case."""
-    n, c, s = case.size[0], case.size[1], math.prod(case.size[2:])
-    if case.layout != "channels-first":
-        n, s = n * s, 1
+    channels_first = case.layout == "channels-first"
+    n, c, s = kernel_shape(
+        case.size, torch.contiguous_format if channels_first else torch.channels_last
+    )
     epilogue = case.epilogue
     saves = "mask" if epilogue.residual and epilogue.relu else None
     itemsize = case.tensor_bytes // math.prod(case.size)

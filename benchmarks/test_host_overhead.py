@@ -36,8 +36,8 @@ def no_launches():
         pytest.skip("with TRITON_INTERPRET=1 there is no dispatch to measure")
     with (
         mock.patch.object(JITFunction, "run", return_value=NoKernel()),
-        mock.patch("fastbn.backend.INTERPRETING", True),
-        mock.patch("fastbn.calls.device_facts", return_value=H100),
+        mock.patch("fastbn.runtime.support.INTERPRETING", True),
+        mock.patch("fastbn.runtime.execution_plan.device_facts", return_value=H100),
         fastbn.use_backend("triton"),
     ):
         yield

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backend, ops, recall, reference, run
-from .calls import Call, backward_call, forward_call
-from .layout import memory_format, unpack_mask
+from . import reference
+from .runtime import execution, plan_cache, support, torch_ops
+from .runtime.execution_plan import ExecutionPlan, plan_backward, plan_forward
+from .runtime.layout import memory_format, unpack_mask
 
 
 def saved_for(activation: str, residual: bool) -> str | None:
@@ -29,23 +30,25 @@ Options = tuple[bool, float | None, float, str, float]
 Tensors = Sequence[Tensor | None]
 
 
-def recalled(tensors: Tensors, options: Options) -> Call | None:
+def cached_plan(tensors: Tensors, options: Options) -> ExecutionPlan | None:
     """The plan of a call like an earlier one, or None."""
-    return None if recall.observed() else recall.find(_kind(tensors, options), tensors)
+    if plan_cache.must_use_dispatcher():
+        return None
+    return plan_cache.lookup(_cache_key(tensors, options), tensors)
 
 
-def batch_norm(tensors: Tensors, options: Options, call: Call | None) -> Tensor:
-    """Batch norm, residual and activation, by a recalled plan or a new one."""
-    if call is None and not recall.observed():
-        kind = _kind(tensors, options)
-        call = recall.keep(kind, tensors, forward_call, *kind[:4])
+def batch_norm(tensors: Tensors, options: Options, plan: ExecutionPlan | None) -> Tensor:
+    """Batch norm, residual and activation, by a cached plan or a new one."""
+    if plan is None and not plan_cache.must_use_dispatcher():
+        key = _cache_key(tensors, options)
+        plan = plan_cache.insert(key, tensors, plan_forward, *key[:4])
     if _has_backward(tensors):
-        return BatchNorm.apply(*tensors, options, call)
-    return _forward(tensors, options, call, save_mask=False)[0]
+        return BatchNorm.apply(*tensors, options, plan)
+    return _forward(tensors, options, plan, save_mask=False)[0]
 
 
-def _kind(tensors: Tensors, options: Options) -> tuple:
-    """By what a forward's plan is kept, the options of `forward_call` first."""
+def _cache_key(tensors: Tensors, options: Options) -> tuple:
+    """By what a forward's plan is kept, the options of `plan_forward` first."""
     training, momentum, _, activation, _ = options
     save_mask = saved_for(activation, tensors[1] is not None) == "mask" and _has_backward(tensors)
     # Guards take a tensor in inference mode for one of inference mode outside, where it can't
@@ -68,15 +71,15 @@ def _has_backward(tensors: Tensors) -> bool:
 
 
 def _forward(
-    tensors: Tensors, options: Options, call: Call | None, save_mask: bool
+    tensors: Tensors, options: Options, plan: ExecutionPlan | None, save_mask: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Output, (2, C) mean and rstd (or the frozen mean), and packed mask if it is saved."""
+    """Output, (2, C) mean and rstd (or the fixed mean), and packed mask if it is saved."""
     training, momentum, eps, activation, param = options
-    if call is not None:
-        return run.forward(call, tensors, momentum, eps, param)
+    if plan is not None:
+        return execution.run_forward(plan, tensors, momentum, eps, param)
     if training:
-        return ops.forward_train(*tensors, momentum, eps, activation, param, save_mask)
-    output, mask = ops.forward_eval(*tensors[:6], eps, activation, param, save_mask)
+        return torch_ops.forward_train(*tensors, momentum, eps, activation, param, save_mask)
+    output, mask = torch_ops.forward_eval(*tensors[:6], eps, activation, param, save_mask)
     return output, tensors[4], mask
 
 
@@ -94,12 +97,12 @@ class BatchNorm(torch.autograd.Function):
         running_var: Tensor | None,
         num_batches_tracked: Tensor | None,
         options: Options,
-        call: Call | None,
+        plan: ExecutionPlan | None,
     ) -> Tensor:
         training, _, eps, activation, param = options
         saved = saved_for(activation, residual is not None)
         tensors = (input, residual, weight, bias, running_mean, running_var, num_batches_tracked)
-        output, statistics, mask = _forward(tensors, options, call, saved == "mask")
+        output, statistics, mask = _forward(tensors, options, plan, saved == "mask")
         mask = mask if saved == "mask" else None
         residual = residual if saved == "residual" else None
         # What the backward does not read may change before it, as in PyTorch.
@@ -108,13 +111,13 @@ class BatchNorm(torch.autograd.Function):
         ctx.save_for_backward(input, residual, mask, weight, bias, statistics, var)
         # Hooks on saved tensors may change strides; the mask's bits follow the input's.
         format = None if mask is None else memory_format(input)
-        ctx.kept = call, eps, activation, param, format
+        ctx.kept = plan, eps, activation, param, format
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if differentiable or backend.transformed():
+        if differentiable or support.transforms_active():
             dx, dr, dw, db = _differentiable_backward(ctx, grad_output)
         else:
             dx, dr, dw, db = _backward(ctx, grad_output)
@@ -124,23 +127,23 @@ class BatchNorm(torch.autograd.Function):
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of input, residual, weight and bias, each where asked for."""
     input, residual, mask, weight, bias, statistics, var = ctx.saved_tensors
-    forward, eps, activation, param, format = ctx.kept
+    forward_plan, eps, activation, param, format = ctx.kept
     want_dx, want_dr, want_dw, want_db = ctx.needs_input_grad[:4]
     # With no activation the residual's gradient is the output's: no copy.
     compute_dr = want_dr and activation != "none"
     wanted = (want_dx, compute_dr, want_dw, want_db)
     tensors = (grad_output, input, residual, mask, weight, bias, statistics, var)
-    call = None
-    if forward is not None and not recall.observed():
+    plan = None
+    if forward_plan is not None and not plan_cache.must_use_dispatcher():
         # The forward's plan fixes all but the gradients wanted.
-        kind = (forward, wanted)
-        call = recall.find(kind, tensors)
-        if call is None:
-            call = recall.keep(kind, tensors, backward_call, activation, wanted, format)
-    if call is not None:
-        dx, dr, dw, db = run.backward(call, tensors, eps, param, wanted)
+        key = (forward_plan, wanted)
+        plan = plan_cache.lookup(key, tensors)
+        if plan is None:
+            plan = plan_cache.insert(key, tensors, plan_backward, activation, wanted, format)
+    if plan is not None:
+        dx, dr, dw, db = execution.run_backward(plan, tensors, eps, param, wanted)
     else:
-        dx, dr, dw, db = ops.backward(*tensors, eps, activation, param, wanted, format)
+        dx, dr, dw, db = torch_ops.backward(*tensors, eps, activation, param, wanted, format)
     return (
         dx if want_dx else None,
         dr if compute_dr else grad_output if want_dr else None,
@@ -161,8 +164,8 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
         grad_output = torch.where(positive, grad_output, negative)
         activation = "none"
     # As the forward was. Its flag does not say: it may be a tensor, and have changed since.
-    frozen = None if var is None else (statistics, var)
+    fixed = None if var is None else (statistics, var)
     grads = reference.batch_norm_backward(
-        grad_output, input, weight, bias, frozen, eps, activation, param, residual
+        grad_output, input, weight, bias, fixed, eps, activation, param, residual
     )
     return tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad))

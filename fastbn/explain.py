@@ -8,16 +8,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backend
+from .backend import get_backend
 from .functional import check_residual
+from .kernels.plan import Plan, Schedule, make_plan
+from .kernels.tiling import Problem
 from .modules import _Fused, _FusedAct, fused_activation, parameters_of, statistics_of
+from .runtime import support
+from .runtime.layout import problem_of
 
-if backend.HAS_TRITON:
+if support.HAS_TRITON:
     from .autograd import saved_for
-    from .calls import make_problem
-    from .kernels.plan import Plan, Schedule, make_plan
-    from .kernels.tiling import Problem
-    from .launch import device_facts
+    from .runtime.device import device_facts
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ def _in_words(schedule: Schedule, problem: Problem, bytes: int, seconds: float |
 
 def _error(reason: str, input, running_mean, running_var, *args, residual) -> str | None:
     """The error that a call is answered with which the kernels can't serve, or None."""
-    insists = backend.get_backend() == "triton" and backend.set_aside() is None
-    if insists and reason != backend.PYTORCH_REFUSES:
+    insists = get_backend() == "triton" and support.bypass_reason() is None
+    if insists and reason != support.PYTORCH_REFUSES:
         return f"backend 'triton' can't serve this call because {reason}"
     copies = (None if t is None else t.clone() for t in (running_mean, running_var))
     try:
@@ -120,7 +121,7 @@ def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = N
         )
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a tensor, but got a {type(input).__name__}")
-    weight = bias = running_mean = running_var = counter = None
+    weight = bias = running_mean = running_var = num_batches_tracked = None
     training, momentum, eps, activation, after = True, 0.1, 1e-5, "none", ()
     try:
         if residual is not None:
@@ -131,7 +132,7 @@ def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = N
         return Explanation("none", str(error))
     if module is not None:
         (weight, bias), eps = parameters_of(module), module.eps
-        running_mean, running_var, counter, training, momentum = statistics_of(module)
+        running_mean, running_var, num_batches_tracked, training, momentum = statistics_of(module)
         if residual is not None and not isinstance(module, _FusedAct):
             return Explanation("none", f"{type(module).__name__} takes no residual")
         fused = fused_activation(module)
@@ -146,8 +147,8 @@ def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = N
             )
             residual = None
     statistics = (running_mean, running_var)
-    reason = backend.set_aside() or backend.unserved(
-        input, residual, weight, bias, *statistics, counter, training, momentum, eps
+    reason = support.bypass_reason() or support.unsupported_reason(
+        input, residual, weight, bias, *statistics, num_batches_tracked, training, momentum, eps
     )
     if reason is not None:
         numbers = (training, 0.1 if momentum is None else momentum, eps)
@@ -156,7 +157,7 @@ def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = N
 
     saves = saved_for(activation, residual is not None)
     device = device_facts(input.device)
-    plan = make_plan(make_problem(input, training, residual is not None, saves), device)
+    plan = make_plan(problem_of(input, training, residual is not None, saves), device)
     unit = plan.problem.tensor_bytes
     forward, backward = round(plan.forward.units * unit), round(plan.backward.units * unit)
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backend, reference
+from . import reference
+from .backend import get_backend
+from .runtime import support
+from .runtime.support import HAS_TRITON
 
-if backend.HAS_TRITON:
+if HAS_TRITON:
     from . import autograd
 
 # What momentum may be without a closer look.
@@ -92,33 +98,33 @@ def tracked_batch_norm(
     activation, param = _checked_activation(activation, activation_param)
     if residual is not None:
         check_residual(input, residual)
-    # Neither `torch.compile` nor recalled calls know one tensor in two places.
+    # Neither `torch.compile` nor the plan cache knows one tensor in two places.
     if residual is input:
         residual = input.view_as(input)
     if bias is weight and isinstance(bias, Tensor):
         bias = bias.view_as(bias)
     tensors = (input, residual, weight, bias, running_mean, running_var, num_batches_tracked)
     options = (training, momentum, eps, activation, param)
-    if backend.set_aside() is None:
-        # What is recalled is not checked again, and was kept for any numbers.
+    if support.bypass_reason() is None:
+        # A cached plan skips the checks and serves any numbers, so check those here.
         sound = type(eps) is float and eps > 0 and type(momentum) in _MOMENTUM_TYPES
-        call = autograd.recalled(tensors, options) if backend.HAS_TRITON and sound else None
-        if call is not None or _goes_to_kernels(*tensors, training, momentum, eps):
-            return autograd.batch_norm(tensors, options, call)
+        plan = autograd.cached_plan(tensors, options) if HAS_TRITON and sound else None
+        if plan is not None or _goes_to_kernels(*tensors, training, momentum, eps):
+            return autograd.batch_norm(tensors, options, plan)
 
-    counter = num_batches_tracked if training else None
+    num_batches_tracked = num_batches_tracked if training else None
     # First, for where a change is refused; a call that is refused is not counted.
-    if counter is not None:
+    if num_batches_tracked is not None:
         if momentum is None:
-            momentum = 1.0 / (float(counter) + 1.0)
-        counter.add_(1)
+            momentum = 1.0 / (float(num_batches_tracked) + 1.0)
+        num_batches_tracked.add_(1)
     try:
         output = F.batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps
         )
     except BaseException:
-        if counter is not None:
-            counter.sub_(1)
+        if num_batches_tracked is not None:
+            num_batches_tracked.sub_(1)
         raise
     if residual is not None:
         output = output + residual
@@ -162,13 +168,28 @@ def _checked_activation(name: str | None, param: float | None) -> tuple[str, flo
 
 def _goes_to_kernels(input: Tensor, *arguments) -> bool:
     """Whether the kernels take a call; PyTorch gets the others, to serve or to refuse."""
-    reason = backend.unserved(input, *arguments)
+    reason = support.unsupported_reason(input, *arguments)
     if reason is None:
         return True
-    if reason == backend.PYTORCH_REFUSES:
+    if reason == support.PYTORCH_REFUSES:
         return False
-    if backend.get_backend() == "triton":
+    if get_backend() == "triton":
         raise RuntimeError(f"backend 'triton' can't serve this call because {reason}")
     if input.device.type in ("cuda", "xpu") and input.numel() and not torch.compiler.is_compiling():
-        backend.warn_fallback(reason)
+        warn_fallback(reason)
     return False
+
+
+_warned: set[str] = set()
+
+
+def warn_fallback(reason: str) -> None:
+    """Warns, once for each reason, that a GPU call goes to PyTorch; points to the caller's code."""
+    if reason in _warned:
+        return
+    _warned.add(reason)
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("fastbn.", "torch.")):
+        frame, level = frame.f_back, level + 1
+    message = f"fastbn falls back to PyTorch's batch norm because {reason}"
+    warnings.warn(message, RuntimeWarning, stacklevel=level)

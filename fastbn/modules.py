@@ -26,10 +26,10 @@ class _Fused:
     ) -> Tensor:
         self._check_input_dim(input)
         weight, bias = parameters_of(self)
-        running_mean, running_var, counter, training, momentum = statistics_of(self)
+        running_mean, running_var, num_batches_tracked, training, momentum = statistics_of(self)
         return tracked_batch_norm(
-            input, running_mean, running_var, counter, weight, bias, training, momentum, self.eps,
-            activation, activation_param, residual,
+            input, running_mean, running_var, num_batches_tracked, weight, bias, training,
+            momentum, self.eps, activation, activation_param, residual,
         )  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def statistics_of(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool, float | None]:
     """What a batch norm module passes on.
 
-    Running mean and variance, counter, training or not, and momentum, which is None
+    Running mean and variance, num_batches_tracked, training or not, and momentum, which is None
     for the counter's.
     """
     buffers = module._buffers  # as for `parameters_of`
@@ -55,19 +55,19 @@ def statistics_of(
         mean, var = buffers["running_mean"], buffers["running_var"]
     else:  # an attribute in its place
         mean, var = module.running_mean, module.running_var
-    counter, training, momentum = None, True, module.momentum
+    num_batches_tracked, training, momentum = None, True, module.momentum
     if not module.training:
         training = mean is None and var is None
     elif not module.track_running_stats:
         # In training, statistics that are not tracked are not to be written.
         mean = var = None
     elif "num_batches_tracked" in buffers:
-        counter = buffers["num_batches_tracked"]
+        num_batches_tracked = buffers["num_batches_tracked"]
     else:
-        counter = module.num_batches_tracked
-    if momentum is None and counter is None:
+        num_batches_tracked = module.num_batches_tracked
+    if momentum is None and num_batches_tracked is None:
         momentum = 0.0
-    return mean, var, counter, training, momentum
+    return mean, var, num_batches_tracked, training, momentum
 
 
 class FusedBatchNorm1d(_Fused, nn.BatchNorm1d):

@@ -91,7 +91,7 @@ def batch_norm_backward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    frozen: tuple[Tensor, Tensor] | None,
+    fixed: tuple[Tensor, Tensor] | None,
     eps: float,
     activation: str,
     activation_param: float,
@@ -107,14 +107,14 @@ def batch_norm_backward(
         dr = g,  db = sum(g),  dw = sum(g * x_hat),
         dx = weight * rstd * (g - db / M - x_hat * dw / M)
 
-    but dx = weight * rstd * g with frozen statistics.
+    but dx = weight * rstd * g with fixed statistics.
 
     Args:
-        frozen: mean and variance, or None: those of the batch.
+        fixed: mean and variance, or None: those of the batch.
     """
     axes, count = _axes(x), x.numel() // x.shape[1]
     z = accumulated(x)
-    mean, var = (z.mean(axes), z.var(axes, correction=0)) if frozen is None else frozen
+    mean, var = (z.mean(axes), z.var(axes, correction=0)) if fixed is None else fixed
     rstd = torch.rsqrt(_per_channel(var, z) + eps)
     x_hat = (z - _per_channel(mean, z)) * rstd
     g = accumulated(dy)
@@ -122,7 +122,7 @@ def batch_norm_backward(
         z = _argument(x_hat, weight, bias, residual)
         g = ACTIVATIONS_BACKWARD[activation](g, z, activation_param)
     dw, db = (g * x_hat).sum(axes), g.sum(axes)
-    if frozen is None:
+    if fixed is None:
         dx = g - _per_channel(db / count, z) - x_hat * _per_channel(dw / count, z)
     else:
         # g, and a function of the input, so that it requires a gradient where PyTorch's does.

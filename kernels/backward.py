@@ -12,6 +12,17 @@ With g = dy * activation'(z) and M values to a channel:
 import triton
 import triton.language as tl
 
+from .addressing import (
+    blocks_of,
+    box,
+    extents,
+    load_tile,
+    per_channel,
+    position,
+    position_in_block,
+    store_tile,
+    tiles_of_block,
+)
 from .epilogue import (
     activation_backward,
     mask_box,
@@ -23,17 +34,6 @@ from .epilogue import (
 )
 from .moments import sum_partials, sum_rows
 from .tickets import last_to_arrive
-from .tile import (
-    blocks_of,
-    box,
-    extents,
-    load_tile,
-    per_channel,
-    position,
-    position_in_block,
-    store_tile,
-    tiles_of_block,
-)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tile import blocks_of, box, per_channel
+from .addressing import blocks_of, box, per_channel
 from .tiling import MASK_BITS
 
 _BITS = tl.constexpr(MASK_BITS)

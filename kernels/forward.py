@@ -13,6 +13,16 @@ With M = N * S values x to a channel:
 import triton
 import triton.language as tl
 
+from .addressing import (
+    blocks_of,
+    box,
+    extents,
+    load_tile,
+    position,
+    position_in_block,
+    store_tile,
+    tiles_of_block,
+)
 from .epilogue import (
     activate,
     is_positive,
@@ -24,16 +34,6 @@ from .epilogue import (
 )
 from .moments import merge, merge_partials, sample_mean, tile_moments
 from .tickets import last_to_arrive
-from .tile import (
-    blocks_of,
-    box,
-    extents,
-    load_tile,
-    position,
-    position_in_block,
-    store_tile,
-    tiles_of_block,
-)
 
 
 @triton.jit
@@ -45,10 +45,10 @@ def update_running(Running, batch, momentum, c, mask):
 
 
 @triton.jit
-def averaging_factor(momentum, BatchesTracked, CUMULATIVE: tl.constexpr, acc: tl.constexpr):
+def averaging_factor(momentum, NumBatchesTracked, CUMULATIVE: tl.constexpr, acc: tl.constexpr):
     """The new batch's share of the running statistics; cumulative: all batches' the same."""
     if CUMULATIVE:
-        return 1.0 / (tl.load(BatchesTracked) + 1).to(acc)
+        return 1.0 / (tl.load(NumBatchesTracked) + 1).to(acc)
     else:
         return tl.full((), momentum, acc)
 
@@ -67,13 +67,13 @@ def store_statistics(count, mean, m2, Statistics, RunningMean, RunningVar, facto
 
 
 @triton.jit
-def count_batch(BatchesTracked, first, Arrivals, readers, CUMULATIVE: tl.constexpr):
+def count_batch(NumBatchesTracked, first, Arrivals, readers, CUMULATIVE: tl.constexpr):
     """Increments the counter of batches, after all who read it have; called by each of them."""
-    if BatchesTracked is not None:
+    if NumBatchesTracked is not None:
         if CUMULATIVE:
             first = last_to_arrive(Arrivals, readers)
         if first:
-            tl.store(BatchesTracked, tl.load(BatchesTracked) + 1)
+            tl.store(NumBatchesTracked, tl.load(NumBatchesTracked) + 1)
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def store_partial_moments(
 
 @triton.jit
 def finish_statistics(
-    Partials, shift, Statistics, RunningMean, RunningVar, BatchesTracked, Arrivals, C, block,
+    Partials, shift, Statistics, RunningMean, RunningVar, NumBatchesTracked, Arrivals, C, block,
     splits, momentum, eps, CUMULATIVE: tl.constexpr, MERGE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Merges the partial moments of a channel block and writes what follows from them."""
@@ -122,12 +122,12 @@ def finish_statistics(
     M2s = Partials + splits * C
     Counts = M2s + splits * C + block * splits
     count, mean, m2 = merge_partials(Partials, M2s, Counts, splits, C, c0, MERGE, BLOCK_C)
-    factor = averaging_factor(momentum, BatchesTracked, CUMULATIVE, acc)
+    factor = averaging_factor(momentum, NumBatchesTracked, CUMULATIVE, acc)
     store_statistics(
         count, mean + shift, m2, Statistics, RunningMean, RunningVar, factor, eps, c, C
     )
     blocks = blocks_of(C, BLOCK_C)
-    count_batch(BatchesTracked, block == 0, Arrivals + blocks, blocks, CUMULATIVE)
+    count_batch(NumBatchesTracked, block == 0, Arrivals + blocks, blocks, CUMULATIVE)
 
 
 @triton.jit
@@ -155,7 +155,7 @@ def bn_stats_fwd_kernel(
     Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps), written
     RunningMean,  # pointer to the running mean, updated, or None
     RunningVar,  # pointer to the running variance, updated, or None
-    BatchesTracked,  # pointer to the counter of batches, incremented, or None
+    NumBatchesTracked,  # pointer to the counter of batches, incremented, or None
     Partials,  # pointer to (2, splits, C) means and sums of squares, then (blocks, splits) counts
     Arrivals,  # pointer to a zero for each channel block, and one more
     N,
@@ -183,7 +183,7 @@ def bn_stats_fwd_kernel(
     )
     if last_to_arrive(Arrivals + block, splits):
         finish_statistics(
-            Partials, shift, Statistics, RunningMean, RunningVar, BatchesTracked, Arrivals, C,
+            Partials, shift, Statistics, RunningMean, RunningVar, NumBatchesTracked, Arrivals, C,
             block, splits, momentum, eps, CUMULATIVE, MERGE, BLOCK_C,
         )  # fmt: skip
 

@@ -58,6 +58,10 @@ class Pass:
     splits: int
     merge: int
 
+    def programs(self, problem: Problem) -> int:
+        """Returns how many programs the pass has: so many splits of each channel block."""
+        return self.splits * self.tile.grid(problem)[1]
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -67,12 +71,12 @@ class Schedule:
         strategy: "two-pass" (statistics, then normalisation), "ticketed" (the
             same in one launch, slice by slice through the cache), "resident"
             (one program keeps a channel block in registers in between) or
-            "frozen" (given statistics: nothing to wait for).
+            "fixed-stats" (given statistics: nothing to wait for).
         reduce: the pass that reduces to a channel: the first of two, the only
-            one of a frozen backward, both halves of a ticketed launch. Resident
-            kernels and a frozen forward have none: theirs is unused.
+            one of a backward with fixed statistics, both halves of a ticketed launch. Resident
+            kernels and a forward with fixed statistics have none: theirs is unused.
         apply: the tile of the elementwise pass, or of the only one but for a
-            frozen backward.
+            backward with fixed statistics.
         slice_blocks: channel blocks in a slice, if ticketed.
         launches: kernels launched.
         units: tensors read or written, packed masks counted as the fraction of
@@ -110,14 +114,19 @@ class Plan:
     backward: Schedule
 
 
-@lru_cache(maxsize=4096)
 def make_plan(problem: Problem, device: Device) -> Plan:
     """Plans both directions of a problem on a device."""
     return Plan(
         problem,
-        choose(schedules(problem, device, backward=False)),
-        choose(schedules(problem, device, backward=True)),
+        make_schedule(problem, device, backward=False),
+        make_schedule(problem, device, backward=True),
     )
+
+
+@lru_cache(maxsize=4096)
+def make_schedule(problem: Problem, device: Device, backward: bool) -> Schedule:
+    """Plans one direction of a problem on a device."""
+    return choose(schedules(problem, device, backward))
 
 
 def choose(found: dict[str, Schedule]) -> Schedule:
@@ -128,7 +137,7 @@ def choose(found: dict[str, Schedule]) -> Schedule:
 def schedules(problem: Problem, device: Device, backward: bool) -> dict[str, Schedule]:
     """All strategies that can serve one direction of a problem, the simplest first."""
     if not problem.training:
-        return {"frozen": frozen(problem, device, backward)}
+        return {"fixed-stats": fixed_stats(problem, device, backward)}
     found = {"two-pass": two_pass(problem, device, backward)}
     if resident_fits(problem):
         found["resident"] = resident(problem, device, backward)
@@ -138,11 +147,11 @@ def schedules(problem: Problem, device: Device, backward: bool) -> dict[str, Sch
     return found
 
 
-def frozen(problem: Problem, device: Device, backward: bool) -> Schedule:
+def fixed_stats(problem: Problem, device: Device, backward: bool) -> Schedule:
     """One pass."""
     units = _once(problem, backward)
     seconds = device.launch + units * problem.tensor_bytes / _bandwidth(device)
-    return _schedule("frozen", problem, device, backward, units, seconds)
+    return _schedule("fixed-stats", problem, device, backward, units, seconds)
 
 
 def two_pass(problem: Problem, device: Device, backward: bool) -> Schedule:

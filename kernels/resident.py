@@ -7,11 +7,11 @@ and written once, in one launch.
 import triton
 import triton.language as tl
 
+from .addressing import box, extents, load_tile
 from .backward import load_gradient, store_gradients, store_parameter_gradients
 from .epilogue import mean_and_rstd, scale_and_bias
 from .forward import averaging_factor, count_batch, store_output, store_statistics
 from .moments import sum_rows, tile_moments
-from .tile import box, extents, load_tile
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def bn_resident_fwd_kernel(
     Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps), written
     RunningMean,  # pointer to the running mean, updated, or None
     RunningVar,  # pointer to the running variance, updated, or None
-    BatchesTracked,  # pointer to the counter of batches, incremented, or None
+    NumBatchesTracked,  # pointer to the counter of batches, incremented, or None
     Arrivals,  # pointer to a zero, if CUMULATIVE
     N,
     C,
@@ -46,7 +46,7 @@ def bn_resident_fwd_kernel(
     acc = Statistics.dtype.element_ty
     c0 = tl.program_id(0) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
-    factor = averaging_factor(momentum, BatchesTracked, CUMULATIVE, acc)
+    factor = averaging_factor(momentum, NumBatchesTracked, CUMULATIVE, acc)
 
     _, _, inside = box(N, C, S, 0, c0, 0, BLOCK_N, BLOCK_C, BLOCK_S)
     x = load_tile(X, N, C, S, 0, c0, 0, FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S).to(acc)
@@ -61,7 +61,7 @@ def bn_resident_fwd_kernel(
         x, R, Y, Mask, mean[None, :, None], scale, bias, param, N, C, S, 0, c0, 0,
         ACTIVATION, FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S,
     )  # fmt: skip
-    count_batch(BatchesTracked, c0 == 0, Arrivals, tl.num_programs(0), CUMULATIVE)
+    count_batch(NumBatchesTracked, c0 == 0, Arrivals, tl.num_programs(0), CUMULATIVE)
 
 
 @triton.jit

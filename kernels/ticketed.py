@@ -8,6 +8,7 @@ loaded to stay in the cache, and what is used for the last time to leave it.
 import triton
 import triton.language as tl
 
+from .addressing import blocks_of, extents, load_tile, position_in_block, tiles_of_block
 from .backward import (
     finish_sums,
     load_gradient,
@@ -18,7 +19,6 @@ from .backward import (
 from .epilogue import mean_and_rstd, scale_and_bias
 from .forward import finish_statistics, store_output, store_partial_moments
 from .tickets import draw_ticket, last_to_arrive, raise_flag, wait_for_flag, work_of
-from .tile import blocks_of, extents, load_tile, position_in_block, tiles_of_block
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def bn_ticketed_fwd_kernel(
     Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps), written
     RunningMean,  # pointer to the running mean, updated, or None
     RunningVar,  # pointer to the running variance, updated, or None
-    BatchesTracked,  # pointer to the counter of batches, incremented, or None
+    NumBatchesTracked,  # pointer to the counter of batches, incremented, or None
     Partials,  # pointer to (2, splits, C) means and sums of squares, then (blocks, splits) counts
     Arrivals,  # pointer to a zero for each channel block, and one more
     Tickets,  # pointer to the counter of tickets, and a flag for each channel block
@@ -82,7 +82,7 @@ def bn_ticketed_fwd_kernel(
             )  # fmt: skip
             if last_to_arrive(Arrivals + block, splits):
                 finish_statistics(
-                    Partials, shift, Statistics, RunningMean, RunningVar, BatchesTracked,
+                    Partials, shift, Statistics, RunningMean, RunningVar, NumBatchesTracked,
                     Arrivals, C, block, splits, momentum, eps, CUMULATIVE, MERGE, BLOCK_C,
                 )  # fmt: skip
                 raise_flag(Tickets + 1 + block, generation)

@@ -8,6 +8,7 @@ input is (batch, channels, positions); a channels-last input, or a matrix, is
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from .device import Device
 
@@ -109,6 +110,10 @@ class Tile:
     def grid(self, problem: Problem) -> tuple[int, int, int]:
         """How many tiles cover the problem along each axis."""
         return (-(-problem.n // self.n), -(-problem.c // self.c), -(-problem.s // self.s))
+
+    def programs(self, problem: Problem) -> int:
+        """Returns how many programs cover the problem with one tile each."""
+        return prod(self.grid(problem))
 
 
 def reduce_tile(problem: Problem, device: Device, reads: int, row_bytes: int = 128) -> Tile:

@@ -30,11 +30,11 @@ from triton.runtime import driver
 
 from benchmarks.plans import problem_of
 from benchmarks.shapes import cases
-from fastbn import calls, ops, recall
 from fastbn.kernels.device import H100
-from fastbn.kernels.plan import make_plan
-from fastbn.launch import Launcher
-from fastbn.layout import memory_format
+from fastbn.kernels.plan import make_schedule
+from fastbn.runtime import execution_plan, plan_cache, torch_ops
+from fastbn.runtime.launcher import Launcher
+from fastbn.runtime.layout import memory_format
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -71,7 +71,7 @@ def table() -> list[Case]:
     for case in cases(gpu=True, quick=False):
         problem = problem_of(case)
         for direction in ("forward", "backward"):
-            schedule = getattr(make_plan(problem, H100), direction)
+            schedule = make_schedule(problem, H100, direction == "backward")
             key = (
                 direction, schedule.strategy, schedule.reduce.tile, schedule.reduce.merge,
                 schedule.apply, case.dtype, case.epilogue,
@@ -139,11 +139,11 @@ def compile_case(case: Case, target_name: str) -> list[dict]:
         compiled.append((kernel, dict(zip(self.kernel.arg_names, arguments)) | self.constants))
 
     driver.set_active(_Driver(target_name))
-    recall.forget()
+    plan_cache.clear()
     nvidia = target.backend == "cuda"
     with (
-        mock.patch.object(calls, "device_facts", return_value=H100),
-        mock.patch.object(calls, "limits_registers", return_value=nvidia),
+        mock.patch.object(execution_plan, "device_facts", return_value=H100),
+        mock.patch.object(execution_plan, "limits_registers", return_value=nvidia),
         mock.patch.object(Launcher, "__call__", compile_instead),
         mock.patch.object(Launcher, "check"),
     ):
@@ -181,24 +181,24 @@ def _call(case: Case) -> None:
         x = x.contiguous(memory_format=format)
     stats = torch.float64 if dtype == torch.float64 else torch.float32
     weight, bias, mean, var = torch.empty(4, x.shape[1], dtype=stats, device="meta").unbind()
-    counter = torch.empty((), dtype=torch.int64, device="meta")
+    num_batches_tracked = torch.empty((), dtype=torch.int64, device="meta")
     residual = torch.empty_like(x) if case.residual else None
     signs = case.residual and case.activation in ("relu", "leaky_relu")
     epilogue = (1e-5, case.activation, 0.01)
     if case.training:
-        _, statistics, mask = ops._forward_train(
-            x, residual, weight, bias, mean, var, counter, 0.1, *epilogue, signs
+        _, statistics, mask = torch_ops._forward_train(
+            x, residual, weight, bias, mean, var, num_batches_tracked, 0.1, *epilogue, signs
         )
         var = None
     else:
         statistics = mean
-        _, mask = ops._forward_eval(x, residual, weight, bias, mean, var, *epilogue, signs)
+        _, mask = torch_ops._forward_eval(x, residual, weight, bias, mean, var, *epilogue, signs)
     saved = (None, mask) if signs else (residual, None)
     format = memory_format(x) if signs else None
     options = (*epilogue, (True, case.residual, True, True), format)
     if signs or case.activation == "none":
         bias = None  # not read
-    ops._backward(x, x, *saved, weight, bias, statistics, var, *options)
+    torch_ops._backward(x, x, *saved, weight, bias, statistics, var, *options)
 
 
 @cache

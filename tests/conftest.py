@@ -64,12 +64,12 @@ def _own_errors(pytestconfig):
 
 @pytest.fixture
 def replan():
-    """Forgets all calls and plans, now and after the test."""
-    from fastbn import recall
+    """Drops all plans, now and after the test."""
+    from fastbn.runtime import plan_cache
 
-    recall.forget()
-    yield recall.forget
-    recall.forget()
+    plan_cache.clear()
+    yield plan_cache.clear
+    plan_cache.clear()
 
 
 @pytest.fixture
@@ -98,10 +98,10 @@ def force_strategy(monkeypatch, replan):
 @pytest.fixture
 def few_programs(monkeypatch, replan):
     """Plans on a GPU as for the interpreter: few programs, each with many tiles."""
-    from fastbn import calls
     from fastbn.kernels.device import INTERPRETER
+    from fastbn.runtime import execution_plan
 
-    monkeypatch.setattr(calls, "device_facts", lambda device: INTERPRETER)
+    monkeypatch.setattr(execution_plan, "device_facts", lambda device: INTERPRETER)
     replan()
 
 

@@ -32,8 +32,8 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @dataclass(frozen=True)
-class Call:
-    """What to call batch norm with."""
+class Case:
+    """Sizes and options of one call of batch norm."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
@@ -53,9 +53,9 @@ class Call:
 
 @dataclass
 class Arguments:
-    """The tensors of a call; None where there is none."""
+    """The tensors of a case; None where there is none."""
 
-    call: Call
+    case: Case
     input: Tensor
     grad_output: Tensor
     weight: Tensor | None
@@ -63,7 +63,7 @@ class Arguments:
     residual: Tensor | None
     running_mean: Tensor | None
     running_var: Tensor | None
-    counter: Tensor
+    num_batches_tracked: Tensor
 
     def to(self, dtype: torch.dtype) -> Arguments:
         """The same numbers in another dtype, in fresh memory."""
@@ -80,40 +80,40 @@ class Arguments:
                     "running_var",
                 )
             },
-            counter=self.counter.clone(),
+            num_batches_tracked=self.num_batches_tracked.clone(),
         )  # fmt: skip
 
 
-def make_arguments(call: Call, device: torch.device, counter: int = 3) -> Arguments:
-    """Random tensors for a call."""
-    c = call.shape[1]
-    half = call.dtype in (torch.float16, torch.bfloat16)
-    param_dtype = call.param_dtype or (torch.float32 if half else call.dtype)
+def make_arguments(case: Case, device: torch.device, num_batches_tracked: int = 3) -> Arguments:
+    """Random tensors for a case."""
+    c = case.shape[1]
+    half = case.dtype in (torch.float16, torch.bfloat16)
+    param_dtype = case.param_dtype or (torch.float32 if half else case.dtype)
 
     def lay_out(t):
-        t = t.to(device, call.dtype)
-        if call.channels_last:
+        t = t.to(device, case.dtype)
+        if case.channels_last:
             return t.contiguous(memory_format=CHANNELS_LAST[t.dim()])
         return t
 
     def parameter(t, wanted):
         return t.to(device, param_dtype) if wanted else None
 
-    spread = torch.linspace(0.5, 2.0, c).reshape(1, c, *[1] * (len(call.shape) - 2))
+    spread = torch.linspace(0.5, 2.0, c).reshape(1, c, *[1] * (len(case.shape) - 2))
     arguments = Arguments(
-        call,
-        input=lay_out(torch.randn(call.shape) * call.std * spread + call.mean),
-        grad_output=lay_out(torch.randn(call.shape)),
-        weight=parameter(torch.rand(c) + 0.5, call.weight),
-        bias=parameter(torch.randn(c), call.bias),
-        residual=lay_out(torch.randn(call.shape)) if call.residual else None,
-        running_mean=parameter(torch.randn(c) * 0.1 + call.mean, call.statistics),
-        running_var=parameter((torch.rand(c) + 0.5) * call.std**2, call.statistics),
-        counter=torch.tensor(counter, device=device),
+        case,
+        input=lay_out(torch.randn(case.shape) * case.std * spread + case.mean),
+        grad_output=lay_out(torch.randn(case.shape)),
+        weight=parameter(torch.rand(c) + 0.5, case.weight),
+        bias=parameter(torch.randn(c), case.bias),
+        residual=lay_out(torch.randn(case.shape)) if case.residual else None,
+        running_mean=parameter(torch.randn(c) * 0.1 + case.mean, case.statistics),
+        running_var=parameter((torch.rand(c) + 0.5) * case.std**2, case.statistics),
+        num_batches_tracked=torch.tensor(num_batches_tracked, device=device),
     )
     exact = _preactivation(arguments)
     far = torch.ones_like(exact, dtype=torch.bool)
-    for kink in KINKS if call.activation != "none" else ():
+    for kink in KINKS if case.activation != "none" else ():
         far &= (exact - kink).abs() > KINK_WIDTH
     arguments.grad_output *= far
     return arguments
@@ -132,13 +132,13 @@ def poisoned():
 
 def run_fastbn(arguments: Arguments) -> dict[str, Tensor]:
     """Outputs, updated statistics and gradients of fastbn's kernels."""
-    call = arguments.call
+    case = arguments.case
 
     def function(input, weight, bias, residual):
         return tracked_batch_norm(
             input, arguments.running_mean, arguments.running_var,
-            arguments.counter if call.training else None, weight, bias, call.training,
-            call.momentum, call.eps, call.activation, None, residual,
+            arguments.num_batches_tracked if case.training else None, weight, bias, case.training,
+            case.momentum, case.eps, case.activation, None, residual,
         )  # fmt: skip
 
     with fastbn.use_backend("triton"), poisoned():
@@ -162,28 +162,28 @@ def run_native(arguments: Arguments) -> dict[str, Tensor]:
 
 
 def _run_torch(arguments: Arguments, batch_norm) -> dict[str, Tensor]:
-    call = arguments.call
-    momentum = call.momentum
+    case = arguments.case
+    momentum = case.momentum
     if momentum is None:
-        momentum = 1 / (arguments.counter.item() + 1)
-    if call.training:
-        arguments.counter += 1
+        momentum = 1 / (arguments.num_batches_tracked.item() + 1)
+    if case.training:
+        arguments.num_batches_tracked += 1
 
     def function(input, weight, bias, residual):
         z = batch_norm(
-            input, arguments.running_mean, arguments.running_var, weight, bias, call.training,
-            momentum, call.eps,
+            input, arguments.running_mean, arguments.running_var, weight, bias, case.training,
+            momentum, case.eps,
         )  # fmt: skip
         if residual is not None:
             z = z + residual
-        return ACTIVATIONS[call.activation](z, DEFAULT_PARAMS.get(call.activation, 0.0))
+        return ACTIVATIONS[case.activation](z, DEFAULT_PARAMS.get(case.activation, 0.0))
 
     return _results(arguments, function)
 
 
 def _preactivation(arguments: Arguments) -> Tensor:
-    call = arguments.call
-    none = replace(arguments, call=replace(call, activation="none"))
+    case = arguments.case
+    none = replace(arguments, case=replace(case, activation="none"))
     return run_exact(none)["output"]
 
 
@@ -199,18 +199,18 @@ def _results(arguments: Arguments, function) -> dict[str, Tensor]:
     if arguments.running_mean is not None:
         results["running_mean"] = arguments.running_mean
         results["running_var"] = arguments.running_var
-    results["counter"] = arguments.counter
+    results["num_batches_tracked"] = arguments.num_batches_tracked
     return results
 
 
-def check(call: Call, device: torch.device) -> None:
-    """Runs a call three ways and holds fastbn to the rule, in all its results."""
-    compare(make_arguments(call, device))
+def check(case: Case, device: torch.device) -> None:
+    """Runs a case three ways and holds fastbn to the rule, in all its results."""
+    compare(make_arguments(case, device))
 
 
 def compare(arguments: Arguments) -> None:
     """`check` for given tensors."""
-    call = arguments.call
+    case = arguments.case
     exact = run_exact(arguments)
     native = run_native(arguments)
     # On hostile input cuDNN, where it serves, is no yardstick.
@@ -221,7 +221,7 @@ def compare(arguments: Arguments) -> None:
     for name in actual:
         assert actual[name].dtype == native[name].dtype, name
         assert actual[name].shape == native[name].shape, name
-        if name == "counter":
+        if name == "num_batches_tracked":
             assert actual[name].equal(native[name])
             continue
         if actual[name].shape == arguments.input.shape:
@@ -234,7 +234,7 @@ def compare(arguments: Arguments) -> None:
         ulps = FLOOR_ULPS[actual[name].dtype] * EPSILON[actual[name].dtype]
         allowed = (2 * (native_error / scale).max() + ulps) * scale
         worst = (actual_error / allowed).max().item()
-        assert worst <= 1, f"{name} is {worst:.3g} times as far off as allowed: {call}"
+        assert worst <= 1, f"{name} is {worst:.3g} times as far off as allowed: {case}"
 
 
 def _terms(name: str, arguments: Arguments) -> Tensor:
@@ -247,7 +247,7 @@ def _terms(name: str, arguments: Arguments) -> Tensor:
     if name in ("grad_weight", "grad_bias"):
         # M terms of random sign.
         return grad * (x.numel() / x.shape[1]) ** 0.5
-    scale = (x.var(axes, correction=0) + arguments.call.eps).rsqrt()
+    scale = (x.var(axes, correction=0) + arguments.case.eps).rsqrt()
     if arguments.weight is not None:
         scale *= arguments.weight.double().abs()
     if name == "grad_input":

@@ -1,4 +1,4 @@
-"""The house of the code: who may import whom, and where kernels are launched."""
+"""The structure of the code: who may import whom, and where kernels are launched."""
 
 import ast
 from pathlib import Path
@@ -7,93 +7,139 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Each module of fastbn and the siblings that it may import: only ones below it.
+# Each module of fastbn and the modules that it may import, all of which come earlier.
+# "kernels" stands for the whole folder, which imports nothing of fastbn.
 BELOW = {
-    "layout": {"kernels"},
-    "reference": set(),
     "backend": set(),
-    "counters": set(),
-    "launch": {"kernels", "counters"},
-    "calls": {"kernels", "launch", "layout"},
-    "run": {"calls", "counters"},
-    "ops": {"calls", "run", "layout"},
-    "recall": {"calls", "backend", "layout"},
-    "autograd": {"calls", "run", "ops", "recall", "backend", "reference", "layout"},
-    "functional": {"autograd", "backend", "reference"},
+    "reference": set(),
+    "runtime.__init__": set(),
+    "runtime.support": {"backend"},
+    "runtime.layout": {"kernels"},
+    "runtime.device": {"kernels"},
+    "runtime.workspace": set(),
+    "runtime.launcher": {"runtime.device", "runtime.workspace"},
+    "runtime.execution_plan": {"kernels", "runtime.device", "runtime.launcher", "runtime.layout"},
+    "runtime.execution": {"runtime.execution_plan", "runtime.workspace"},
+    "runtime.plan_cache": {"runtime.execution_plan", "runtime.layout", "runtime.support"},
+    "runtime.torch_ops": {"runtime.execution", "runtime.execution_plan", "runtime.layout"},
+    "autograd": {
+        "reference",
+        "runtime.execution",
+        "runtime.execution_plan",
+        "runtime.layout",
+        "runtime.plan_cache",
+        "runtime.support",
+        "runtime.torch_ops",
+    },
+    "functional": {"autograd", "backend", "reference", "runtime.support"},
     "modules": {"functional"},
-    "explain": {"kernels", "backend", "launch", "calls", "autograd", "functional", "modules"},
+    "explain": {
+        "autograd",
+        "backend",
+        "functional",
+        "kernels",
+        "modules",
+        "runtime.device",
+        "runtime.layout",
+        "runtime.support",
+    },
     "__init__": {"backend", "explain", "functional", "modules"},
 }
 
+# Public names of fastbn that are modules too.
+PUBLIC = {"fastbn.explain", "fastbn.functional"}
 
-def imports(path):
-    """Names of all modules that a file imports; relative ones with their dots."""
+
+def modules(folder):
+    """(dotted name, path) of all Python files in a folder and the folders below it."""
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        yield ".".join(path.relative_to(ROOT / folder).with_suffix("").parts), path
+
+
+def files(folder):
+    return pytest.mark.parametrize(
+        ("name", "path"), [pytest.param(*found, id=found[0]) for found in modules(folder)]
+    )
+
+
+def imports(name, path, package):
+    """Absolute names of everything that a file of a package imports.
+
+    Of `from a import b` these are both `a` and `a.b`, since `b` may be a module.
+    """
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            module = "." * node.level + (node.module or "")
-            if module.strip("."):
-                yield module
-                yield from (f"{module}.{alias.name}" for alias in node.names if module == "fastbn")
-            else:
-                yield from (module + alias.name for alias in node.names)
+            module = node.module or ""
+            if node.level:
+                parents = [package, *name.split(".")][: -node.level]
+                assert parents, f"{path} imports from outside of its package"
+                module = ".".join([*parents, *filter(None, [module])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "fastbn").glob("*.py")), ids=lambda p: p.stem)
-def test_imports_go_downward(path):
-    siblings = {name[1:].split(".")[0] for name in imports(path) if name.startswith(".")}
-    assert siblings <= BELOW[path.stem]
+def imported_modules(name, path):
+    """The modules of fastbn, as `BELOW` names them, that one of its files imports."""
+    for module in imports(name, path, "fastbn"):
+        parts = module.split(".")
+        if parts[0] != "fastbn":
+            continue
+        if parts[1:2] == ["kernels"]:
+            yield "kernels"
+        elif ".".join(parts[1:]) in BELOW:
+            yield ".".join(parts[1:])
 
 
-def test_nothing_is_above_itself():
-    done = set()
+def test_every_module_has_its_place():
+    assert {name for name, _ in modules("fastbn")} == set(BELOW)
+
+
+@files("fastbn")
+def test_imports_go_downward(name, path):
+    assert set(imported_modules(name, path)) <= BELOW[name]
+
+
+def test_no_module_is_above_itself():
+    done = {"kernels"}
     for name, below in BELOW.items():
-        assert below <= done | {"kernels"}, name
+        assert below <= done, name
         done.add(name)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.stem)
-def test_kernels_know_triton_and_nothing_else(path):
-    allowed = {"triton", "__future__", "dataclasses", "functools", "math"}
-    for name in imports(path):
-        assert name.startswith(".") or name.split(".")[0] in allowed, name
-        assert not name.startswith("..")
+@files("kernels")
+def test_kernels_import_triton_and_nothing_else(name, path):
+    allowed = {"triton", "__future__", "dataclasses", "functools", "math", "kernels"}
+    for module in imports(name, path, "kernels"):
+        assert module.split(".")[0] in allowed, module
 
 
 @pytest.mark.parametrize("name", ["plan", "tiling", "device", "__init__"])
-def test_the_planner_needs_no_triton(name):
-    assert not any("triton" in module for module in imports(ROOT / "kernels" / f"{name}.py"))
+def test_planner_needs_no_triton(name):
+    found = imports(name, ROOT / "kernels" / f"{name}.py", "kernels")
+    assert not any("triton" in module for module in found)
 
 
 def test_one_way_to_the_kernels():
-    """Kernels go to launchers, launchers to calls, which operators and autograd run."""
-    for path in (ROOT / "fastbn").glob("*.py"):
-        names = set(imports(path))
-        assert ("_fwd_kernel" in path.read_text()) == (path.stem == "calls"), path
-        assert (".launch" in names) == (path.stem in ("calls", "explain")), path
-        assert (".run" in names) == (path.stem in ("ops", "autograd")), path
+    """Plans hold launchers of kernels; operators and autograd run plans, and nobody else does."""
+    for name, path in modules("fastbn"):
+        found = set(imported_modules(name, path))
+        planner = name == "runtime.execution_plan"
+        assert ("_fwd_kernel" in path.read_text()) == planner, path
+        assert ("runtime.launcher" in found) == planner, path
+        runs = name in ("runtime.torch_ops", "autograd")
+        assert ("runtime.execution" in found) == runs, path
+
+
+# Whoever forces a strategy drops the plans that were made without, and a case is
+# planned as a tensor of its sizes would be.
+EXCEPTIONS = {("forced", "fastbn.runtime.plan_cache"), ("plans", "fastbn.runtime.layout")}
 
 
 @pytest.mark.parametrize("folder", ["examples", "benchmarks"])
 def test_examples_and_benchmarks_use_the_public_api(folder):
-    private = {
-        "run",
-        "calls",
-        "counters",
-        "ops",
-        "recall",
-        "autograd",
-        "backend",
-        "launch",
-        "layout",
-        "modules",
-        "reference",
-    }
-    # Whoever forces a strategy makes fastbn forget the calls that were planned without.
-    except_for = {("forced", "fastbn.recall")}
-    for path in (ROOT / folder).rglob("*.py"):
-        for name in imports(path):
-            parts = name.split(".")
-            private_parts = parts[0] == "fastbn" and private & set(parts)
-            assert not private_parts or (path.stem, name) in except_for, f"{path}: {name}"
+    private = {f"fastbn.{name}" for name in BELOW} - PUBLIC
+    for name, path in modules(folder):
+        found = private & set(imports(name, path, folder))
+        assert all((name, module) in EXCEPTIONS for module in found), f"{path}: {found}"

@@ -8,10 +8,10 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastbn
-from fastbn import run
 from fastbn.functional import batch_norm
 from fastbn.reference import ACTIVATIONS, DEFAULT_PARAMS
 from fastbn.reference import batch_norm as reference_batch_norm
+from fastbn.runtime import execution
 
 pytestmark = pytest.mark.usefixtures("kernels_only")
 
@@ -173,13 +173,13 @@ def test_no_graph_without_gradients(device):
 @pytest.mark.parametrize("wanted", [None, 0, 1, 2, 3])
 def test_a_mask_only_for_a_gradient(wanted, training, device, monkeypatch):
     """In most of inference gradients are enabled, but nothing requires one."""
-    masks, forward = [], run.forward
+    masks, forward = [], execution.run_forward
 
     def spy(*args):
         masks.append(forward(*args)[2])
         return forward(*args)
 
-    monkeypatch.setattr(run, "forward", spy)
+    monkeypatch.setattr(execution, "run_forward", spy)
     inputs = [t.detach() for t in leaves(3, 8, 8, device=device)]
     if wanted is not None:
         inputs[wanted].requires_grad_()

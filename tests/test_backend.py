@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import fastbn
-from fastbn import FusedBatchNorm2d, FusedBatchNormAct2d, backend, batch_norm, explain
+from fastbn import FusedBatchNorm2d, FusedBatchNormAct2d, batch_norm, explain, functional
 from fastbn.functional import tracked_batch_norm
+from fastbn.runtime import support
 
 
 @pytest.fixture(autouse=True)
@@ -188,20 +189,20 @@ def test_subclasses_go_to_pytorch(device):
 
 
 def test_falling_back_warns_once_a_reason(monkeypatch):
-    monkeypatch.setattr(backend, "_warned", set())
+    monkeypatch.setattr(functional, "_warned", set())
     with pytest.warns(RuntimeWarning, match="falls back to PyTorch's batch norm because it rains"):
-        backend.warn_fallback("it rains")
-    backend.warn_fallback("it rains")
+        functional.warn_fallback("it rains")
+    functional.warn_fallback("it rains")
     with pytest.warns(RuntimeWarning, match="because it snows"):
-        backend.warn_fallback("it snows")
+        functional.warn_fallback("it snows")
 
 
 def test_the_warning_points_to_the_callers_code(monkeypatch, device, replan):
     """From a function and from within modules alike."""
-    monkeypatch.setattr(backend, "_warned", set())
+    monkeypatch.setattr(functional, "_warned", set())
     # As a function of the package's own: a frame of this file would end the search.
-    unserved = eval("lambda *call: warn_fallback(f'of {len(_warned)}')", vars(backend))
-    monkeypatch.setattr(backend, "unserved", unserved)
+    reason = eval("lambda *call: warn_fallback(f'of {len(_warned)}')", vars(functional))
+    monkeypatch.setattr(support, "unsupported_reason", reason)
     x = torch.randn(4, 3, device=device)
     network = torch.nn.Sequential(fastbn.FusedBatchNorm1d(3)).to(device)
     with warnings.catch_warnings(record=True) as caught:
@@ -213,7 +214,7 @@ def test_the_warning_points_to_the_callers_code(monkeypatch, device, replan):
 
 @pytest.mark.gpu
 def test_falling_back_on_a_gpu_is_said(monkeypatch):
-    monkeypatch.setattr(backend, "_warned", set())
+    monkeypatch.setattr(functional, "_warned", set())
     x, weight = torch.randn(4, 3, device="cuda"), torch.ones(3, device="cuda", dtype=torch.half)
     with (
         pytest.warns(RuntimeWarning, match="weight of torch.float16 does not go with an input of"),
@@ -324,7 +325,7 @@ def test_explain_counts_what_the_call_moves(device, force_strategy):
     assert found.forward_bytes == round((3 + 1 / 32) * x.nbytes)
     assert found.backward_bytes == round((4 + 1 / 32) * x.nbytes)
     found = explain(bn.eval(), x)
-    assert found.plan.forward.strategy == "frozen"
+    assert found.plan.forward.strategy == "fixed-stats"
     assert found.forward_bytes == 2 * x.nbytes
 
 

@@ -15,7 +15,7 @@ from benchmarks.report import Report
 from benchmarks.shapes import cases
 from fastbn.kernels import plan
 from fastbn.kernels.device import H100, Device
-from fastbn.launch import Launcher
+from fastbn.runtime.launcher import Launcher
 
 from .test_benchmarks_cases import CPU
 
@@ -190,9 +190,9 @@ def test_the_planner_is_restored_after_an_exception():
 
 
 def test_what_cannot_serve_is_not_forced():
-    """256 images don't fit a program's registers, and a frozen norm has one strategy."""
+    """256 images don't fit a program's registers, and fixed statistics have one strategy."""
     problem = problem_of(cases(gpu=True, quick=True)[0])
-    frozen = plan.Problem(8, 4, 1, 4, training=False)
-    usual = [plan.make_plan(p, H100) for p in (problem, frozen)]
+    fixed = plan.Problem(8, 4, 1, 4, training=False)
+    usual = [plan.make_plan(p, H100) for p in (problem, fixed)]
     with forced("resident"):
-        assert [plan.make_plan(p, H100) for p in (problem, frozen)] == usual
+        assert [plan.make_plan(p, H100) for p in (problem, fixed)] == usual

@@ -22,7 +22,7 @@ BREAKAGES = {
         "tests/test_kernels.py::test_shapes_and_dtypes",
     ),
     "mask dropped from the output": (
-        "kernels/tile.py",
+        "kernels/addressing.py",
         "tl.store(P + start + offsets, x, inside, ",
         "tl.store(P + start + offsets, x, ",
         "tests/test_kernels.py::test_shapes_and_dtypes",
@@ -40,10 +40,10 @@ BREAKAGES = {
         "tests/test_kernels.py::test_momentum",
     ),
     "offsets of 32 bits": (
-        "kernels/tile.py",
+        "kernels/addressing.py",
         "(tl.cast(n0, tl.int64) * C + c0) * S + s0",
         "(tl.cast(n0, tl.int32) * C + c0) * S + tl.cast(s0, tl.int32)",
-        "tests/test_tile.py::test_offsets",
+        "tests/test_addressing.py::test_offsets",
     ),
     "splits merged without the distance of their means": (
         "kernels/moments.py",
@@ -87,11 +87,11 @@ BREAKAGES = {
         "delta * delta * (count_a * (count_b / count))",
         "tests/test_kernels.py::test_huge_constant_channels",
     ),
-    "any call recalled for another": (
-        "recall.py",
-        "if guards.check(*given):\n                return call",
-        "return call",
-        "tests/test_recall.py::test_an_earlier_call_changes_nothing",
+    "any cached plan taken for any call": (
+        "runtime/plan_cache.py",
+        "if guards.check(*given):\n                return plan",
+        "return plan",
+        "tests/test_plan_cache.py::test_an_earlier_call_changes_nothing",
     ),
     "resident mean left uncorrected": (
         "kernels/resident.py",
@@ -106,7 +106,7 @@ BREAKAGES = {
         "tests/test_kernels.py::test_hostile_scales",
     ),
     "flattened planes not taken apart": (
-        "kernels/tile.py",
+        "kernels/addressing.py",
         "column // BLOCK_S * S + column % BLOCK_S",
         "column",
         "tests/test_kernels.py::test_flattened_planes",
@@ -152,7 +152,7 @@ def run(tmp_path, file, there, put, tests):
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
-def test_breaking_a_kernel_turns_the_tests_red(breakage, tmp_path):
+def test_broken_copy_fails(breakage, tmp_path):
     try:
         done = run(tmp_path, *BREAKAGES[breakage])
     except subprocess.TimeoutExpired:
@@ -165,7 +165,7 @@ def test_breaking_a_kernel_turns_the_tests_red(breakage, tmp_path):
     assert crashed or "AssertionError" in done.stdout
 
 
-def test_leaving_it_whole_keeps_them_green(tmp_path):
+def test_unmodified_copy_passes(tmp_path):
     line = "    offsets = (n * C + c) * S + s"
-    done = run(tmp_path, "kernels/tile.py", line, line, "tests/test_tile.py")
+    done = run(tmp_path, "kernels/addressing.py", line, line, "tests/test_addressing.py")
     assert done.returncode == 0, done.stdout

@@ -7,13 +7,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import fastbn
-from fastbn import counters
-from fastbn.calls import make_problem
 from fastbn.kernels.device import H100
-from fastbn.kernels.tiling import Problem, reduce_tile, resident_fits
+from fastbn.kernels.tiling import reduce_tile, resident_fits
 from fastbn.reference import ACTIVATIONS
+from fastbn.runtime import workspace
+from fastbn.runtime.layout import problem_of
 
-from .oracle import CHANNELS_LAST, Call, check, clone, compare, make_arguments, run_fastbn
+from .oracle import CHANNELS_LAST, Case, check, clone, compare, make_arguments, run_fastbn
 
 
 @pytest.fixture(params=["two-pass", "resident", "ticketed"], autouse=True)
@@ -28,7 +28,7 @@ def skip_what_never_stays(strategy, shape, dtype, channels_last=False):
     x = torch.empty(shape, dtype=dtype)
     if channels_last:
         x = x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
-    if strategy == "resident" and not resident_fits(make_problem(x)):
+    if strategy == "resident" and not resident_fits(problem_of(x)):
         pytest.skip("it does not fit registers")
 
 
@@ -54,14 +54,14 @@ NAMES = ["x".join(map(str, shape)) for shape in SHAPES]
 @pytest.mark.parametrize("shape", SHAPES, ids=NAMES)
 def test_shapes_and_dtypes(shape, dtype, device, strategy):
     skip_what_never_stays(strategy, shape, dtype)
-    check(Call(shape, dtype, activation="relu"), device)
+    check(Case(shape, dtype, activation="relu"), device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [s for s in SHAPES if len(s) >= 4])
 def test_channels_last(shape, dtype, device, strategy):
     skip_what_never_stays(strategy, shape, dtype, channels_last=True)
-    check(Call(shape, dtype, channels_last=True, activation="relu"), device)
+    check(Case(shape, dtype, channels_last=True, activation="relu"), device)
 
 
 @pytest.mark.usefixtures("tiny_tiles")
@@ -70,8 +70,8 @@ def test_channels_last(shape, dtype, device, strategy):
 def test_many_tiles_and_splits(shape, channels_last, device, strategy):
     if strategy == "resident":
         pytest.skip("it has one tile a channel block and no splits")
-    call = Call(shape, channels_last=channels_last, activation="relu", residual=True)
-    check(call, device)
+    case = Case(shape, channels_last=channels_last, activation="relu", residual=True)
+    check(case, device)
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["", "add"])
@@ -79,58 +79,58 @@ def test_many_tiles_and_splits(shape, channels_last, device, strategy):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_epilogues(activation, dtype, channels_last, residual, device):
-    call = Call((3, 10, 5, 3), dtype, None, channels_last, True, activation, residual)
-    check(call, device)
+    case = Case((3, 10, 5, 3), dtype, None, channels_last, True, activation, residual)
+    check(case, device)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 2, 2), (2, 3, 1, 3), (3, 13, 3, 3), (5, 9, 1, 1)])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
 def test_mask_of_few_bits(shape, channels_last, device):
-    check(Call(shape, channels_last=channels_last, activation="relu", residual=True), device)
+    check(Case(shape, channels_last=channels_last, activation="relu", residual=True), device)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
 @pytest.mark.parametrize("weight", [True, False], ids=["weight", ""])
 def test_optional_parameters(weight, bias, device):
-    check(Call((4, 6, 5), weight=weight, bias=bias, activation="silu"), device)
+    check(Case((4, 6, 5), weight=weight, bias=bias, activation="silu"), device)
 
 
 def test_without_statistics(device):
-    check(Call((4, 6, 5), statistics=False), device)
+    check(Case((4, 6, 5), statistics=False), device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_parameters_in_half_precision(dtype, device):
-    check(Call((4, 6, 5, 5), dtype, param_dtype=dtype), device)
+    check(Case((4, 6, 5, 5), dtype, param_dtype=dtype), device)
 
 
-@pytest.mark.parametrize("counter", [0, 1, 999])
+@pytest.mark.parametrize("num_batches_tracked", [0, 1, 999])
 @pytest.mark.parametrize("momentum", [None, 0.0, 0.01, 1.0])
-def test_momentum(momentum, counter, device):
-    compare(make_arguments(Call((8, 3, 4), momentum=momentum), device, counter))
+def test_momentum(momentum, num_batches_tracked, device):
+    compare(make_arguments(Case((8, 3, 4), momentum=momentum), device, num_batches_tracked))
 
 
 @pytest.mark.parametrize("eps", [1e-12, 1e-3, 1.0])
 def test_eps(eps, device):
-    check(Call((8, 3, 4), eps=eps), device)
+    check(Case((8, 3, 4), eps=eps), device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(5, 8, 7, 7), (40, 24, 3, 3), (3, 16, 9, 5), (2, 8, 11, 11)])
 def test_flattened_planes(shape, dtype, device):
     """Odd planes of neighbouring channels, loaded and stored as one stretch of memory."""
-    problem = Problem(shape[0], shape[1], shape[2] * shape[3], dtype.itemsize)
+    problem = problem_of(torch.empty(shape, dtype=dtype))
     assert reduce_tile(problem, H100, reads=2).flat
-    check(Call(shape, dtype, activation="relu", residual=True), device)
+    check(Case(shape, dtype, activation="relu", residual=True), device)
 
 
 def test_launch_after_launch(device):
     """Nothing of one launch is left for the next, of the same or of another size."""
     for shape in ((6, 40, 9), (3, 5, 7, 7), (64, 3, 5), (3, 5, 7, 7), (6, 40, 9)):
         for momentum in (0.1, None):
-            check(Call(shape, activation="relu", momentum=momentum), device)
-    assert not any(found.arrivals.any() for found in counters._sets.values())
-    for _, tickets, _ in counters._sets.values():
+            check(Case(shape, activation="relu", momentum=momentum), device)
+    assert not any(found.arrivals.any() for found in workspace._workspaces.values())
+    for _, tickets, _ in workspace._workspaces.values():
         # No ticket drawn of the next generation, and no flag of it raised.
         assert tickets[0] % 2**32 == 0
         assert (tickets[1:] <= tickets[0] >> 32).all()
@@ -155,13 +155,13 @@ def test_launch_after_launch(device):
     ],
 )
 def test_hostile_scales(dtype, mean, std, channels_last, device):
-    check(Call((4, 5, 8, 8), dtype, channels_last=channels_last, mean=mean, std=std), device)
+    check(Case((4, 5, 8, 8), dtype, channels_last=channels_last, mean=mean, std=std), device)
 
 
 @pytest.mark.usefixtures("tiny_tiles")
 def test_first_value_far_from_the_others(device):
     """The moments are taken about a mean of a few values: an outlier there must not matter."""
-    arguments = make_arguments(Call((4, 5, 8, 8), mean=100.0), device)
+    arguments = make_arguments(Case((4, 5, 8, 8), mean=100.0), device)
     arguments.input[0, :, 0, 0] = torch.tensor([0.0, -1e4, 1e5, 1e-30, 3e4])
     compare(arguments)
 
@@ -177,7 +177,7 @@ def test_outliers_among_very_many_values(outliers, limit, channels_last, device,
     """
     if strategy == "resident":
         pytest.skip("so many values never stay in registers")
-    x = make_arguments(Call((2, 2, 256, 128), channels_last=channels_last), device).input
+    x = make_arguments(Case((2, 2, 256, 128), channels_last=channels_last), device).input
     x[0, :, 0, :outliers] = 500.0
     with fastbn.use_backend("triton"):
         actual = fastbn.batch_norm(x, None, None, training=True)
@@ -188,7 +188,7 @@ def test_outliers_among_very_many_values(outliers, limit, channels_last, device,
 
 @pytest.mark.parametrize("value", [0.0, 5.0, -3e4, 1e37, 3e37])
 def test_constant_channels(value, device):
-    arguments = make_arguments(Call((4, 3, 8, 8)), device)
+    arguments = make_arguments(Case((4, 3, 8, 8)), device)
     arguments.input[:, 1] = value
     compare(arguments)
 
@@ -210,16 +210,16 @@ def test_huge_constant_channels(channels_last, device):
 @pytest.mark.parametrize("where", ["input", "grad_output", "residual"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
 def test_nan_and_inf_stay_in_their_channel(channels_last, where, value, device):
-    call = Call(
+    case = Case(
         (3, 9, 5, 5), channels_last=channels_last, activation="relu", residual=where == "residual"
     )
-    arguments = make_arguments(call, device)
+    arguments = make_arguments(case, device)
     clean = run_fastbn(clone(arguments))
     getattr(arguments, where)[1, 4, 2, 2] = value
     dirty = run_fastbn(arguments)
     others = [c for c in range(9) if c != 4]
     for name, result in dirty.items():
-        if name == "counter":
+        if name == "num_batches_tracked":
             continue
         axis = 0 if result.dim() == 1 else 1
         index = torch.tensor(others, device=device)
@@ -234,8 +234,8 @@ def test_nan_and_inf_stay_in_their_channel(channels_last, where, value, device):
 @pytest.mark.usefixtures("tiny_tiles")
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
 def test_bitwise_reproducible(channels_last, device):
-    call = Call((3, 12, 7, 7), channels_last=channels_last, activation="gelu", residual=True)
-    arguments = make_arguments(call, device)
+    case = Case((3, 12, 7, 7), channels_last=channels_last, activation="gelu", residual=True)
+    arguments = make_arguments(case, device)
     first, second = run_fastbn(clone(arguments)), run_fastbn(clone(arguments))
     for name in first:
         assert first[name].equal(second[name]), name
@@ -260,7 +260,7 @@ def test_any_shape(data):
         *data.draw(st.lists(st.integers(1, 9 if rank < 3 else 4), min_size=rank, max_size=rank)),
     )
     check(
-        Call(
+        Case(
             shape,
             dtype=data.draw(st.sampled_from(DTYPES)),
             channels_last=rank >= 2 and data.draw(st.booleans()),
@@ -286,8 +286,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(layout, residual, device):
     """Input, residual and the output's gradient, each of its own strides."""
-    call = Call((3, 6, 4, 5), activation="relu", residual=True)
-    arguments = make_arguments(call, device)
+    case = Case((3, 6, 4, 5), activation="relu", residual=True)
+    arguments = make_arguments(case, device)
     arguments.input = LAYOUTS[layout](arguments.input)
     arguments.residual = LAYOUTS[residual](arguments.residual)
     arguments.grad_output = LAYOUTS["permuted"](arguments.grad_output)
@@ -295,7 +295,7 @@ def test_any_strides(layout, residual, device):
 
 
 def test_expanded(device):
-    arguments = make_arguments(Call((4, 6, 3, 5)), device)
+    arguments = make_arguments(Case((4, 6, 3, 5)), device)
     arguments.input = arguments.input[:, :, :1].expand(4, 6, 3, 5)
     arguments.grad_output = torch.randn(4, 6, 1, 1, device=device).expand(4, 6, 3, 5)
     compare(arguments)

@@ -32,6 +32,10 @@ def wheel(tmp_path_factory):
     source.mkdir()
     for name in ("fastbn", "kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    # Other folders of Python beside the package are not to be packaged.
+    for name in ("tests", "benchmarks", "build"):
+        (source / name).mkdir()
+        (source / name / "__init__.py").touch()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     (tmp / "sdist").mkdir()
@@ -46,8 +50,8 @@ def test_contents(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         metadata = archive.read(f"fastbn-{fastbn.__version__}.dist-info/METADATA").decode()
-    expected = {f"fastbn/{path.name}" for path in (ROOT / "fastbn").glob("*.py")}
-    expected |= {f"fastbn/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "fastbn").rglob("*.py")}
+    expected |= {f"fastbn/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
     assert names == expected | {"fastbn/py.typed"}
     assert f"Version: {fastbn.__version__}\n" in metadata
     assert "Requires-Dist: torch>=2.11\n" in metadata

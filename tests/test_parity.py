@@ -361,7 +361,7 @@ LATE = {
 def test_what_autograd_refuses_leaves_no_trace(pair, call):
     """Though it is refused only after the sizes and dtypes have been accepted."""
     ours, theirs, x = pair()
-    _in_inference_mode(copy.deepcopy(ours), x)  # a call alike, which is not to be recalled
+    _in_inference_mode(copy.deepcopy(ours), x)  # a call alike, whose plan must not serve
     before = copy.deepcopy(ours.state_dict())
     found = outcome(LATE[call], ours, x)
     assert found == outcome(LATE[call], theirs, x)

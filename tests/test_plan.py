@@ -15,6 +15,7 @@ from fastbn.kernels.device import A100, DEVICES, H100, INTERPRETER, L4
 from fastbn.kernels.plan import (
     MAX_SPLITS,
     make_plan,
+    make_schedule,
     resident,
     schedules,
     ticketed,
@@ -101,11 +102,11 @@ def check_tile(problem, tile, strategy):
 
 
 @given(problem=problems)
-def test_plans_are_frozen_and_cached(problem):
-    plan = make_plan(problem, H100)
-    assert make_plan(dataclasses.replace(problem), H100) is plan
+def test_schedules_are_immutable_and_cached(problem):
+    schedule = make_schedule(problem, H100, backward=False)
+    assert make_schedule(dataclasses.replace(problem), H100, backward=False) is schedule
     with pytest.raises(dataclasses.FrozenInstanceError):
-        plan.forward.launches = 1
+        schedule.launches = 1
 
 
 @pytest.mark.parametrize("c", [1, 3, 64])
@@ -151,9 +152,9 @@ def test_units_of_traffic(strategy, epilogue, forward, backward):
         assert schedule.cached_units == (again if strategy is ticketed else 0)
 
 
-def test_frozen_statistics_leave_no_choice():
+def test_fixed_statistics_leave_no_choice():
     plan = make_plan(Problem(64, 64, 49, 2, training=False), H100)
-    assert (plan.forward.strategy, plan.backward.strategy) == ("frozen", "frozen")
+    assert (plan.forward.strategy, plan.backward.strategy) == ("fixed-stats", "fixed-stats")
     assert (plan.forward.units, plan.backward.units) == (2, 3)
 
 

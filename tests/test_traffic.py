@@ -16,7 +16,7 @@ UNITS = {
     "two-pass": ((3, 0), (5, 0)),
     "resident": ((2, 0), (3, 0)),
     "ticketed": ((2, 1), (3, 2)),
-    "frozen": ((2, 0), (3, 0)),
+    "fixed-stats": ((2, 0), (3, 0)),
 }
 # What plans leave out, as a fraction of what they count, at most: first touches,
 # and all. The tensors here are small, and each program reads the vectors of its

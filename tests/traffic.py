@@ -35,13 +35,14 @@ import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
 import fastbn
-from fastbn import calls, recall
 from fastbn.autograd import saved_for
 from fastbn.kernels import plan
 from fastbn.kernels.device import INTERPRETER, Device
 from fastbn.kernels.plan import Schedule
 from fastbn.kernels.tiling import MASK_BITS, Problem
-from fastbn.launch import Launcher
+from fastbn.runtime import execution_plan, plan_cache
+from fastbn.runtime.launcher import Launcher
+from fastbn.runtime.layout import problem_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -80,7 +81,7 @@ class Traffic:
 
     def __init__(self, direction: str, problem: Problem, device: Device) -> None:
         self.direction, self.problem = direction, problem
-        self.schedule: Schedule = getattr(plan.make_plan(problem, device), direction)
+        self.schedule: Schedule = plan.make_schedule(problem, device, direction == "backward")
         self.sizes: dict[str, int] = {}
         self.moved: Counter[str] = Counter()
         self.fresh: Counter[str] = Counter()
@@ -136,7 +137,7 @@ class Traffic:
     @property
     def sample(self) -> int:
         """Bytes of the sample: once for each program that computes moments."""
-        if self.direction == "backward" or self.schedule.strategy in ("resident", "frozen"):
+        if self.direction == "backward" or self.schedule.strategy in ("resident", "fixed-stats"):
             return 0
         problem = self.problem
         values = problem.c * min(16, problem.n if problem.s == 1 else problem.s)
@@ -175,7 +176,7 @@ class Traffic:
 
 def measure(case: Case, device: Device = INTERPRETER) -> tuple[Traffic, Traffic]:
     """Runs a case, planned for a device: the traffic of forward and backward."""
-    training, saves = case.strategy != "frozen", saved_for(case.activation, case.residual)
+    training, saves = case.strategy != "fixed-stats", saved_for(case.activation, case.residual)
     x = torch.randn(case.shape).to(DTYPES[case.dtype])
     if case.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -183,9 +184,9 @@ def measure(case: Case, device: Device = INTERPRETER) -> tuple[Traffic, Traffic]
     residual = torch.randn_like(x).requires_grad_() if case.residual else None
     leaves = [t.requires_grad_() for t in (x.clone(), weight, bias)]
     with _planned(case.strategy, device), fastbn.use_backend("triton"):
-        problem = calls.make_problem(x, training, case.residual, saves if saves == "mask" else None)
+        problem = problem_of(x, training, case.residual, saves if saves == "mask" else None)
         forward = Traffic("forward", problem, device)
-        problem = calls.make_problem(x, training, saves is not None, saves)
+        problem = problem_of(x, training, saves is not None, saves)
         backward = Traffic("backward", problem, device)
         with _counted(forward):
             y = fastbn.batch_norm(
@@ -200,13 +201,13 @@ def measure(case: Case, device: Device = INTERPRETER) -> tuple[Traffic, Traffic]
 @contextmanager
 def _planned(strategy: str, device: Device) -> Iterator[None]:
     """Calls are planned for the device and by the strategy."""
-    recall.forget()
+    plan_cache.clear()
     with (
         mock.patch.object(plan, "choose", lambda found: found[strategy]),
-        mock.patch.object(calls, "device_facts", return_value=device),
+        mock.patch.object(execution_plan, "device_facts", return_value=device),
     ):
         yield
-    recall.forget()
+    plan_cache.clear()
 
 
 @contextmanager
@@ -250,7 +251,7 @@ LAYOUTS = {
     "NHWC": ((3, 224, 8, 8), True),
     "flat": ((4, 24, 7, 7), False),
 }
-STRATEGIES = ("two-pass", "resident", "ticketed", "frozen")
+STRATEGIES = ("two-pass", "resident", "ticketed", "fixed-stats")
 EPILOGUES = (("none", False), ("relu", True), ("silu", True))
 
 
@@ -269,7 +270,7 @@ def main() -> None:
         "statistics, parameters and counters, as a share of memory's traffic and of all.\n"
     )
     print(
-        f"{'strategy':<9} {'layout':<6} {'dtype':<5} {'epilogue':<12} {'direction':<9} "
+        f"{'strategy':<11} {'layout':<6} {'dtype':<5} {'epilogue':<12} {'direction':<9} "
         f"{'planned':>9} {'+cached':>8} {'counted':>9} {'+again':>8} {'apart':>10} "
         f"{'other memory':>13} {'other all':>10}"
     )
@@ -282,7 +283,7 @@ def main() -> None:
                 bytes = traffic.slice_bytes
                 apart = f"{kept / bytes:.2f} {traffic.distance() / bytes:.2f}"
             print(
-                f"{case.strategy:<9} {layout:<6} {case.dtype:<5} {case.epilogue:<12} "
+                f"{case.strategy:<11} {layout:<6} {case.dtype:<5} {case.epilogue:<12} "
                 f"{traffic.direction:<9} {schedule.units:>9g} {schedule.cached_units:>8g} "
                 f"{memory:>9g} {traffic.units - memory:>8g} {apart:>10} "
                 f"{traffic.other_of_memory:>13.1%} {traffic.other:>10.1%}"

@@ -1,8 +1,10 @@
-"""The operators `torch.ops.fastbn.*`: what `run.py` does, as PyTorch's machinery sees it.
+"""The operators `torch.ops.fastbn.*`: forward and backward for PyTorch's dispatcher.
 
-They know nothing of gradients: `autograd.py` wraps them. They take tensors of one device
-and, but for those that they write, of any strides. What is not asked for is None or, from
-an operator, whose schema has no optional results, an empty tensor.
+Compilers, dispatch modes and the profiler see calls as these operators, which do what
+`execution` does. The operators have no gradients; `autograd` adds them. All tensors of
+a call are on one device. Strides may be any, except those of tensors that the call
+updates. An operator can't return None, so a result that was not asked for is an empty
+tensor.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import run
-from .calls import Call, backward_call, forward_call
+from . import execution
+from .execution_plan import ExecutionPlan, plan_backward, plan_forward
 from .layout import dense, mask_sizes, memory_format, statistics_dtype
 
 _library = torch.library.Library("fastbn", "DEF")
@@ -25,36 +27,36 @@ def _or_empty(tensor: Tensor | None, x: Tensor, dtype: torch.dtype | None = None
 
 
 def _check_devices(*tensors: Tensor | None) -> None:
-    """A launch from the cache would not look at them."""
+    """Raises an error for tensors on two devices, which a launcher would not notice."""
     devices = {t.device for t in tensors if t is not None}
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise RuntimeError(f"expected all tensors on one device, but got {names}")
 
 
-def _dense(call: Call, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [None if t is None else dense(t, call.format) for t in tensors]
+def _dense(plan: ExecutionPlan, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else dense(t, plan.format) for t in tensors]
 
 
 def _forward_train(
-    x, residual, weight, bias, running_mean, running_var, batches_tracked, momentum, eps,
+    x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,
     activation, param, save_mask,
 ):  # fmt: skip
-    given, written = (x, residual, weight, bias), (running_mean, running_var, batches_tracked)
+    given, written = (x, residual, weight, bias), (running_mean, running_var, num_batches_tracked)
     _check_devices(*given, *written)
     if not all(t is None or t.is_contiguous() for t in (running_mean, running_var)):
         raise RuntimeError("expected running statistics that are contiguous")
-    call = forward_call((*given, *written), True, momentum is None, activation, save_mask)
-    tensors = (*_dense(call, given), *written)
-    y, statistics, mask = run.forward(call, tensors, momentum, eps, param)
+    plan = plan_forward((*given, *written), True, momentum is None, activation, save_mask)
+    tensors = (*_dense(plan, given), *written)
+    y, statistics, mask = execution.run_forward(plan, tensors, momentum, eps, param)
     return y, statistics, _or_empty(mask, x, torch.uint8)
 
 
 def _forward_eval(x, residual, weight, bias, mean, var, eps, activation, param, save_mask):
     tensors = (x, residual, weight, bias, mean, var, None)
     _check_devices(*tensors)
-    call = forward_call(tensors, False, False, activation, save_mask)
-    y, _, mask = run.forward(call, _dense(call, tensors), 0.0, eps, param)
+    plan = plan_forward(tensors, False, False, activation, save_mask)
+    y, _, mask = execution.run_forward(plan, _dense(plan, tensors), 0.0, eps, param)
     return y, _or_empty(mask, x, torch.uint8)
 
 
@@ -63,9 +65,9 @@ def _backward(
 ):
     tensors = (dy, x, residual, mask, weight, bias, statistics, var)
     _check_devices(*tensors)
-    call = backward_call(tensors, activation, tuple(wanted), format)
-    dx, dr, dw, db = run.backward(call, _dense(call, tensors), eps, param, wanted)
-    dtype = run.parameter_like(weight, bias, statistics).dtype
+    plan = plan_backward(tensors, activation, tuple(wanted), format)
+    dx, dr, dw, db = execution.run_backward(plan, _dense(plan, tensors), eps, param, wanted)
+    dtype = execution.parameter_like(weight, bias, statistics).dtype
     dw, db = _or_empty(dw, x, dtype), _or_empty(db, x, dtype)
     return _or_empty(dx, x), _or_empty(dr, x), dw, db
 
@@ -82,7 +84,7 @@ def _empty_mask(x: Tensor, wanted: bool) -> Tensor:
 
 
 def _fake_forward_train(
-    x, residual, weight, bias, running_mean, running_var, batches_tracked, momentum, eps,
+    x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,
     activation, param, save_mask,
 ):  # fmt: skip
     statistics = x.new_empty((2, x.shape[1]), dtype=statistics_dtype(x.dtype))
@@ -97,7 +99,7 @@ def _fake_backward(
     dy, x, residual, mask, weight, bias, statistics, var, eps, activation, param, wanted, format
 ):
     want_dx, want_dr, want_dw, want_db = wanted
-    dtype = run.parameter_like(weight, bias, statistics).dtype
+    dtype = execution.parameter_like(weight, bias, statistics).dtype
     dw = x.new_empty(x.shape[1] if want_dw else 0, dtype=dtype)
     db = x.new_empty(x.shape[1] if want_db else 0, dtype=dtype)
     if format is not None:

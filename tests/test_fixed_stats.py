@@ -6,67 +6,67 @@ import torch
 import fastbn
 from fastbn.reference import ACTIVATIONS
 
-from .oracle import Call, check, compare, make_arguments
+from .oracle import Case, check, compare, make_arguments
 from .test_kernels import DTYPES, LAYOUTS, NAMES, SHAPES
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=NAMES)
 def test_shapes_and_dtypes(shape, dtype, device):
-    check(Call(shape, dtype, training=False, activation="relu"), device)
+    check(Case(shape, dtype, training=False, activation="relu"), device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [s for s in SHAPES if len(s) >= 4])
 def test_channels_last(shape, dtype, device):
-    call = Call(shape, dtype, channels_last=True, training=False, activation="relu")
-    check(call, device)
+    case = Case(shape, dtype, channels_last=True, training=False, activation="relu")
+    check(case, device)
 
 
 @pytest.mark.usefixtures("tiny_tiles")
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("shape", [(3, 20, 7, 7), (5, 3, 12, 9), (4, 40, 4, 4), (2, 1, 19, 19)])
 def test_many_tiles_and_splits(shape, channels_last, device):
-    call = Call(
+    case = Case(
         shape, channels_last=channels_last, training=False, activation="relu", residual=True
     )
-    check(call, device)
+    check(case, device)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_epilogues(activation, device):
-    check(Call((3, 10, 5, 3), training=False, activation=activation, residual=True), device)
+    check(Case((3, 10, 5, 3), training=False, activation=activation, residual=True), device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_flattened_planes(dtype, device):
-    call = Call((3, 16, 7, 7), dtype, training=False, activation="silu", residual=True)
-    check(call, device)
+    case = Case((3, 16, 7, 7), dtype, training=False, activation="silu", residual=True)
+    check(case, device)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
 @pytest.mark.parametrize("weight", [True, False], ids=["weight", ""])
 def test_optional_parameters(weight, bias, device):
-    call = Call((4, 6, 5), weight=weight, bias=bias, training=False, activation="silu")
-    check(call, device)
+    case = Case((4, 6, 5), weight=weight, bias=bias, training=False, activation="silu")
+    check(case, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_parameters_in_half_precision(dtype, device):
-    check(Call((4, 6, 5, 5), dtype, param_dtype=dtype, training=False), device)
+    check(Case((4, 6, 5, 5), dtype, param_dtype=dtype, training=False), device)
 
 
 @pytest.mark.parametrize("eps", [1e-12, 1e-3, 1.0])
 def test_eps(eps, device):
-    check(Call((8, 3, 4), eps=eps, training=False), device)
+    check(Case((8, 3, 4), eps=eps, training=False), device)
 
 
 @pytest.mark.parametrize("residual", LAYOUTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(layout, residual, device):
     """Input, residual and the output's gradient, each of its own strides."""
-    call = Call((3, 6, 4, 5), activation="relu", residual=True, training=False)
-    arguments = make_arguments(call, device)
+    case = Case((3, 6, 4, 5), activation="relu", residual=True, training=False)
+    arguments = make_arguments(case, device)
     arguments.input = LAYOUTS[layout](arguments.input)
     arguments.residual = LAYOUTS[residual](arguments.residual)
     arguments.grad_output = LAYOUTS["permuted"](arguments.grad_output)

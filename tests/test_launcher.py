@@ -1,4 +1,4 @@
-"""The launch cache: what it starts is what Triton would have started.
+"""Launchers: what one starts is what Triton would have started.
 
 Triton's own binder says what a call is specialised on; nothing is compiled or launched.
 """
@@ -9,11 +9,11 @@ import pytest
 import torch
 from triton.runtime import JITFunction, driver
 
-from fastbn import calls, counters, ops
 from fastbn.kernels import backward, forward, resident, ticketed
 from fastbn.kernels.device import H100
-from fastbn.launch import limits_registers
-from fastbn.layout import memory_format
+from fastbn.runtime import execution_plan, torch_ops, workspace
+from fastbn.runtime.device import limits_registers
+from fastbn.runtime.layout import memory_format
 
 from .compile_kernels import _Driver
 
@@ -57,9 +57,9 @@ def launches(monkeypatch, replan):
     monkeypatch.setattr(driver, "_active", _Driver("sm_90"))
     dispatched, started = [], []
     for name, kernel in KERNELS.items():
-        monkeypatch.setattr(calls, name, Kernel(kernel, dispatched, started))
-    monkeypatch.setattr(calls, "device_facts", lambda device: H100)
-    monkeypatch.setattr(calls, "limits_registers", lambda device: True)
+        monkeypatch.setattr(execution_plan, name, Kernel(kernel, dispatched, started))
+    monkeypatch.setattr(execution_plan, "device_facts", lambda device: H100)
+    monkeypatch.setattr(execution_plan, "limits_registers", lambda device: True)
     return dispatched, started
 
 
@@ -83,7 +83,7 @@ def training_calls():
     for shape in (SHAPES[0], SHAPES[4]):
         for change in itertools.chain(
             ({"offset": name} for name in ("x", "weight", "mean", "dy")),
-            ({"without": name} for name in ("weight", "bias", "statistics", "counter")),
+            ({"without": name} for name in ("weight", "bias", "statistics", "num_batches_tracked")),
             ({"wanted": wanted} for wanted in itertools.product([True, False], repeat=3)),
             ({"momentum": None}, {"activation": "silu"}, {"residual": True}, {"last": True}),
             ({"eps": 1.0}, {"dy_dtype": FULL}),
@@ -101,7 +101,7 @@ def call(
     dy = torch.empty_like(x, dtype=dy_dtype or dtype)
     weight, bias, mean, var = torch.empty(4, 2 * shape[1] + 16, dtype=param).unbind()
     weight, bias, mean, var = (t.clone()[: shape[1]] for t in (weight, bias, mean, var))
-    counter = torch.zeros((), dtype=torch.int64)
+    num_batches_tracked = torch.zeros((), dtype=torch.int64)
     if offset_of == "x":
         x = offset(x, 1)
     if offset_of == "dy":
@@ -116,20 +116,22 @@ def call(
         bias = None
     if without == "statistics":
         mean = var = None
-    if without == "counter":
-        counter = None
+    if without == "num_batches_tracked":
+        num_batches_tracked = None
     r = torch.empty_like(x) if residual else None
     want_dx, want_dw, want_db = wanted
-    _, statistics, mask = ops._forward_train(
-        x, r, weight, bias, mean, var, counter, momentum, eps, activation, 0.0, residual
+    _, statistics, mask = torch_ops._forward_train(
+        x, r, weight, bias, mean, var, num_batches_tracked, momentum, eps, activation, 0.0, residual
     )
     mask, format = (mask, memory_format(x)) if residual else (None, None)
     options = (eps, activation, 0.0, (want_dx, residual, want_dw, want_db), format)
-    ops._backward(dy, x, None, mask, weight, bias, statistics, None, *options)
+    torch_ops._backward(dy, x, None, mask, weight, bias, statistics, None, *options)
     if mean is not None:
-        _, mask = ops._forward_eval(x, r, weight, bias, mean, var, eps, activation, 0.0, residual)
+        _, mask = torch_ops._forward_eval(
+            x, r, weight, bias, mean, var, eps, activation, 0.0, residual
+        )
         mask = mask if residual else None
-        ops._backward(dy, x, None, mask, weight, bias, mean, var, *options)
+        torch_ops._backward(dy, x, None, mask, weight, bias, mean, var, *options)
 
 
 def options_of(change):
@@ -137,10 +139,10 @@ def options_of(change):
     return {"offset_of": change.pop("offset", None), **change}
 
 
-def test_a_cached_kernel_is_the_one_that_triton_would_have_started(launches, monkeypatch):
+def test_launcher_starts_the_kernel_that_triton_would(launches, monkeypatch):
     """Dtypes, alignment, sizes, what is left out, constants, options: all that Triton looks at."""
     dispatched, started = launches
-    launch = calls.Launcher.__call__
+    launch = execution_plan.Launcher.__call__
     checked = []
 
     def spy(self, tensors, *floats):
@@ -157,10 +159,10 @@ def test_a_cached_kernel_is_the_one_that_triton_would_have_started(launches, mon
             assert compiled.kwargs["maxnreg"] == registers
             assert grid == self.grid
             pointers = [0 if t is None else t.data_ptr() for t in tensors]
-            assert list(args) == [*pointers, *self.integers, *floats, *self._places]
+            assert list(args) == [*pointers, *self.integers, *floats, *self._positional]
             checked.append(self.kernel.__name__)
 
-    monkeypatch.setattr(calls.Launcher, "__call__", spy)
+    monkeypatch.setattr(execution_plan.Launcher, "__call__", spy)
     different = list(training_calls())
     # Forth and back, so that each call comes after one that differs from it.
     for change in different + different[::-1] + different:
@@ -176,28 +178,32 @@ def test_registers_are_limited_on_nvidia_alone(device, hip, monkeypatch):
     assert limits_registers(torch.device(device)) == (device == "cuda" and hip is None)
 
 
-def test_identical_calls_decide_nothing_again(launches):
+def test_identical_calls_are_planned_once(launches):
     dispatched, started = launches
     change = {"shape": (4, 16, 8, 8), "dtype": HALF, "param": FULL}
     call(**change)
-    found = len(dispatched), calls._forward_call.cache_info(), calls._backward_call.cache_info()
+    found = (
+        len(dispatched),
+        execution_plan._plan_forward.cache_info(),
+        execution_plan._plan_backward.cache_info(),
+    )
     assert started == []
     call(**change)
     assert len(started) == len(dispatched) == found[0]
-    assert calls._forward_call.cache_info().misses == found[1].misses
-    assert calls._backward_call.cache_info().misses == found[2].misses
+    assert execution_plan._plan_forward.cache_info().misses == found[1].misses
+    assert execution_plan._plan_backward.cache_info().misses == found[2].misses
 
 
-def test_a_launch_that_failed_leaves_no_counters(launches, monkeypatch):
+def test_failed_launch_discards_workspaces(launches, monkeypatch):
     change = {"shape": (512, 64, 28, 28), "dtype": HALF, "param": FULL}
     call(**change)
-    assert counters._sets
+    assert workspace._workspaces
 
     def fail(self, *args, **kwargs):
         raise RuntimeError("out of resources")
 
     monkeypatch.setattr(Kernel, "run", fail)
-    calls._forward_call.cache_clear()
+    execution_plan._plan_forward.cache_clear()
     with pytest.raises(RuntimeError, match="out of resources"):
         call(**change)
-    assert not counters._sets
+    assert not workspace._workspaces

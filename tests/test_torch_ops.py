@@ -11,7 +11,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastbn
-from fastbn import FusedBatchNorm2d, FusedBatchNormAct2d, counters, ops
+from fastbn import FusedBatchNorm2d, FusedBatchNormAct2d
+from fastbn.runtime import torch_ops, workspace
 
 TESTS = (
     "test_schema",
@@ -30,22 +31,24 @@ def tensors(device, dtype=torch.float32, channels_last=False, statistics=True):
     )
     w, b, mean = torch.randn(3, 9, device=device).unbind()
     var = torch.rand(9, device=device) + 0.5
-    counter = torch.tensor(3, device=device)
+    num_batches_tracked = torch.tensor(3, device=device)
     if not statistics:
         return x, r, dy, w, b, None, None, None
-    return x, r, dy, w, b, mean.clone(), var, counter
+    return x, r, dy, w, b, mean.clone(), var, num_batches_tracked
 
 
 @pytest.mark.parametrize("statistics", [True, False])
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_opcheck_forward_train(channels_last, momentum, statistics, device):
-    x, r, _, w, b, mean, var, counter = tensors(device, torch.bfloat16, channels_last, statistics)
-    if momentum is None and counter is None:
+    x, r, _, w, b, mean, var, num_batches_tracked = tensors(
+        device, torch.bfloat16, channels_last, statistics
+    )
+    if momentum is None and num_batches_tracked is None:
         momentum = 0.0
-    args = (x, r, w, b, mean, var, counter, momentum, 1e-5, "relu", 0.0, True)
+    args = (x, r, w, b, mean, var, num_batches_tracked, momentum, 1e-5, "relu", 0.0, True)
     torch.library.opcheck(torch.ops.fastbn.forward_train.default, args, test_utils=TESTS)
-    args = (x, None, None, None, mean, var, counter, momentum, 1e-5, "gelu", 0.0, False)
+    args = (x, None, None, None, mean, var, num_batches_tracked, momentum, 1e-5, "gelu", 0.0, False)
     torch.library.opcheck(torch.ops.fastbn.forward_train.default, args, test_utils=TESTS)
 
 
@@ -56,11 +59,11 @@ def test_opcheck_forward_eval(save_mask, device):
     torch.library.opcheck(torch.ops.fastbn.forward_eval.default, args, test_utils=TESTS)
 
 
-@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("fixed", [True, False])
 @pytest.mark.parametrize("wanted", WANTED)
-def test_opcheck_backward(wanted, frozen, device):
+def test_opcheck_backward(wanted, fixed, device):
     x, r, dy, w, b, mean, var, _ = tensors(device)
-    statistics = (mean, var) if frozen else (torch.stack([mean, var]), None)
+    statistics = (mean, var) if fixed else (torch.stack([mean, var]), None)
     args = (dy, x, r, None, w, b, *statistics, 1e-5, "silu", 0.0, wanted, None)
     torch.library.opcheck(torch.ops.fastbn.backward.default, args, test_utils=TESTS)
 
@@ -252,7 +255,7 @@ def test_operators_do_not_write_between_elements(device):
     x = torch.randn(2, 4, 5, 5, device=device)
     memory = torch.zeros(8, device=device)
     with pytest.raises(RuntimeError, match="running statistics that are contiguous"):
-        ops._forward_train(
+        torch_ops._forward_train(
             x, None, None, None, memory[::2], memory[::2], None, 0.5, 1e-5, "none", 0.0, False
         )
     assert memory.eq(0).all()
@@ -261,7 +264,7 @@ def test_operators_do_not_write_between_elements(device):
 def test_opcheck_backward_with_a_mask_of_another_format(device):
     """The results lie as the mask does, on paper too."""
     x, r, dy, w, b, mean, var, _ = tensors(device, channels_last=True)
-    *_, mask = ops._forward_train(x, r, w, b, None, None, None, 0.1, 1e-5, "relu", 0.0, True)
+    *_, mask = torch_ops._forward_train(x, r, w, b, None, None, None, 0.1, 1e-5, "relu", 0.0, True)
     args = (
         dy,
         x.contiguous(),
@@ -284,9 +287,11 @@ def test_operators_refuse_tensors_on_two_devices(device):
     mean, var = torch.zeros(4, device=device), torch.ones(4, device="meta")
     numbers = (1e-5, "none", 0.0)
     for call in (
-        lambda: ops._forward_eval(x, None, None, None, mean, var, *numbers, False),
-        lambda: ops._forward_train(x, None, None, None, mean, var, None, 0.1, *numbers, False),
-        lambda: ops._backward(
+        lambda: torch_ops._forward_eval(x, None, None, None, mean, var, *numbers, False),
+        lambda: torch_ops._forward_train(
+            x, None, None, None, mean, var, None, 0.1, *numbers, False
+        ),
+        lambda: torch_ops._backward(
             x, x, None, None, None, None, mean, var, *numbers, (True, False, False, False), None
         ),
     ):
@@ -332,7 +337,7 @@ def test_nothing_is_written_if_memory_runs_out(strategy, device, monkeypatch, fo
         raise torch.OutOfMemoryError("out of memory")
 
     for name in ("empty", "empty_like", "zeros"):
-        counters.discard()
+        workspace.discard()
         with monkeypatch.context() as patch:
             patch.setattr(torch, name, full)
             with fastbn.use_backend("triton"), pytest.raises(torch.OutOfMemoryError):
@@ -433,4 +438,4 @@ def test_graph_replay_and_two_streams(strategy, force_strategy):
                 results.append(step(stateless))
         torch.cuda.synchronize()
         assert_equal(*results)
-    assert not any(found.arrivals.any() for found in counters._sets.values())
+    assert not any(found.arrivals.any() for found in workspace._workspaces.values())

@@ -7,22 +7,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastbn import counters
-from fastbn.counters import BLOCKS
+from fastbn.runtime import workspace
+from fastbn.runtime.workspace import BLOCKS, get_workspace
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def _none_before():
-    counters.discard()
+    workspace.discard()
     yield
-    counters.discard()
+    workspace.discard()
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, BLOCKS - 1, BLOCKS, BLOCKS + 1, 70001])
 def test_zero_aligned_and_long_enough(blocks):
-    arrivals, tickets, served = counters.counters(CPU, blocks)
+    arrivals, tickets, served = get_workspace(CPU, blocks)
     assert served >= blocks
     assert arrivals.dtype == torch.int32
     assert tickets.dtype == torch.int64
@@ -36,13 +36,13 @@ def test_zero_aligned_and_long_enough(blocks):
 
 
 def test_one_set_that_grows():
-    first = counters.counters(CPU, 5)
-    assert counters.counters(CPU, BLOCKS) is first
-    more = counters.counters(CPU, BLOCKS + 1)
+    first = get_workspace(CPU, 5)
+    assert get_workspace(CPU, BLOCKS) is first
+    more = get_workspace(CPU, BLOCKS + 1)
     assert more is not first
-    assert counters.counters(CPU, 3) is more
-    counters.discard()
-    assert counters.counters(CPU, 3) is not more
+    assert get_workspace(CPU, 3) is more
+    workspace.discard()
+    assert get_workspace(CPU, 3) is not more
 
 
 @pytest.fixture
@@ -73,24 +73,24 @@ def gpu(monkeypatch):
         yield
 
     monkeypatch.setattr(torch.cuda, "stream", entered)
-    zeros = counters._zeros
+    zeros = workspace._zeros
 
     def spy(device, blocks):
         made.threads.append(threading.current_thread())
         return zeros(CPU, blocks)
 
-    monkeypatch.setattr(counters, "_zeros", spy)
+    monkeypatch.setattr(workspace, "_zeros", spy)
     made.device = type("Device", (), vars(device))()
     return made
 
 
 def test_each_stream_has_its_own(gpu):
-    first = counters.counters(gpu.device, 5)
+    first = get_workspace(gpu.device, 5)
     gpu.stream = 2
-    second = counters.counters(gpu.device, 5)
+    second = get_workspace(gpu.device, 5)
     assert second.tickets.data_ptr() != first.tickets.data_ptr()
     gpu.stream = 1
-    assert counters.counters(gpu.device, 5) is first
+    assert get_workspace(gpu.device, 5) is first
     # Each is filled in the stream that it is for, before the launch that follows.
     assert gpu.filled_in == [1, 2]
 
@@ -98,18 +98,18 @@ def test_each_stream_has_its_own(gpu):
 @pytest.mark.parametrize("current", [0, 1])
 def test_a_graph_has_its_own(gpu, current):
     """It may be replayed in any stream, beside launches in this one."""
-    eager = counters.counters(gpu.device, 5)
+    eager = get_workspace(gpu.device, 5)
     gpu.capturing, gpu.current = True, current
-    captured = counters.counters(gpu.device, 5)
+    captured = get_workspace(gpu.device, 5)
     assert captured is not eager
-    assert counters.counters(gpu.device, 5) is not captured
+    assert get_workspace(gpu.device, 5) is not captured
     gpu.capturing = False
-    assert counters.counters(gpu.device, 5) is eager
+    assert get_workspace(gpu.device, 5) is eager
 
 
 def test_what_lasts_is_allocated_by_another_thread(gpu):
     """The calling one may be about to record a graph, from whose memory nothing may be kept."""
-    counters.counters(gpu.device, 5)
+    get_workspace(gpu.device, 5)
     gpu.capturing = True
-    counters.counters(gpu.device, 5)
+    get_workspace(gpu.device, 5)
     assert [thread is threading.current_thread() for thread in gpu.threads] == [False, True]

@@ -1,4 +1,4 @@
-"""Calls that are recalled: only what would be planned just so, and nothing that was refused."""
+"""The plan cache finds only what would be planned just so, and nothing that was refused."""
 
 import contextlib
 import gc
@@ -12,8 +12,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbn
-from fastbn import FusedBatchNormAct2d, batch_norm, recall, run
-from fastbn.layout import dense
+from fastbn import FusedBatchNormAct2d, batch_norm
+from fastbn.runtime import execution, plan_cache
+from fastbn.runtime.layout import dense
 
 
 @pytest.fixture(autouse=True)
@@ -23,26 +24,26 @@ def only_kernels(replan):
 
 
 @pytest.fixture
-def recalled(monkeypatch):
-    """The plans that were asked for and recalled, by name."""
-    planned, found = {}, []
-    find, keep = recall.find, recall.keep
+def hits(monkeypatch):
+    """Names of the planners whose plans were found in the cache."""
+    planners, found = {}, []
+    lookup, insert = plan_cache.lookup, plan_cache.insert
 
-    def spy_keep(kind, tensors, plan, *options):
-        planned[kind] = plan, options
-        return keep(kind, tensors, plan, *options)
+    def spy_insert(key, tensors, planner, *options):
+        planners[key] = planner, options
+        return insert(key, tensors, planner, *options)
 
-    def spy_find(kind, tensors):
-        call = find(kind, tensors)
-        if call is not None:
-            plan, options = planned[kind]
-            assert call is plan(tensors, *options)
-            assert all(t is None or dense(t, call.format) is t for t in tensors)
-            found.append(plan.__name__)
-        return call
+    def spy_lookup(key, tensors):
+        plan = lookup(key, tensors)
+        if plan is not None:
+            planner, options = planners[key]
+            assert plan is planner(tensors, *options)
+            assert all(t is None or dense(t, plan.format) is t for t in tensors)
+            found.append(planner.__name__)
+        return plan
 
-    monkeypatch.setattr(recall, "keep", spy_keep)
-    monkeypatch.setattr(recall, "find", spy_find)
+    monkeypatch.setattr(plan_cache, "insert", spy_insert)
+    monkeypatch.setattr(plan_cache, "lookup", spy_lookup)
     return found
 
 
@@ -54,16 +55,16 @@ def step(module, x, residual=None):
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("training", [True, False])
-def test_the_second_like_it_is_recalled(training, momentum, residual, recalled, device):
+def test_second_call_hits_the_cache(training, momentum, residual, hits, device):
     module = FusedBatchNormAct2d(4, momentum=momentum).to(device).train(training)
     x, r = torch.randn(2, 2, 4, 3, 3, device=device).unbind()
     x.requires_grad_()
     r = r if residual else None
     first = step(module, x, r)
-    assert recalled == []
+    assert hits == []
     module.reset_running_stats()
     second = step(module, x, r)
-    assert recalled == ["forward_call", "backward_call"]
+    assert hits == ["plan_forward", "plan_backward"]
     for a, b in zip(first, second):
         assert a.equal(b)
 
@@ -108,7 +109,7 @@ def changes():
         yield f"eps {eps!r}", {"eps": lambda _, eps=eps: eps}
     for momentum in (0, 0.0, 1.0, 0.7, None, torch.tensor(0.5), "high"):
         yield f"momentum {momentum!r}", {"momentum": lambda _, value=momentum: value}
-    yield "frozen", {"training": lambda _: False}
+    yield "fixed statistics", {"training": lambda _: False}
     yield "another activation", {"activation": lambda _: "silu"}
 
 
@@ -145,10 +146,10 @@ def outcome(device, change):
 @pytest.mark.parametrize("change", [pytest.param(c, id=name) for name, c in changes()])
 def test_an_earlier_call_changes_nothing(change, device):
     """What is refused, and every result, is the same whatever was called before."""
-    recall.forget()
+    plan_cache.clear()
     cold = outcome(device, change)
     for earlier in ({}, {"input": lambda t: t.requires_grad_()}):
-        recall.forget()
+        plan_cache.clear()
         outcome(device, earlier)
         warm = outcome(device, change)
         assert len(warm) == len(cold)
@@ -201,8 +202,8 @@ def test_an_earlier_call_elsewhere(where, device):
 @pytest.mark.parametrize(
     "what", ["gradient", "dtype", "format", "training", "activation", "residual"]
 )
-def test_kinds_in_turn_are_recalled(what, recalled, device):
-    """As of two networks of the same sizes, one of them frozen or in another precision."""
+def test_two_keys_in_turn_hit_the_cache(what, hits, device):
+    """As of two networks of the same sizes, one with fixed statistics or in another precision."""
     x = torch.randn(2, 4, 3, 3, device=device)
     mean, var = torch.zeros(4, device=device), torch.ones(4, device=device)
     one = {"input": x, "training": True}
@@ -220,18 +221,18 @@ def test_kinds_in_turn_are_recalled(what, recalled, device):
     for _ in range(3):
         batch_norm(running_mean=mean, running_var=var, **one)
         batch_norm(running_mean=mean, running_var=var, **other)
-    assert recalled == ["forward_call"] * 4
+    assert hits == ["plan_forward"] * 4
 
 
-def test_gradients_wanted_in_turn(monkeypatch, recalled, device):
-    """Compiled kernels leave out what is not wanted: each has its plan, which is recalled."""
-    plans, backward = {}, run.backward
+def test_gradients_wanted_in_turn(monkeypatch, hits, device):
+    """Compiled kernels leave out what is not wanted: each has its own plan in the cache."""
+    plans, backward = {}, execution.run_backward
 
-    def spy(call, *arguments):
-        plans.setdefault(arguments[-1], []).append(call)
-        return backward(call, *arguments)
+    def spy(plan, *arguments):
+        plans.setdefault(arguments[-1], []).append(plan)
+        return backward(plan, *arguments)
 
-    monkeypatch.setattr(run, "backward", spy)
+    monkeypatch.setattr(execution, "run_backward", spy)
     inputs = [torch.randn(size, device=device) for size in ((2, 4, 3, 3), (4,), (4,))]
     for _ in range(2):
         for wanted in ((True, True, False), (True, True, True), (False, True, True)):
@@ -239,8 +240,8 @@ def test_gradients_wanted_in_turn(monkeypatch, recalled, device):
             y = batch_norm(x, None, None, w, b, training=True)
             y.backward(torch.ones_like(y))
     assert all(first is second for first, second in plans.values())
-    assert len({call for first, call in plans.values()}) == 3
-    assert recalled.count("backward_call") == 3
+    assert len({plan for _, plan in plans.values()}) == 3
+    assert hits.count("plan_backward") == 3
 
 
 def test_a_call_without_gradients_is_not_taken_for_one_with(device):
@@ -249,7 +250,7 @@ def test_a_call_without_gradients_is_not_taken_for_one_with(device):
     x.requires_grad_()
 
     def gradient(first_without):
-        recall.forget()
+        plan_cache.clear()
         if first_without:
             with torch.no_grad():
                 batch_norm(x, None, None, training=True, activation="relu", residual=r)
@@ -293,8 +294,8 @@ def test_functional_wrappers_are_pytorchs(device):
 
 
 def test_freed_memory_is_not_read(device):
-    """Neither by the first call nor by one that is recalled."""
-    recall.forget()
+    """Neither by the first call nor by one whose plan is cached."""
+    plan_cache.clear()
     for keep in (True, False, False):
         x = torch.randn(2, 4, 3, 3, device=device)
         if keep:
@@ -303,10 +304,10 @@ def test_freed_memory_is_not_read(device):
             x.untyped_storage().resize_(0)
             with pytest.raises(RuntimeError, match="its storage was freed"):
                 batch_norm(x, None, None, training=True)
-            recall.forget()
+            plan_cache.clear()
 
 
-def test_a_recalled_call_holds_no_tensor(device):
+def test_cached_plans_hold_no_tensor(device):
     module = FusedBatchNormAct2d(4).to(device)
     x = torch.randn(2, 4, 3, 3, device=device, requires_grad=True)
     step(module, x)
@@ -314,39 +315,39 @@ def test_a_recalled_call_holds_no_tensor(device):
     gone = [weakref.ref(t) for t in (x, *module.parameters(), *module.buffers())]
     del x, module
     gc.collect()
-    assert recall._kept
+    assert plan_cache._entries
     assert [t() for t in gone] == [None] * len(gone)
 
 
-def test_many_kinds_are_not_all_kept(monkeypatch, device):
-    monkeypatch.setattr(recall, "_LIMIT", 3)
+def test_number_of_keys_is_limited(monkeypatch, device):
+    monkeypatch.setattr(plan_cache, "_MAX_KEYS", 3)
     for rows in (2, 3, 4, 5, 6, 2, 3):
         x = torch.randn(rows, 4, device=device)
         y = batch_norm(x, None, None, training=True)
         torch.testing.assert_close(y, torch.nn.functional.batch_norm(x, None, None, training=True))
-        assert len(recall._kept) <= 3
+        assert len(plan_cache._entries) <= 3
 
 
-def test_of_a_kind_the_latest_are_kept(monkeypatch, recalled, device):
+def test_latest_entries_of_a_key_stay(monkeypatch, hits, device):
     """They differ in what only guards tell: dtypes."""
-    monkeypatch.setattr(recall, "_LIMIT_OF_A_KIND", 2)
+    monkeypatch.setattr(plan_cache, "_MAX_ENTRIES_OF_A_KEY", 2)
     x = torch.randn(2, 4, 3, device=device)
     for dtype in (torch.half, torch.float, torch.double, torch.float, torch.half):
         batch_norm(x.to(dtype), None, None, training=True)
-    assert recalled == ["forward_call"]
-    assert [len(kept) for kept in recall._kept.values()] == [2]
+    assert hits == ["plan_forward"]
+    assert [len(entries) for entries in plan_cache._entries.values()] == [2]
 
 
-def test_what_cannot_be_recalled_takes_no_place(device):
+def test_guards_that_never_match_are_not_stored(device):
     """Guards don't match one tensor in two places: here the input and its own gradient."""
     x = torch.randn(2, 4, 3, device=device, requires_grad=True)
     for _ in range(3):
         y = batch_norm(x, None, None, training=True)
         torch.autograd.grad(y, x, x)
-    assert len(recall._kept) == 1
+    assert len(plan_cache._entries) == 1
 
 
-def test_threads_with_calls_of_one_kind(device):
+def test_threads_with_calls_of_one_key(device):
     """They differ in what only guards tell: strides."""
     x = torch.randn(2, 4, 3, 3, device=device)
     inputs = [x, x.contiguous(memory_format=torch.channels_last), spread(x), x.mT.contiguous().mT]

@@ -5,8 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastbn.kernels.addressing import box, extents, position
 from fastbn.kernels.device import H100
-from fastbn.kernels.tile import box, extents, position
 from fastbn.kernels.tiling import MASK_BITS, Problem, apply_tile
 
 

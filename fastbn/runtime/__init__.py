@@ -1,0 +1,1 @@
+"""From tensors to kernel launches: checks, plans, memory and launchers."""

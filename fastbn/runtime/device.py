@@ -1,0 +1,45 @@
+"""Torch devices as the planner and Triton see them."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import AbstractContextManager
+from functools import lru_cache
+
+import torch
+
+from ..kernels.device import DEVICES, INTERPRETER, Device
+
+_KNOWN = {device.name: device for device in DEVICES}
+
+# Triton's interpreter keeps global state, so only one thread at a time may interpret a kernel.
+_interpreter = threading.RLock()
+
+
+@lru_cache
+def device_facts(device: torch.device) -> Device:
+    """Returns the planner's facts of a torch device; the CPU stands for Triton's interpreter."""
+    if device.type == "cpu":
+        return INTERPRETER
+    if device.type == "xpu":
+        xpu = torch.xpu.get_device_properties(device)
+        return Device(xpu.name, xpu.gpu_subslice_count, getattr(xpu, "last_level_cache_size", 0))
+    cuda = torch.cuda.get_device_properties(device)
+    if cuda.name in _KNOWN:
+        return _KNOWN[cuda.name]
+    # Memory moves two words of the bus's width a clock; the clock is given in kHz.
+    clock, bits = getattr(cuda, "memory_clock_rate", 0), getattr(cuda, "memory_bus_width", 0)
+    bandwidth = 2 * clock * 1e3 * bits / 8
+    return Device(cuda.name, cuda.multi_processor_count, cuda.L2_cache_size, bandwidth or None)
+
+
+def limits_registers(device: torch.device) -> bool:
+    """Whether Triton accepts a limit of registers (`maxnreg`): only its NVIDIA compiler does."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Makes a device the current one, where Triton launches, or locks Triton's interpreter."""
+    if device.type in ("cuda", "xpu"):
+        return getattr(torch, device.type).device(device)
+    return _interpreter

@@ -1,0 +1,138 @@
+"""Runs execution plans: allocates memory and launches kernels.
+
+All tensors of a call are on one device and dense in the plan's memory format
+(`layout.dense`). A result that the call does not ask for is None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from .execution_plan import ExecutionPlan
+from .workspace import get_workspace
+
+
+def run_forward(
+    plan: ExecutionPlan,
+    tensors: Sequence[Tensor | None],
+    momentum: float | None,
+    eps: float,
+    param: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Runs a forward, and in training updates running statistics and num_batches_tracked.
+
+    Args:
+        plan: made by `plan_forward`.
+        tensors: as for `plan_forward`.
+        momentum: the batch's share of the running statistics, None for averages over
+            all batches.
+        eps: added to the variance.
+        param: the activation's parameter.
+
+    Returns:
+        The output; the (2, C) mean and rstd of the batch, or the fixed mean; and the
+        packed mask or None.
+    """
+    x, residual, weight, bias, running_mean, running_var, num_batches_tracked = tensors
+    # Allocate before launching, so that running out of memory changes nothing.
+    y, mask = torch.empty_like(x, memory_format=plan.format), None
+    if plan.mask_bytes:
+        mask = torch.empty(plan.mask_bytes, dtype=torch.uint8, device=x.device)
+    outputs = (x, residual, y, mask, weight, bias)
+    if plan.schedule.strategy == "fixed-stats":
+        plan.apply((*outputs, running_mean, running_var), eps, param)
+        return y, running_mean, mask
+
+    statistics = _empty_statistics(plan, x, 2, x.shape[1])
+    cumulative = momentum is None
+    momentum = 0.0 if cumulative else momentum
+    written = (statistics, running_mean, running_var, num_batches_tracked)
+    if plan.schedule.strategy == "resident":
+        arrivals = get_workspace(x.device, 1).arrivals if cumulative else None
+        plan.single_launch((*outputs, *written, arrivals), momentum, eps, param)
+    else:
+        arrivals, tickets, _ = get_workspace(x.device, plan.blocks)
+        partials = _empty_statistics(plan, x, 1, plan.partials)
+        if plan.single_launch is not None:
+            arguments = (*outputs, *written, partials, arrivals, tickets)
+            plan.single_launch(arguments, momentum, eps, param)
+        else:
+            first, second = (x, *written, partials, arrivals), (*outputs, statistics, None)
+            # Check the second launch's tensors before the first launch writes anything.
+            plan.apply.check(second)
+            plan.reduce(first, momentum, eps)
+            plan.apply(second, eps, param)
+    # Autograd notices changes of saved tensors by their version, which a kernel doesn't raise.
+    increment_version([t for t in written[1:] if t is not None])
+    return y, statistics, mask
+
+
+def run_backward(
+    plan: ExecutionPlan,
+    tensors: Sequence[Tensor | None],
+    eps: float,
+    param: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Runs a backward.
+
+    Args:
+        plan: made by `plan_backward`.
+        tensors: as for `plan_backward`.
+        eps: added to the variance.
+        param: the activation's parameter.
+        wanted: which gradients are wanted, of input, residual, weight and bias.
+
+    Returns:
+        The gradients of input, residual, weight and bias, None for each that is not
+        wanted.
+    """
+    dy, x, residual, mask, weight, bias, statistics, var = tensors
+    want_dx, want_dr, want_dw, want_db = wanted
+    dx = torch.empty_like(x, memory_format=plan.format) if want_dx else None
+    dr = torch.empty_like(x, memory_format=plan.format) if want_dr else None
+    parameter = parameter_like(weight, bias, statistics)
+    dw = torch.empty_like(parameter) if want_dw else None
+    db = torch.empty_like(parameter) if want_db else None
+    inputs = (dy, x, residual, mask, weight, bias, statistics)
+    if not any(wanted):
+        return dx, dr, dw, db
+    if plan.schedule.strategy == "resident":
+        plan.single_launch((*inputs, dw, db, dx, dr), param)
+        return dx, dr, dw, db
+    sums = partials = arrivals = None
+    need_sums = want_dw or want_db or (want_dx and var is None)
+    if need_sums:
+        sums = _empty_statistics(plan, x, 2, x.shape[1])
+        partials = _empty_statistics(plan, x, 1, plan.partials)
+        arrivals, tickets, _ = get_workspace(x.device, plan.blocks)
+    if var is not None:
+        plan.reduce((*inputs, var, dw, db, sums, dx, dr, partials, arrivals), eps, param)
+    elif plan.single_launch is not None and want_dx:
+        plan.single_launch((*inputs, dw, db, sums, dx, dr, partials, arrivals, tickets), param)
+    else:
+        if need_sums:
+            plan.reduce((*inputs, None, dw, db, sums, None, None, partials, arrivals), eps, param)
+        if want_dx or want_dr:
+            plan.apply((*inputs, sums, dx, dr), param)
+    return dx, dr, dw, db
+
+
+def parameter_like(weight: Tensor | None, bias: Tensor | None, statistics: Tensor) -> Tensor:
+    """Returns a tensor of the shape and dtype that the gradients of weight and bias have.
+
+    The backward may have kept neither of the two; the statistics' mean then serves.
+    """
+    if weight is None:
+        weight = bias
+    return statistics.flatten()[: statistics.shape[-1]] if weight is None else weight
+
+
+def _empty_statistics(plan: ExecutionPlan, x: Tensor, rows: int, columns: int) -> Tensor:
+    """Allocates memory for statistics, sums or partial results."""
+    # PyTorch allocates faster if it need not compute the strides.
+    return x.new_empty_strided((rows, columns), (columns, 1), dtype=plan.statistics)

@@ -1,0 +1,226 @@
+"""Execution plans: everything about a call that its sizes, strides, dtypes and options decide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.backward import bn_apply_bwd_kernel, bn_reduce_bwd_kernel
+from ..kernels.forward import bn_apply_fwd_kernel, bn_stats_fwd_kernel
+from ..kernels.plan import Schedule, make_schedule
+from ..kernels.resident import bn_resident_bwd_kernel, bn_resident_fwd_kernel
+from ..kernels.ticketed import bn_ticketed_bwd_kernel, bn_ticketed_fwd_kernel
+from ..kernels.tiling import Problem, Tile
+from .device import device_facts, limits_registers
+from .launcher import Launcher
+from .layout import mask_sizes, memory_format, problem_of, statistics_dtype
+
+# Keep multiplications and additions apart: if the compiler contracted them in one kernel
+# and not in another, the backward might find the activation's argument on the other side
+# of a kink than the forward did. Triton's default differs between targets and versions.
+_OPTIONS = {"enable_fp_fusion": False}
+
+
+@dataclass(frozen=True, eq=False)  # by identity a forward's plan is in the key of its backward's
+class ExecutionPlan:
+    """How one direction of a call runs, with a launcher for each of its kernels.
+
+    Attributes:
+        schedule: the planner's decisions.
+        format: the memory format in which the kernels read and write tensors of the
+            input's shape.
+        statistics: dtype of mean, rstd and sums.
+        mask_bytes: size of the packed mask, 0 if the call saves none.
+        blocks: number of channel blocks, each of which needs a counter.
+        partials: number of elements of the partial results.
+        single_launch: launcher of the kernel that does everything, or None.
+        reduce, apply: launchers of the two passes, for a plan without a single launch
+            and for calls that the single launch can't serve.
+    """
+
+    schedule: Schedule
+    format: torch.memory_format
+    statistics: torch.dtype
+    mask_bytes: int
+    blocks: int
+    partials: int
+    single_launch: Launcher | None
+    reduce: Launcher | None
+    apply: Launcher | None
+
+
+def plan_forward(
+    tensors: Sequence[Tensor | None], training: bool, cumulative: bool, activation: str,
+    save_mask: bool,
+) -> ExecutionPlan:  # fmt: skip
+    """Plans a forward.
+
+    Args:
+        tensors: input, residual, weight, bias, running mean and variance, and
+            num_batches_tracked.
+        training: the statistics are the batch's own.
+        cumulative: momentum is None, so the running statistics are averages over all
+            batches.
+        activation: name of the activation.
+        save_mask: the signs of the activation's argument are saved for the backward.
+    """
+    options = (training, cumulative, activation, save_mask)
+    return _plan_forward(*_signature(tensors, tensors[0]), *options)
+
+
+def plan_backward(
+    tensors: Sequence[Tensor | None],
+    activation: str,
+    wanted: tuple[bool, ...],
+    format: torch.memory_format | None,
+) -> ExecutionPlan:
+    """Plans a backward.
+
+    Args:
+        tensors: gradient of the output, input, residual, mask, weight, bias, statistics
+            (mean and rstd of the batch, or the fixed mean), and the fixed variance.
+        activation: name of the activation.
+        wanted: which gradients are wanted, of input, residual, weight and bias.
+        format: memory format of the tensors that the mask was made for; None without
+            a mask.
+
+    Raises:
+        RuntimeError: hooks on saved tensors changed the dtype of mean and rstd.
+    """
+    *_, statistics, var = tensors
+    if var is None and statistics.dtype != statistics_dtype(tensors[1].dtype):
+        raise RuntimeError(
+            f"saved statistics must be of {statistics_dtype(tensors[1].dtype)},"
+            f" but hooks made them {statistics.dtype}"
+        )
+    return _plan_backward(*_signature(tensors, tensors[1]), activation, wanted, format)
+
+
+def clear() -> None:
+    """Drops all cached plans and schedules, so that the next call is planned anew."""
+    for cached in (make_schedule, _plan_forward, _plan_backward):
+        cached.cache_clear()
+
+
+def _signature(tensors: Sequence[Tensor | None], x: Tensor) -> tuple:
+    """Returns the input's shape, strides and device, and all dtypes, None for no tensor."""
+    return x.shape, x.stride(), x.device, tuple(None if t is None else t.dtype for t in tensors)
+
+
+# The arguments of the next two functions hold all that Triton specialises a kernel on,
+# except for alignment. So calls that need different compiled kernels never share a launcher.
+@lru_cache(maxsize=1024)
+def _plan_forward(
+    shape: tuple[int, ...], stride: tuple[int, ...], device: torch.device,
+    dtypes: tuple[torch.dtype | None, ...], training: bool, cumulative: bool, activation: str,
+    save_mask: bool,
+) -> ExecutionPlan:  # fmt: skip
+    dtype, residual, *_ = dtypes
+    x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    problem = problem_of(x, training, residual is not None, "mask" if save_mask else None)
+    schedule = make_schedule(problem, device_facts(device), backward=False)
+    launcher = partial(_launcher, problem, device)
+    reduce, tile = schedule.reduce, schedule.apply
+    single_launch = first = second = None
+    if schedule.strategy == "resident":
+        single_launch = launcher(
+            bn_resident_fwd_kernel, tile, tile.programs(problem),
+            ACTIVATION=activation, CUMULATIVE=cumulative,
+        )  # fmt: skip
+    elif schedule.strategy == "ticketed":
+        single_launch = launcher(
+            bn_ticketed_fwd_kernel, reduce.tile, schedule.tickets(problem),
+            reduce.splits, schedule.slice_blocks, MERGE=reduce.merge,
+            ACTIVATION=activation, CUMULATIVE=cumulative,
+        )  # fmt: skip
+    else:
+        if training:
+            first = launcher(
+                bn_stats_fwd_kernel, reduce.tile, reduce.programs(problem), reduce.splits,
+                MERGE=reduce.merge, CUMULATIVE=cumulative,
+            )  # fmt: skip
+        second = launcher(bn_apply_fwd_kernel, tile, tile.programs(problem), ACTIVATION=activation)
+    blocks = reduce.tile.grid(problem)[1]
+    return ExecutionPlan(
+        schedule=schedule,
+        format=memory_format(x),
+        statistics=statistics_dtype(dtype),
+        mask_bytes=prod(mask_sizes(x)) if save_mask else 0,
+        blocks=blocks,
+        # Each split has a mean and a sum of squares for each channel, and a count for each block.
+        partials=reduce.splits * (2 * problem.c + blocks),
+        single_launch=single_launch,
+        reduce=first,
+        apply=second,
+    )
+
+
+@lru_cache(maxsize=1024)
+def _plan_backward(
+    shape: tuple[int, ...], stride: tuple[int, ...], device: torch.device,
+    dtypes: tuple[torch.dtype | None, ...], activation: str, wanted: tuple[bool, ...],
+    format: torch.memory_format | None,
+) -> ExecutionPlan:  # fmt: skip
+    _, dtype, residual, mask, *_, var = dtypes
+    training = var is None
+    saves = "mask" if mask is not None else None if residual is None else "residual"
+    x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    if format is not None:
+        x = x.contiguous(memory_format=format)
+    problem = problem_of(x, training, saves is not None, saves)
+    schedule = make_schedule(problem, device_facts(device), backward=True)
+    launcher = partial(_launcher, problem, device)
+    reduce, tile = schedule.reduce, schedule.apply
+    single_launch = first = second = None
+    if schedule.strategy == "resident":
+        single_launch = launcher(
+            bn_resident_bwd_kernel, tile, tile.programs(problem), ACTIVATION=activation
+        )
+    else:
+        if schedule.strategy == "ticketed":
+            single_launch = launcher(
+                bn_ticketed_bwd_kernel, reduce.tile, schedule.tickets(problem),
+                reduce.splits, schedule.slice_blocks, MERGE=reduce.merge, ACTIVATION=activation,
+            )  # fmt: skip
+        # A ticketed backward has the two passes too: without a gradient of the input to
+        # compute, the sums are all there is to do.
+        first = launcher(
+            bn_reduce_bwd_kernel, reduce.tile, reduce.programs(problem), reduce.splits,
+            MERGE=reduce.merge, ACTIVATION=activation,
+        )  # fmt: skip
+        if training:
+            second = launcher(
+                bn_apply_bwd_kernel, tile, tile.programs(problem), ACTIVATION=activation
+            )
+    return ExecutionPlan(
+        schedule=schedule,
+        format=memory_format(x),
+        statistics=statistics_dtype(dtype),
+        mask_bytes=prod(mask_sizes(x)) if saves == "mask" else 0,
+        blocks=reduce.tile.grid(problem)[1],
+        partials=reduce.splits * 2 * problem.c,  # two sums for each split and channel
+        single_launch=single_launch,
+        reduce=first,
+        apply=second,
+    )
+
+
+def _launcher(
+    problem: Problem, device: torch.device, kernel: Any, tile: Tile, programs: int,
+    *integers: int, **constants: Any,
+) -> Launcher:  # fmt: skip
+    """Makes a launcher of a kernel for tiles of a problem; extents come before other integers."""
+    n, c, s = problem.n, problem.c, problem.s
+    # The aligned extent is passed in units of its alignment: `addressing.extents` says why.
+    extents = (n, c // tile.align, s) if s == 1 or tile.flat else (n, c, s // tile.align)
+    constants |= {"ALIGN": tile.align, "FLAT": tile.flat, "num_warps": tile.warps, **_OPTIONS}
+    constants |= {"BLOCK_N": tile.n, "BLOCK_C": tile.c, "BLOCK_S": tile.s}
+    if limits_registers(device):
+        constants["maxnreg"] = tile.registers
+    return Launcher(kernel, device, programs, (*extents, *integers), constants)
