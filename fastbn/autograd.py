@@ -9,18 +9,10 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .activations import ACTIVATIONS, saved_for
 from .runtime import execution, plan_cache, support, torch_ops
 from .runtime.execution_plan import ExecutionPlan, plan_backward, plan_forward
 from .runtime.layout import memory_format, unpack_mask
-
-
-def saved_for(activation: str, residual: bool) -> str | None:
-    """What the backward needs besides input, statistics and parameters."""
-    if not residual or activation == "none":
-        return None
-    # Of these two the derivative depends on the argument's sign alone, which is one bit.
-    return "mask" if activation in ("relu", "leaky_relu") else "residual"
-
 
 # The arguments of a call that are not tensors: training, momentum, eps, activation
 # and its parameter. A plain tuple: a named one takes four times as long to make.
@@ -160,8 +152,8 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
         # Whether the activation's argument was positive was kept, and is all that counts.
         positive = unpack_mask(mask, input.contiguous(memory_format=format))
         grad_output = reference.accumulated(grad_output)
-        negative = grad_output * param if activation == "leaky_relu" else 0.0
-        grad_output = torch.where(positive, grad_output, negative)
+        sign = 2 * positive.to(grad_output.dtype) - 1
+        grad_output = ACTIVATIONS[activation].derivative(grad_output, sign, param)
         activation = "none"
     # As the forward was. Its flag does not say: it may be a tensor, and have changed since.
     fixed = None if var is None else (statistics, var)

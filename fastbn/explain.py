@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from .activations import saved_for
 from .backend import get_backend
 from .functional import check_residual
 from .kernels.plan import Plan, Schedule, make_plan
@@ -17,7 +18,6 @@ from .runtime import support
 from .runtime.layout import problem_of
 
 if support.HAS_TRITON:
-    from .autograd import saved_for
     from .runtime.device import device_facts
 
 

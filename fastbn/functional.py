@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from .activations import ACTIVATIONS
 from .backend import get_backend
 from .runtime import support
 from .runtime.support import HAS_TRITON
@@ -128,7 +128,7 @@ def tracked_batch_norm(
         raise
     if residual is not None:
         output = output + residual
-    return reference.ACTIVATIONS[activation](output, param)
+    return ACTIVATIONS[activation].function(output, param)
 
 
 def check_residual(input: Tensor, residual: Tensor) -> None:
@@ -148,12 +148,13 @@ def check_residual(input: Tensor, residual: Tensor) -> None:
 
 def _checked_activation(name: str | None, param: float | None) -> tuple[str, float]:
     """Name and parameter, "none" and 0.0 where there is none."""
-    if name is not None and not (isinstance(name, str) and name in reference.ACTIVATIONS):
-        known = ", ".join(known for known in reference.ACTIVATIONS if known != "none")
+    if name is not None and not (isinstance(name, str) and name in ACTIVATIONS):
+        known = ", ".join(known for known in ACTIVATIONS if known != "none")
         raise ValueError(f"activation must be None or one of {known}, but got {name!r}")
+    activation = ACTIVATIONS[name or "none"]
     if param is None:
-        return name or "none", reference.DEFAULT_PARAMS.get(name, 0.0)
-    if name not in reference.DEFAULT_PARAMS:
+        return activation.name, activation.default
+    if activation.parameter is None:
         raise ValueError(
             f"activation_param must be None for activation {name!r}, but got {param!r}"
         )
@@ -163,7 +164,7 @@ def _checked_activation(name: str | None, param: float | None) -> tuple[str, flo
     )
     if not number:
         raise TypeError(f"activation_param must be a number or None, but got {param!r}")
-    return name, float(param)
+    return activation.name, float(param)
 
 
 def _goes_to_kernels(input: Tensor, *arguments) -> bool:

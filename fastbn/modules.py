@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
+from .activations import ACT_LAYERS, activation_of
 from .functional import check_residual, tracked_batch_norm
 
 
@@ -94,23 +95,6 @@ class FusedBatchNorm3d(_Fused, nn.BatchNorm3d):
     """
 
 
-_GELUS = {"none": ("gelu", None), "tanh": ("gelu_tanh", None)}
-
-# Activation modules that the kernels compute: name and parameter of one, or None.
-_FUSIBLE: dict[type, Callable[[Any], tuple[str, float | None] | None]] = {
-    nn.Identity: lambda act: ("none", None),
-    nn.ReLU: lambda act: ("relu", None),
-    nn.LeakyReLU: lambda act: ("leaky_relu", act.negative_slope),
-    nn.SiLU: lambda act: ("silu", None),
-    nn.GELU: lambda act: _GELUS.get(act.approximate),
-    nn.Hardswish: lambda act: ("hardswish", None),
-    nn.ReLU6: lambda act: ("relu6", None),
-    nn.ELU: lambda act: ("elu", act.alpha),
-    nn.Sigmoid: lambda act: ("sigmoid", None),
-    nn.Tanh: lambda act: ("tanh", None),
-}
-
-
 def _hooks(module: nn.Module) -> dict:
     """Some of a module's hooks; empty if it has none."""
     return (
@@ -133,31 +117,23 @@ def fused_activation(module: nn.Module) -> tuple[str, float | None] | None:
         return None
     if act is None:
         return "none", None
-    fusible = _FUSIBLE.get(type(act))
-    return None if fusible is None or _hooks(act) else fusible(act)
-
-
-_LAYERS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU, "swish": nn.SiLU,
-    "gelu": nn.GELU, "hard_swish": nn.Hardswish, "hardswish": nn.Hardswish, "relu6": nn.ReLU6,
-    "elu": nn.ELU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh,
-}  # fmt: skip
+    return None if _hooks(act) else activation_of(act)
 
 
 def _make_activation(
     layer: str | Callable[..., nn.Module] | None, kwargs: dict[str, Any]
 ) -> nn.Module:
-    if layer in (None, "none", ""):  # timm's is ""
+    # timm's name for no activation is "".
+    if layer in (None, "none", ""):
         return nn.Identity()
-    if layer == "gelu_tanh":
-        return nn.GELU(**{"approximate": "tanh", **kwargs})
     if isinstance(layer, str):
-        if layer not in _LAYERS:
+        if layer not in ACT_LAYERS:
+            known = ", ".join(name for name in ACT_LAYERS if name != "none")
             raise ValueError(
-                f"act_layer must be None, a module class or one of {', '.join(_LAYERS)},"
-                f" gelu_tanh, none, but got {layer!r}"
+                f"act_layer must be None, a module class or one of {known}, none, but got {layer!r}"
             )
-        layer = _LAYERS[layer]
+        activation = ACT_LAYERS[layer]
+        return activation.module(**{**dict(activation.options), **kwargs})
     _check_class("act_layer", layer)
     return layer(**kwargs)
 

@@ -1,56 +1,14 @@
 """Batch norm in differentiable PyTorch: the definition of right.
 
-Its gradient is the path of second derivatives; its activations follow PyTorch's own batch
-norm where no kernel serves.
+Tests hold the kernels to it, and second derivatives run through its gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-_aten = torch.ops.aten
-
-# name -> function of the argument and of the activation's parameter.
-ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "none": lambda z, _: z,
-    "relu": lambda z, _: F.relu(z),
-    "leaky_relu": F.leaky_relu,
-    "silu": lambda z, _: F.silu(z),
-    "gelu": lambda z, _: F.gelu(z),
-    "gelu_tanh": lambda z, _: F.gelu(z, approximate="tanh"),
-    "hardswish": lambda z, _: F.hardswish(z),
-    "relu6": lambda z, _: F.relu6(z),
-    "elu": F.elu,
-    "sigmoid": lambda z, _: torch.sigmoid(z),
-    "tanh": lambda z, _: torch.tanh(z),
-}
-
-# name -> the argument's gradient, given the result's, the argument and the parameter.
-ACTIVATIONS_BACKWARD: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "relu": lambda dy, z, _: _aten.threshold_backward(dy, z, 0.0),
-    "leaky_relu": lambda dy, z, slope: _aten.leaky_relu_backward(dy, z, slope, False),
-    "silu": lambda dy, z, _: _silu_backward(dy, z),
-    "gelu": lambda dy, z, _: _aten.gelu_backward(dy, z),
-    "gelu_tanh": lambda dy, z, _: _aten.gelu_backward(dy, z, approximate="tanh"),
-    "hardswish": lambda dy, z, _: _aten.hardswish_backward(dy, z),
-    "relu6": lambda dy, z, _: _aten.hardtanh_backward(dy, z, 0.0, 6.0),
-    "elu": lambda dy, z, alpha: _aten.elu_backward(dy, alpha, 1.0, 1.0, False, z),
-    "sigmoid": lambda dy, z, _: _aten.sigmoid_backward(dy, torch.sigmoid(z)),
-    "tanh": lambda dy, z, _: _aten.tanh_backward(dy, torch.tanh(z)),
-}
-
-# Parameters of the activations that take one, with PyTorch's defaults.
-DEFAULT_PARAMS = {"leaky_relu": 0.01, "elu": 1.0}
-
-
-def _silu_backward(dy: Tensor, z: Tensor) -> Tensor:
-    """PyTorch's own can't be differentiated."""
-    sigmoid = torch.sigmoid(z)
-    return dy * sigmoid * (1 + z * (1 - sigmoid))
+from .activations import ACTIVATIONS
 
 
 def batch_norm(
@@ -83,7 +41,7 @@ def batch_norm(
         mean, var = running_mean, running_var
     z = (z - _per_channel(mean, z)) * torch.rsqrt(_per_channel(var, z) + eps)
     z = _argument(z, weight, bias, residual)
-    return ACTIVATIONS[activation](z, activation_param).to(x.dtype)
+    return ACTIVATIONS[activation].function(z, activation_param).to(x.dtype)
 
 
 def batch_norm_backward(
@@ -120,7 +78,7 @@ def batch_norm_backward(
     g = accumulated(dy)
     if activation != "none":
         z = _argument(x_hat, weight, bias, residual)
-        g = ACTIVATIONS_BACKWARD[activation](g, z, activation_param)
+        g = ACTIVATIONS[activation].derivative(g, z, activation_param)
     dw, db = (g * x_hat).sum(axes), g.sum(axes)
     if fixed is None:
         dx = g - _per_channel(db / count, z) - x_hat * _per_channel(dw / count, z)

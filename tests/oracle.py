@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastbn
+from fastbn.activations import ACTIVATIONS
 from fastbn.functional import tracked_batch_norm
-from fastbn.reference import ACTIVATIONS, DEFAULT_PARAMS
 from fastbn.reference import batch_norm as reference
 
 # The rule: fastbn's error against float64 is at most twice that of PyTorch's
@@ -176,7 +176,8 @@ def _run_torch(arguments: Arguments, batch_norm) -> dict[str, Tensor]:
         )  # fmt: skip
         if residual is not None:
             z = z + residual
-        return ACTIVATIONS[case.activation](z, DEFAULT_PARAMS.get(case.activation, 0.0))
+        activation = ACTIVATIONS[case.activation]
+        return activation.function(z, activation.default)
 
     return _results(arguments, function)
 

@@ -10,8 +10,9 @@ ROOT = Path(__file__).parent.parent
 # Each module of fastbn and the modules that it may import, all of which come earlier.
 # "kernels" stands for the whole folder, which imports nothing of fastbn.
 BELOW = {
+    "activations": set(),
     "backend": set(),
-    "reference": set(),
+    "reference": {"activations"},
     "runtime.__init__": set(),
     "runtime.support": {"backend"},
     "runtime.layout": {"kernels"},
@@ -23,6 +24,7 @@ BELOW = {
     "runtime.plan_cache": {"runtime.execution_plan", "runtime.layout", "runtime.support"},
     "runtime.torch_ops": {"runtime.execution", "runtime.execution_plan", "runtime.layout"},
     "autograd": {
+        "activations",
         "reference",
         "runtime.execution",
         "runtime.execution_plan",
@@ -31,10 +33,10 @@ BELOW = {
         "runtime.support",
         "runtime.torch_ops",
     },
-    "functional": {"autograd", "backend", "reference", "runtime.support"},
-    "modules": {"functional"},
+    "functional": {"activations", "autograd", "backend", "runtime.support"},
+    "modules": {"activations", "functional"},
     "explain": {
-        "autograd",
+        "activations",
         "backend",
         "functional",
         "kernels",

@@ -8,8 +8,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastbn
+from fastbn.activations import ACTIVATIONS
 from fastbn.functional import batch_norm
-from fastbn.reference import ACTIVATIONS, DEFAULT_PARAMS
 from fastbn.reference import batch_norm as reference_batch_norm
 from fastbn.runtime import execution
 
@@ -77,7 +77,7 @@ def test_second_order_agrees_with_pytorch(activation, channels_last, device):
 
     def native(x, w, b, r):
         z = F.batch_norm(x, None, None, w, b, True) + r
-        return ACTIVATIONS[activation](z, DEFAULT_PARAMS.get(activation, 0.0))
+        return ACTIVATIONS[activation].function(z, ACTIVATIONS[activation].default)
 
     for ours, theirs in zip(penalty(call(activation)), penalty(native)):
         torch.testing.assert_close(ours, theirs)
@@ -87,7 +87,7 @@ def test_second_order_agrees_with_pytorch(activation, channels_last, device):
 def test_third_order(activation, device):
     """PyTorch's batch norm has none; the reference's operations have."""
     inputs = leaves(4, 3, 5, device=device)
-    param = DEFAULT_PARAMS.get(activation, 0.0)
+    param = ACTIVATIONS[activation].default
 
     def reference(x, w, b, r):
         return reference_batch_norm(x, None, None, w, b, True, 0.1, 1e-5, activation, param, r)

@@ -7,9 +7,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import fastbn
+from fastbn.activations import ACTIVATIONS
 from fastbn.kernels.device import H100
 from fastbn.kernels.tiling import reduce_tile, resident_fits
-from fastbn.reference import ACTIVATIONS
 from fastbn.runtime import workspace
 from fastbn.runtime.layout import problem_of
 

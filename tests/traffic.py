@@ -35,7 +35,7 @@ import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
 import fastbn
-from fastbn.autograd import saved_for
+from fastbn.activations import saved_for
 from fastbn.kernels import plan
 from fastbn.kernels.device import INTERPRETER, Device
 from fastbn.kernels.plan import Schedule

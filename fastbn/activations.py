@@ -1,0 +1,159 @@
+"""The activations that the kernels compute, one row of a table each.
+
+To add one, add its row here and its two lines to `activate` and `activation_backward`
+in `kernels/epilogue.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One activation.
+
+    Attributes:
+        name: the name by which `batch_norm` and the kernels know it.
+        module: the module class that computes it.
+        function: maps the argument and the parameter to the activation.
+        derivative: maps the result's gradient, the argument and the parameter to the
+            argument's gradient, by operations that can be differentiated in turn.
+        parameter: the attribute of a module that holds the parameter, or None if the
+            activation has no parameter.
+        default: PyTorch's default of the parameter, 0 if there is none.
+        options: (name, value) pairs of further attributes by which a module of the
+            class is known to compute this activation and no other.
+        saves: what the backward keeps of the argument where there is a residual: "residual",
+            from which it recomputes the argument, or "mask", the argument's sign in one
+            bit, if the derivative depends on nothing else.
+        aliases: other names that `act_layer` accepts.
+    """
+
+    name: str
+    module: type[nn.Module]
+    function: Callable[[Tensor, float], Tensor]
+    derivative: Callable[[Tensor, Tensor, float], Tensor]
+    parameter: str | None = None
+    default: float = 0.0
+    options: tuple[tuple[str, Any], ...] = ()
+    saves: str | None = "residual"
+    aliases: tuple[str, ...] = ()
+
+
+def _silu_backward(dy: Tensor, z: Tensor) -> Tensor:
+    """The derivative of SiLU, because PyTorch's own operator can't be differentiated again."""
+    sigmoid = torch.sigmoid(z)
+    return dy * sigmoid * (1 + z * (1 - sigmoid))
+
+
+_TABLE = (
+    Activation("none", nn.Identity, lambda z, _: z, lambda dy, z, _: dy, saves=None),
+    Activation(
+        "relu",
+        nn.ReLU,
+        lambda z, _: F.relu(z),
+        lambda dy, z, _: _aten.threshold_backward(dy, z, 0.0),
+        saves="mask",
+    ),
+    Activation(
+        "leaky_relu",
+        nn.LeakyReLU,
+        F.leaky_relu,
+        lambda dy, z, slope: _aten.leaky_relu_backward(dy, z, slope, False),
+        parameter="negative_slope",
+        default=0.01,
+        saves="mask",
+    ),
+    Activation(
+        "silu",
+        nn.SiLU,
+        lambda z, _: F.silu(z),
+        lambda dy, z, _: _silu_backward(dy, z),
+        aliases=("swish",),
+    ),
+    Activation(
+        "gelu",
+        nn.GELU,
+        lambda z, _: F.gelu(z),
+        lambda dy, z, _: _aten.gelu_backward(dy, z),
+        options=(("approximate", "none"),),
+    ),
+    Activation(
+        "gelu_tanh",
+        nn.GELU,
+        lambda z, _: F.gelu(z, approximate="tanh"),
+        lambda dy, z, _: _aten.gelu_backward(dy, z, approximate="tanh"),
+        options=(("approximate", "tanh"),),
+    ),
+    Activation(
+        "hardswish",
+        nn.Hardswish,
+        lambda z, _: F.hardswish(z),
+        lambda dy, z, _: _aten.hardswish_backward(dy, z),
+        aliases=("hard_swish",),
+    ),
+    Activation(
+        "relu6",
+        nn.ReLU6,
+        lambda z, _: F.relu6(z),
+        lambda dy, z, _: _aten.hardtanh_backward(dy, z, 0.0, 6.0),
+    ),
+    Activation(
+        "elu",
+        nn.ELU,
+        F.elu,
+        lambda dy, z, alpha: _aten.elu_backward(dy, alpha, 1.0, 1.0, False, z),
+        parameter="alpha",
+        default=1.0,
+    ),
+    Activation(
+        "sigmoid",
+        nn.Sigmoid,
+        lambda z, _: torch.sigmoid(z),
+        lambda dy, z, _: _aten.sigmoid_backward(dy, torch.sigmoid(z)),
+    ),
+    Activation(
+        "tanh",
+        nn.Tanh,
+        lambda z, _: torch.tanh(z),
+        lambda dy, z, _: _aten.tanh_backward(dy, torch.tanh(z)),
+    ),
+)
+
+# By name, and by all names that `act_layer` accepts.
+ACTIVATIONS = {row.name: row for row in _TABLE}
+ACT_LAYERS = {name: row for row in _TABLE for name in (row.name, *row.aliases)}
+
+_BY_MODULE: dict[type[nn.Module], list[Activation]] = {}
+for _row in _TABLE:
+    _BY_MODULE.setdefault(_row.module, []).append(_row)
+
+
+def activation_of(module: nn.Module) -> tuple[str, float | None] | None:
+    """Returns name and parameter of the activation that a module computes.
+
+    Returns None if the module computes none of the table's; a subclass may compute
+    anything.
+    """
+    for row in _BY_MODULE.get(type(module), ()):
+        if all([getattr(module, name) == value for name, value in row.options]):
+            return row.name, None if row.parameter is None else getattr(module, row.parameter)
+    return None
+
+
+def saved_for(activation: str, residual: bool) -> str | None:
+    """Returns what the backward keeps besides input, statistics and parameters.
+
+    Without a residual it keeps nothing: it recomputes the argument from these.
+    """
+    return ACTIVATIONS[activation].saves if residual else None
