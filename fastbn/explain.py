@@ -1,4 +1,4 @@
-"""`explain`: what fastbn would do with an input, and why."""
+"""`explain` says what fastbn would do with an input, and why."""
 
 from __future__ import annotations
 
@@ -13,31 +13,30 @@ from .backend import get_backend
 from .functional import check_residual
 from .kernels.plan import Plan, Schedule, make_plan
 from .kernels.tiling import Problem
-from .modules import _Fused, _FusedAct, fused_activation, parameters_of, statistics_of
+from .modules import _Fused, _FusedAct, arguments_of, fused_activation
 from .runtime import support
+from .runtime.device import device_facts
 from .runtime.layout import problem_of
-
-if support.HAS_TRITON:
-    from .runtime.device import device_facts
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found; `print` it for plain words.
+    """The result of `explain`, which prints as plain words.
 
     Attributes:
         backend: "triton", "torch", or "none" if the call is an error.
-        reason: why.
+        reason: why this backend serves the call, or the error.
         plan: all launch decisions, with the predicted time of both directions;
             None if PyTorch serves the call.
         after: what PyTorch does after the kernels: drop layer, residual, activation.
-        device: name of the device planned for.
-        forward_bytes, backward_bytes: of tensors read and written in a training
-            step (without a gradient to come no mask is written); what the
-            second of two passes finds in a cache counts too, what a ticketed
-            launch reads again from the cache does not.
-        forward_seconds, backward_seconds: those bytes at the device's
-            bandwidth; None where that is unknown.
+        device: name of the device that the plan is for.
+        forward_bytes, backward_bytes: bytes of the tensors that each direction of a
+            training step reads and writes. The forward of a call without gradients
+            writes no mask and so moves a little less. Reads that the second of two
+            passes finds in a cache count, and reads that a ticketed launch repeats
+            from the cache do not.
+        forward_seconds, backward_seconds: the time that these bytes take at the
+            device's bandwidth; None if the bandwidth is unknown.
     """
 
     backend: str
@@ -68,6 +67,7 @@ class Explanation:
 
 
 def _in_words(schedule: Schedule, problem: Problem, bytes: int, seconds: float | None) -> str:
+    """Describes one direction of a plan in a sentence."""
     launches = f"{schedule.launches} launch{'es' if schedule.launches > 1 else ''}"
     access = f"{schedule.tile.access_bytes(problem.itemsize)}-byte accesses"
     if schedule.tile.flat:
@@ -82,7 +82,7 @@ def _in_words(schedule: Schedule, problem: Problem, bytes: int, seconds: float |
 
 
 def _error(reason: str, input, running_mean, running_var, *args, residual) -> str | None:
-    """The error that a call is answered with which the kernels can't serve, or None."""
+    """Returns the error that a call which the kernels can't serve ends with, or None."""
     insists = get_backend() == "triton" and support.bypass_reason() is None
     if insists and reason != support.PYTORCH_REFUSES:
         return f"backend 'triton' can't serve this call because {reason}"
@@ -100,20 +100,20 @@ def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = N
     """Says which backend would serve a call, how, and what traffic it costs.
 
     Args:
-        module: a fused module, of which mode, activation and parameters count;
-            None for a plain batch norm in training.
-        input: the tensor it would get; shape (N, C) or (N, C, ...).
-        residual: the tensor it would add, if any.
+        module: one of fastbn's modules in the mode to explain, or None for a plain
+            batch norm in training.
+        input: the tensor that the module would get, of shape (N, C) or (N, C, ...).
+        residual: the tensor that the module would add, if any.
 
     Returns:
-        A dataclass that prints as plain words. A call that is PyTorch's is tried,
-        on copies of the statistics, for the error that it may end with. Bytes
-        count each tensor of the input's size once for every time that the kernels
-        read or write it; not statistics, parameters, or the copy that other
-        strides need first.
+        A dataclass that prints as plain words. If PyTorch serves the call, `explain`
+        tries the call on copies of the statistics to find the error that it may end
+        with. Bytes count each tensor of the input's size once for every time that
+        the kernels read or write it. They don't count statistics, parameters, or
+        the copy that an input of other strides needs first.
 
     Raises:
-        TypeError: the module is not one of fastbn's, or the input no tensor.
+        TypeError: the module is not one of fastbn's, or the input is no tensor.
     """
     if module is not None and not isinstance(module, _Fused):
         raise TypeError(
@@ -131,15 +131,17 @@ def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = N
     except (TypeError, ValueError) as error:
         return Explanation("none", str(error))
     if module is not None:
-        (weight, bias), eps = parameters_of(module), module.eps
-        running_mean, running_var, num_batches_tracked, training, momentum = statistics_of(module)
+        (
+            running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps,
+        ) = arguments_of(module)  # fmt: skip
         if residual is not None and not isinstance(module, _FusedAct):
             return Explanation("none", f"{type(module).__name__} takes no residual")
         fused = fused_activation(module)
         if fused is not None:
             activation = fused[0]
         else:
-            layers = (module.drop, residual, module.act)  # in this order
+            # PyTorch applies these in this order.
+            layers = (module.drop, residual, module.act)
             after = tuple(
                 "residual" if layer is residual else type(layer).__name__
                 for layer in layers

@@ -1,23 +1,26 @@
-"""`batch_norm`: `torch.nn.functional.batch_norm` with activation and residual."""
+"""`batch_norm`, which is `torch.nn.functional.batch_norm` with activation and residual."""
 
 from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .activations import ACTIVATIONS
+from .activations import ACTIVATIONS, saved_for
 from .backend import get_backend
 from .runtime import support
 from .runtime.support import HAS_TRITON
 
 if HAS_TRITON:
-    from . import autograd
+    from .autograd import BatchNorm
+    from .runtime import execution, plan_cache, torch_ops
+    from .runtime.execution_plan import plan_forward
 
-# What momentum may be without a closer look.
+# Values of these types need no further check before they reach a kernel.
 _MOMENTUM_TYPES = (float, int, type(None))
 
 
@@ -35,39 +38,40 @@ def batch_norm(
     activation_param: float | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """activation((input - mean) / sqrt(var + eps) * weight + bias + residual).
+    """Returns activation((input - mean) / sqrt(var + eps) * weight + bias + residual).
 
-    As `torch.nn.functional.batch_norm` (Ioffe and Szegedy, 2015), with
+    This is `torch.nn.functional.batch_norm` (Ioffe and Szegedy, 2015), with
     activation and residual in the same kernels.
 
     Args:
         input: shape (N, C) or (N, C, ...), of dtype float16, bfloat16, float32
             or float64.
         running_mean, running_var: shape (C,). In training they are updated in
-            place, the variance with the unbiased one of the batch; otherwise
-            they are the statistics used. None: not tracked.
-        weight, bias: shape (C,); None is 1 and 0. Parameters and statistics
-            are of the input's dtype, or float32 with a half-precision input.
-        training: use the batch's own mean and (biased) variance.
+            place, the variance by the batch's unbiased variance; otherwise the
+            input is normalised by them. None if they are not tracked.
+        weight, bias: shape (C,); None stands for 1 and 0. Parameters and statistics
+            have the input's dtype, or float32 with a half-precision input.
+        training: whether the input is normalised by the batch's own mean and
+            (biased) variance.
         momentum: running <- (1 - momentum) * running + momentum * batch.
         eps: added to the variance.
         activation: None or "none", or one of "relu", "leaky_relu", "silu",
             "gelu", "gelu_tanh", "hardswish", "relu6", "elu", "sigmoid", "tanh".
         activation_param: negative slope of "leaky_relu" (default 0.01), alpha
-            of "elu" (default 1.0); the others take none.
-        residual: added before the activation; the input's shape.
+            of "elu" (default 1.0); the other activations take none.
+        residual: tensor of the input's shape, added before the activation.
 
     Returns:
         A tensor of the input's shape and memory format, and of its dtype unless a
         residual of a wider one promotes it.
 
     Raises:
-        TypeError: a residual that is no tensor, an activation's parameter that is
-            no number.
-        ValueError: an unknown activation, a parameter for one that takes none,
-            a residual of another shape or device, one value per channel in training.
-        RuntimeError: sizes or dtypes that PyTorch's batch norm refuses; under the
-            backend "triton", whatever the kernels can't serve.
+        TypeError: the residual is no tensor, or the activation's parameter no number.
+        ValueError: the activation is unknown or takes no parameter, the residual has
+            another shape or device than the input, or the input has one value per
+            channel in training.
+        RuntimeError: PyTorch's batch norm refuses the sizes or dtypes, or, under the
+            backend "triton", the kernels can't serve the call.
     """
     return tracked_batch_norm(
         input, running_mean, running_var, None, weight, bias, training, momentum, eps,
@@ -89,31 +93,44 @@ def tracked_batch_norm(
     activation_param: float | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`batch_norm` that also counts batches: what the modules call.
+    """Does what `batch_norm` does and counts batches; the modules call this function.
 
     Args:
         num_batches_tracked: int64 scalar, incremented in training, or None.
-        momentum: None for the cumulative average over the batches counted.
+        momentum: as for `batch_norm`; None makes the running statistics averages over
+            all batches counted.
     """
     activation, param = _checked_activation(activation, activation_param)
     if residual is not None:
         check_residual(input, residual)
-    # Neither `torch.compile` nor the plan cache knows one tensor in two places.
+    # Neither `torch.compile` nor the plan cache can tell two uses of one tensor apart, so
+    # the second use gets a view.
     if residual is input:
         residual = input.view_as(input)
     if bias is weight and isinstance(bias, Tensor):
         bias = bias.view_as(bias)
     tensors = (input, residual, weight, bias, running_mean, running_var, num_batches_tracked)
-    options = (training, momentum, eps, activation, param)
     if support.bypass_reason() is None:
-        # A cached plan skips the checks and serves any numbers, so check those here.
-        sound = type(eps) is float and eps > 0 and type(momentum) in _MOMENTUM_TYPES
-        plan = autograd.cached_plan(tensors, options) if HAS_TRITON and sound else None
+        needs_grad = _needs_grad(tensors)
+        key = plan = None
+        if HAS_TRITON and not plan_cache.must_use_dispatcher():
+            key = _cache_key(tensors, training, momentum, activation, needs_grad)
+            # A cached plan skips the checks and serves any numbers, so check these first.
+            if type(eps) is float and eps > 0 and type(momentum) in _MOMENTUM_TYPES:
+                plan = plan_cache.lookup(key, tensors)
         if plan is not None or _goes_to_kernels(*tensors, training, momentum, eps):
-            return autograd.batch_norm(tensors, options, plan)
+            if plan is None and key is not None:
+                plan = plan_cache.insert(key, tensors, plan_forward, *key[:4])
+            options = (training, momentum, eps, activation, param)
+            if needs_grad:
+                return BatchNorm.apply(*tensors, options, plan)
+            if plan is not None:
+                return execution.run_forward(plan, tensors, momentum, eps, param)[0]
+            return torch_ops.forward(tensors, *options, save_mask=False)[0]
 
     num_batches_tracked = num_batches_tracked if training else None
-    # First, for where a change is refused; a call that is refused is not counted.
+    # Count the batch first, since PyTorch may refuse to change the counter; if batch norm
+    # itself then fails, take the count back.
     if num_batches_tracked is not None:
         if momentum is None:
             momentum = 1.0 / (float(num_batches_tracked) + 1.0)
@@ -131,8 +148,36 @@ def tracked_batch_norm(
     return ACTIVATIONS[activation].function(output, param)
 
 
+def _needs_grad(tensors: Sequence[Tensor | None]) -> bool:
+    """Says whether autograd may ask for a gradient of one of the tensors."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            # Arguments that are no tensors are refused later.
+            if getattr(t, "requires_grad", False):
+                return True
+    return False
+
+
+def _cache_key(
+    tensors: Sequence[Tensor | None],
+    training: bool,
+    momentum: float | None,
+    activation: str,
+    needs_grad: bool,
+) -> tuple:
+    """Returns a forward's key in the plan cache, which begins with the options of its plan."""
+    save_mask = needs_grad and saved_for(activation, tensors[1] is not None) == "mask"
+    # Guards find a tensor alike inside and outside of inference mode, but outside a tensor made
+    # in inference mode must be neither saved nor updated. A backward does neither.
+    inference = torch.is_inference_mode_enabled()
+    # Guards compare shapes too, but a network has many, and a dictionary finds one faster.
+    shape = getattr(tensors[0], "shape", None)
+    cumulative = momentum is None
+    return bool(training), cumulative, activation, save_mask, inference, shape, *map(type, tensors)
+
+
 def check_residual(input: Tensor, residual: Tensor) -> None:
-    """Raises an error if the residual is no tensor of the input's shape and device."""
+    """Raises an error unless the residual is a tensor of the input's shape and device."""
     if not isinstance(residual, Tensor):
         raise TypeError(f"residual must be a tensor or None, but got a {type(residual).__name__}")
     if residual.shape != input.shape:
@@ -147,7 +192,7 @@ def check_residual(input: Tensor, residual: Tensor) -> None:
 
 
 def _checked_activation(name: str | None, param: float | None) -> tuple[str, float]:
-    """Name and parameter, "none" and 0.0 where there is none."""
+    """Returns the activation's name, "none" for None, and its parameter or the default."""
     if name is not None and not (isinstance(name, str) and name in ACTIVATIONS):
         known = ", ".join(known for known in ACTIVATIONS if known != "none")
         raise ValueError(f"activation must be None or one of {known}, but got {name!r}")
@@ -158,7 +203,7 @@ def _checked_activation(name: str | None, param: float | None) -> tuple[str, flo
         raise ValueError(
             f"activation_param must be None for activation {name!r}, but got {param!r}"
         )
-    # A tensor that requires a gradient would get none.
+    # The kernels compute no gradient of the parameter, so don't take a tensor that requires one.
     number = isinstance(param, (float, int)) or (
         hasattr(param, "__float__") and not getattr(param, "requires_grad", False)
     )
@@ -168,7 +213,7 @@ def _checked_activation(name: str | None, param: float | None) -> tuple[str, flo
 
 
 def _goes_to_kernels(input: Tensor, *arguments) -> bool:
-    """Whether the kernels take a call; PyTorch gets the others, to serve or to refuse."""
+    """Says whether the kernels serve a call; PyTorch serves, or refuses, all others."""
     reason = support.unsupported_reason(input, *arguments)
     if reason is None:
         return True

@@ -13,54 +13,35 @@ from .functional import check_residual, tracked_batch_norm
 
 
 class _Fused:
-    """`forward` of the drop-in modules, over one of `nn.BatchNorm*d`."""
+    """The `forward` of the drop-in modules; the other base class is one of `nn.BatchNorm*d`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._normalise(input)
-
-    def _normalise(
-        self,
-        input: Tensor,
-        activation: str | None = None,
-        activation_param: float | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
         self._check_input_dim(input)
-        weight, bias = parameters_of(self)
-        running_mean, running_var, num_batches_tracked, training, momentum = statistics_of(self)
-        return tracked_batch_norm(
-            input, running_mean, running_var, num_batches_tracked, weight, bias, training,
-            momentum, self.eps, activation, activation_param, residual,
-        )  # fmt: skip
+        return tracked_batch_norm(input, *arguments_of(self))
 
 
-def parameters_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias of a batch norm module."""
-    # As `nn.Module` finds them, in a fifth of the time.
-    parameters = module._parameters
-    if "weight" in parameters and "bias" in parameters:
-        return parameters["weight"], parameters["bias"]
-    return module.weight, module.bias  # attributes in their place
+def arguments_of(module: nn.Module) -> tuple:
+    """Returns what a batch norm module passes to `tracked_batch_norm` after the input.
 
-
-def statistics_of(
-    module: nn.Module,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool, float | None]:
-    """What a batch norm module passes on.
-
-    Running mean and variance, num_batches_tracked, training or not, and momentum, which is None
-    for the counter's.
+    These are running mean and variance, num_batches_tracked, weight, bias, whether the
+    batch's own statistics count, momentum, and eps.
     """
-    buffers = module._buffers  # as for `parameters_of`
+    # `nn.Module` looks in these dictionaries too, and takes five times as long. A plain
+    # attribute may stand in the place of a parameter or buffer.
+    parameters, buffers = module._parameters, module._buffers
+    if "weight" in parameters and "bias" in parameters:
+        weight, bias = parameters["weight"], parameters["bias"]
+    else:
+        weight, bias = module.weight, module.bias
     if "running_mean" in buffers and "running_var" in buffers:
         mean, var = buffers["running_mean"], buffers["running_var"]
-    else:  # an attribute in its place
+    else:
         mean, var = module.running_mean, module.running_var
     num_batches_tracked, training, momentum = None, True, module.momentum
     if not module.training:
         training = mean is None and var is None
     elif not module.track_running_stats:
-        # In training, statistics that are not tracked are not to be written.
+        # In training, statistics that are not tracked must not be updated.
         mean = var = None
     elif "num_batches_tracked" in buffers:
         num_batches_tracked = buffers["num_batches_tracked"]
@@ -68,35 +49,35 @@ def statistics_of(
         num_batches_tracked = module.num_batches_tracked
     if momentum is None and num_batches_tracked is None:
         momentum = 0.0
-    return mean, var, num_batches_tracked, training, momentum
+    return mean, var, num_batches_tracked, weight, bias, training, momentum, module.eps
 
 
 class FusedBatchNorm1d(_Fused, nn.BatchNorm1d):
-    """`nn.BatchNorm1d` in fused kernels: input (N, C) or (N, C, L).
+    """`nn.BatchNorm1d` in fused kernels, for input of shape (N, C) or (N, C, L).
 
-    Constructor, parameters, buffers, `state_dict` and results are those of
+    Constructor, parameters, buffers, `state_dict` and results are the same as in
     `nn.BatchNorm1d`.
     """
 
 
 class FusedBatchNorm2d(_Fused, nn.BatchNorm2d):
-    """`nn.BatchNorm2d` in fused kernels: input (N, C, H, W), contiguous or channels-last.
+    """`nn.BatchNorm2d` in fused kernels, for contiguous or channels-last (N, C, H, W).
 
-    Constructor, parameters, buffers, `state_dict` and results are those of
+    Constructor, parameters, buffers, `state_dict` and results are the same as in
     `nn.BatchNorm2d`.
     """
 
 
 class FusedBatchNorm3d(_Fused, nn.BatchNorm3d):
-    """`nn.BatchNorm3d` in fused kernels: input (N, C, D, H, W), contiguous or channels-last.
+    """`nn.BatchNorm3d` in fused kernels, for contiguous or channels-last (N, C, D, H, W).
 
-    Constructor, parameters, buffers, `state_dict` and results are those of
+    Constructor, parameters, buffers, `state_dict` and results are the same as in
     `nn.BatchNorm3d`.
     """
 
 
 def _hooks(module: nn.Module) -> dict:
-    """Some of a module's hooks; empty if it has none."""
+    """Returns some of a module's hooks, an empty dictionary if it has none."""
     return (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -106,10 +87,11 @@ def _hooks(module: nn.Module) -> dict:
 
 
 def fused_activation(module: nn.Module) -> tuple[str, float | None] | None:
-    """The activation that the kernels compute, and its parameter.
+    """Returns name and parameter of the activation that the kernels compute for a module.
 
-    None if there is something that they can't compute: another activation, a
-    hook on it, a drop layer. It then comes after them, and so does the residual.
+    Returns None if the module has something that the kernels can't compute: another
+    activation, a hook on the activation, or a drop layer. PyTorch then computes drop
+    layer, residual and activation after the kernels.
     """
     layers = module._modules
     act, drop = layers.get("act"), layers.get("drop")
@@ -175,10 +157,11 @@ class _FusedAct(_Fused):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         fused = fused_activation(self)
         if fused is not None:
-            return self._normalise(input, *fused, residual)
+            self._check_input_dim(input)
+            return tracked_batch_norm(input, *arguments_of(self), *fused, residual)
         if residual is not None:
             check_residual(input, residual)
-        output = self._normalise(input)
+        output = super().forward(input)
         if self.drop is not None:
             output = self.drop(output)
         if residual is not None:
@@ -188,26 +171,28 @@ class _FusedAct(_Fused):
 
 _ACT_DOC = """`{base}`, an optional residual and an activation in one.
 
-    `forward(x, residual=None)` is `act(drop(bn(x)) + residual)`; the residual has
-    the shape of `x`. The constructor is that of timm's `BatchNormAct2d`.
+    `forward(x, residual=None)` returns `act(drop(bn(x)) + residual)`; the residual
+    has the shape of `x`. The constructor takes the arguments of timm's
+    `BatchNormAct2d`.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype:
             as for `nn.{base}`.
         apply_act: False leaves the activation out.
         act_layer: a module class; a name that `fastbn.functional.batch_norm`
-            knows, "swish" or "hard_swish"; or None for no activation. What that
-            function knows runs inside the kernels, any other class after them.
+            knows, "swish" or "hard_swish"; or None for no activation. Activations
+            that this function knows run inside the kernels, all others after them.
         act_kwargs: arguments of `act_layer`.
-        inplace: accepted for timm's sake; the fused output is new memory anyway.
+        inplace: accepted for compatibility with timm, without effect: the fused
+            output is always new memory.
         drop_layer: a module class applied between normalisation and residual;
-            with one, nothing but the normalisation is fused.
+            with one, only the normalisation is fused.
 
     Raises:
         TypeError: `act_layer` or `drop_layer` is a module and not a class, or
-            the residual no tensor.
-        ValueError: `act_layer` is an unknown name, or the residual is of
-            another shape than the input, or on another device.
+            the residual is no tensor.
+        ValueError: `act_layer` is an unknown name, or the residual has another
+            shape or device than the input.
     """
 
 

@@ -24,10 +24,11 @@ def batch_norm(
     activation_param: float = 0.0,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual).
+    """Returns y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual).
 
-    Ioffe and Szegedy (2015), algorithm 1; mean and variance over all axes of
-    `x` but the second, computed in at least float32.
+    This is algorithm 1 of Ioffe and Szegedy (2015). In training, mean and variance
+    are those of `x` over all axes but the second, and the running statistics are
+    updated; otherwise the running statistics serve. At least float32 is used.
     """
     z = accumulated(x)
     if training:
@@ -55,9 +56,10 @@ def batch_norm_backward(
     activation_param: float,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of input, residual, weight and bias, which can be differentiated in turn.
+    """Returns gradients of input, residual, weight and bias, which can be differentiated in turn.
 
-    In the dtype of sums: the engine rounds them to that of the tensors.
+    The gradients have the dtype of sums (`accumulated`), and autograd rounds them to
+    the dtype of the tensors.
 
     With x_hat = (x - mean) * rstd, M values to a channel and g = dy * activation'(z), where
     z = x_hat * weight + bias + residual:
@@ -65,10 +67,10 @@ def batch_norm_backward(
         dr = g,  db = sum(g),  dw = sum(g * x_hat),
         dx = weight * rstd * (g - db / M - x_hat * dw / M)
 
-    but dx = weight * rstd * g with fixed statistics.
+    but with fixed statistics dx = weight * rstd * g.
 
     Args:
-        fixed: mean and variance, or None: those of the batch.
+        fixed: the fixed mean and variance, or None for those of the batch.
     """
     axes, count = _axes(x), x.numel() // x.shape[1]
     z = accumulated(x)
@@ -83,7 +85,7 @@ def batch_norm_backward(
     if fixed is None:
         dx = g - _per_channel(db / count, z) - x_hat * _per_channel(dw / count, z)
     else:
-        # g, and a function of the input, so that it requires a gradient where PyTorch's does.
+        # The value is g. As a function of the input it requires a gradient where PyTorch's does.
         dx = torch.where(torch.zeros_like(z, dtype=torch.bool), x_hat, g)
     dx = dx * rstd
     if weight is not None:
@@ -94,7 +96,7 @@ def batch_norm_backward(
 def _argument(
     x_hat: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    """The activation's: x_hat * weight + bias + residual."""
+    """Returns the activation's argument, z = x_hat * weight + bias + residual."""
     z = x_hat
     if weight is not None:
         z = z * _per_channel(weight, z)
@@ -104,7 +106,7 @@ def _argument(
 
 
 def accumulated(x: Tensor) -> Tensor:
-    """In the dtype of sums."""
+    """Returns a tensor in the dtype of sums: float64 for float64, else float32."""
     return x.double() if x.dtype == torch.float64 else x.float()
 
 

@@ -33,7 +33,16 @@ BELOW = {
         "runtime.support",
         "runtime.torch_ops",
     },
-    "functional": {"activations", "autograd", "backend", "runtime.support"},
+    "functional": {
+        "activations",
+        "autograd",
+        "backend",
+        "runtime.execution",
+        "runtime.execution_plan",
+        "runtime.plan_cache",
+        "runtime.support",
+        "runtime.torch_ops",
+    },
     "modules": {"activations", "functional"},
     "explain": {
         "activations",
@@ -124,13 +133,13 @@ def test_planner_needs_no_triton(name):
 
 
 def test_one_way_to_the_kernels():
-    """Plans hold launchers of kernels; operators and autograd run plans, and nobody else does."""
+    """Plans hold launchers of kernels; operators, dispatch and autograd run plans, nobody else."""
     for name, path in modules("fastbn"):
         found = set(imported_modules(name, path))
         planner = name == "runtime.execution_plan"
         assert ("_fwd_kernel" in path.read_text()) == planner, path
         assert ("runtime.launcher" in found) == planner, path
-        runs = name in ("runtime.torch_ops", "autograd")
+        runs = name in ("runtime.torch_ops", "autograd", "functional")
         assert ("runtime.execution" in found) == runs, path
 
 

@@ -34,7 +34,7 @@ def device_facts(device: torch.device) -> Device:
 
 
 def limits_registers(device: torch.device) -> bool:
-    """Whether Triton accepts a limit of registers (`maxnreg`): only its NVIDIA compiler does."""
+    """Says whether Triton accepts a limit of registers (`maxnreg`), as only for NVIDIA."""
     return device.type == "cuda" and torch.version.hip is None
 
 

@@ -1,4 +1,4 @@
-"""Execution plans: everything about a call that its sizes, strides, dtypes and options decide."""
+"""An execution plan holds all that sizes, strides, dtypes and options of a call decide."""
 
 from __future__ import annotations
 

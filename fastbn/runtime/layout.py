@@ -14,7 +14,7 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """Returns the memory format of batch norm's output for this input, as PyTorch's on a CPU.
+    """Returns the memory format that batch norm's output has in PyTorch on a CPU.
 
     An input with any other strides is copied into this format first.
     """

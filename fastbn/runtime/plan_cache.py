@@ -1,4 +1,4 @@
-"""A cache of execution plans: a call like an earlier one is neither checked nor planned again.
+"""The cache of execution plans, by which a call like an earlier one needs no checks and no plan.
 
 Such a call goes straight to its kernels, past PyTorch's dispatcher, which takes three
 microseconds. Two calls are alike if their keys are equal and PyTorch's guards find their
@@ -35,7 +35,7 @@ _entries: dict[Hashable, list[tuple[TensorGuards, ExecutionPlan]]] = {}
 
 
 def must_use_dispatcher() -> bool:
-    """Whether a compiler, a dispatch mode or the profiler wants to see the call's operators.
+    """Says whether a compiler, a dispatch mode or the profiler wants to see the call's operators.
 
     Guards don't notice any of the three, so the cache must be neither read nor filled.
     """

@@ -1,4 +1,4 @@
-"""Why the kernels can't take a call: each function returns a reason in words, or None."""
+"""This module says why the kernels can't take a call. A reason is a phrase after "because"."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def bypass_reason() -> str | None:
 
 
 def transforms_active() -> bool:
-    """Whether `torch.func` or forward-mode AD is at work, for which the kernels have no rules."""
+    """Says whether `torch.func` or forward-mode AD is at work, which the kernels don't support."""
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -87,7 +87,7 @@ def _pytorch_refuses(
     momentum: float | None,
     eps: float,
 ) -> bool:
-    """Whether PyTorch's own batch norm would raise an error for these sizes and numbers."""
+    """Says whether PyTorch's own batch norm would raise an error for these sizes and numbers."""
     if not all(isinstance(t, Tensor) for t in (input, *parameters.values())):
         return True
     if input.dim() < 2 or ("running_mean" in parameters) != ("running_var" in parameters):
@@ -103,7 +103,7 @@ def _pytorch_refuses(
 
 
 def _unsupported_input(input: Tensor, eps: float) -> str | None:
-    """Device and dtype: the kernels need a GPU, or the interpreter, and a floating-point input."""
+    """Checks device and dtype of the input, which must not be empty either."""
     if not HAS_TRITON:
         return "Triton is not installed"
     if not (input.is_cuda or input.is_xpu or (INTERPRETING and input.is_cpu)):
@@ -119,7 +119,7 @@ def _unsupported_input(input: Tensor, eps: float) -> str | None:
 
 
 def _unsupported_kind(tensors: dict[str, Tensor]) -> str | None:
-    """Kind of tensor: the kernels read and write plain memory of the input's device."""
+    """Checks the kind of all tensors: the kernels read and write plain memory of one device."""
     for name, t in tensors.items():
         reason = not_plain_reason(t, tensors["input"].device)
         if reason is not None:
@@ -128,7 +128,7 @@ def _unsupported_kind(tensors: dict[str, Tensor]) -> str | None:
 
 
 def _unsupported_parameter(parameters: dict[str, Tensor], input: Tensor) -> str | None:
-    """Shape and dtype of parameters and running statistics, which share one dtype."""
+    """Checks shape and dtype of parameters and running statistics, which share one dtype."""
     first = next(iter(parameters), None)
     for name, t in parameters.items():
         if t.dim() != 1:
@@ -151,7 +151,7 @@ def _unsupported_parameter(parameters: dict[str, Tensor], input: Tensor) -> str 
 def _unsupported_companion(
     residual: Tensor | None, num_batches_tracked: Tensor | None, input: Tensor
 ) -> str | None:
-    """Dtypes of the batch counter and of the residual."""
+    """Checks the dtypes of num_batches_tracked and of the residual."""
     if num_batches_tracked is not None and (
         num_batches_tracked.dtype is not torch.int64 or num_batches_tracked.numel() != 1
     ):
@@ -162,7 +162,7 @@ def _unsupported_companion(
 
 
 def _unsupported_inference_tensor(tensors: dict[str, Tensor], training: bool) -> str | None:
-    """Tensors made in inference mode can be neither saved nor updated outside of it."""
+    """Checks that outside of inference mode none of its tensors would be saved or updated."""
     if torch.compiler.is_compiling():
         return None
     saved = torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())
@@ -195,5 +195,5 @@ def not_plain_reason(t: Tensor, device: torch.device) -> str | None:
 
 
 def unusable_inference_tensor(t: Tensor) -> bool:
-    """Whether a tensor was made in inference mode and would be written or saved outside of it."""
+    """Says whether a tensor was made in inference mode and this code runs outside of it."""
     return t.is_inference() and not torch.is_inference_mode_enabled()

@@ -141,3 +141,18 @@ backward = _register(
     _backward,
     _fake_backward,
 )
+
+
+def forward(
+    tensors: Sequence[Tensor | None], training: bool, momentum: float | None, eps: float,
+    activation: str, param: float, save_mask: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """Calls the forward operator for training or for fixed statistics.
+
+    Args and results are as for `execution.run_forward`, but the mask is an empty tensor
+    unless it is saved.
+    """
+    if training:
+        return forward_train(*tensors, momentum, eps, activation, param, save_mask)
+    output, mask = forward_eval(*tensors[:6], eps, activation, param, save_mask)
+    return output, tensors[4], mask

@@ -1,4 +1,4 @@
-"""The workspace of a launch: counters by which its programs wait for each other.
+"""A workspace holds the counters by which programs of a launch wait for each other.
 
 Every device and stream has one workspace. Its counters are zero before a launch,
 and the kernels leave them at zero (`kernels/tickets.py`), so no launch has to
@@ -63,7 +63,7 @@ def discard() -> None:
 
 
 def _capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured from the device's current stream."""
+    """Says whether a CUDA graph is being captured from the device's current stream."""
     if torch.cuda.current_device() == device.index:
         return torch.cuda.is_current_stream_capturing()
     with torch.cuda.device(device):
