@@ -1,4 +1,4 @@
-"""Address arithmetic: where a tile of the (N, C, S) array lies in memory."""
+"""Address arithmetic, which says where a tile of the (N, C, S) array lies in memory."""
 
 import triton
 import triton.language as tl
@@ -6,10 +6,10 @@ import triton.language as tl
 
 @triton.jit
 def extents(C, S, ALIGN: tl.constexpr, FLAT: tl.constexpr, BLOCK_S: tl.constexpr):
-    """C and S, of which one was passed in units of ALIGN: C if S is 1 or FLAT, else S.
+    """Returns C and S, one of which is passed in units of ALIGN: C if S is 1 or FLAT, else S.
 
-    The compiler then knows the extent to be a multiple of ALIGN, and with it
-    that rows start aligned: that is what makes accesses 16 bytes wide.
+    The compiler then knows that the extent is a multiple of ALIGN and that rows start
+    aligned, and so makes accesses up to 16 bytes wide.
     """
     if BLOCK_S == 1 or FLAT:
         return C * ALIGN, S
@@ -19,17 +19,17 @@ def extents(C, S, ALIGN: tl.constexpr, FLAT: tl.constexpr, BLOCK_S: tl.constexpr
 
 @triton.jit
 def blocks_of(extent, BLOCK):
-    """How many blocks cover an extent; `tl.cdiv` overflows just below 2^31."""
+    """Returns how many blocks cover an extent; `tl.cdiv` would overflow just below 2^31."""
     return (extent - 1) // BLOCK + 1
 
 
 @triton.jit
 def box(N, C, S, n0, c0, s0, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
-    """The tile whose first element is (n0, c0, s0).
+    """Locates the tile whose first element is (n0, c0, s0).
 
-    Returns its start as a 64-bit scalar, the offsets from there as a
-    (BLOCK_N, BLOCK_C, BLOCK_S) block of 32 bits (the planner sees to it that
-    they fit), and the mask of the elements inside the array.
+    Returns the start of the tile as a 64-bit scalar, the offsets from the start as a
+    (BLOCK_N, BLOCK_C, BLOCK_S) block of 32 bits, and the mask of the elements inside the
+    array. The planner makes tiles small enough for 32 bits.
     """
     start = (tl.cast(n0, tl.int64) * C + c0) * S + s0
     n = tl.arange(0, BLOCK_N)[:, None, None]
@@ -42,10 +42,10 @@ def box(N, C, S, n0, c0, s0, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK
 
 @triton.jit
 def flat_box(N, C, S, n0, c0, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
-    """`box` of whole planes as they lie in memory, those of neighbouring channels back to back.
+    """Locates whole planes as they lie in memory, with neighbouring channels back to back.
 
-    Offsets and mask are (BLOCK_N, BLOCK_C * BLOCK_S) blocks, of which no more
-    than BLOCK_C * S columns are inside.
+    Returns what `box` returns, but offsets and mask are (BLOCK_N, BLOCK_C * BLOCK_S)
+    blocks, of which no more than BLOCK_C * S columns are inside.
     """
     start = (tl.cast(n0, tl.int64) * C + c0) * S
     n = tl.arange(0, BLOCK_N)[:, None]
@@ -56,10 +56,10 @@ def flat_box(N, C, S, n0, c0, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOC
 
 @triton.jit
 def rearrange(x, columns, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):
-    """Each row of a (BLOCK_N, WIDTH) block in another order, from column columns[j] to column j.
+    """Reorders each row of a (BLOCK_N, WIDTH) block: column columns[j] becomes column j.
 
-    As one vector: of a single row Triton would shuffle between threads, which
-    takes 32 steps for each value; through shared memory it takes one.
+    The block is gathered as one vector. To gather within single rows, Triton would shuffle
+    between threads, 32 steps for each value; through shared memory it takes one step.
     """
     rows = tl.arange(0, BLOCK_N)[:, None] * WIDTH
     index = tl.reshape(rows + columns[None, :], (BLOCK_N * WIDTH,))
@@ -71,7 +71,7 @@ def load_tile(
     P, N, C, S, n0, c0, s0, FLAT: tl.constexpr, EVICTION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """The tile at (n0, c0, s0), zero outside the array; if FLAT, s0 is 0 and BLOCK_S >= S."""
+    """Loads the tile at (n0, c0, s0), zero outside the array; if FLAT, s0 is 0 and BLOCK_S >= S."""
     if FLAT:
         WIDTH: tl.constexpr = BLOCK_C * BLOCK_S
         start, offsets, inside = flat_box(N, C, S, n0, c0, BLOCK_N, BLOCK_C, BLOCK_S)
@@ -90,7 +90,7 @@ def store_tile(
     P, x, N, C, S, n0, c0, s0, FLAT: tl.constexpr, EVICTION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """The inverse of `load_tile`."""
+    """Stores a tile where `load_tile` would load it."""
     x = x.to(P.dtype.element_ty)
     if FLAT:
         WIDTH: tl.constexpr = BLOCK_C * BLOCK_S
@@ -107,7 +107,7 @@ def store_tile(
 
 @triton.jit
 def position(tile, N, C, S, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
-    """First element (n0, c0, s0) of a tile, tiles numbered in the order of memory."""
+    """Returns a tile's first element (n0, c0, s0); tiles are numbered in the order of memory."""
     s_tiles = blocks_of(S, BLOCK_S)
     c_tiles = blocks_of(C, BLOCK_C)
     n0 = tl.cast(tile // (s_tiles * c_tiles), tl.int64) * BLOCK_N
@@ -118,13 +118,13 @@ def position(tile, N, C, S, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_
 
 @triton.jit
 def tiles_of_block(N, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
-    """How many tiles a channel block has."""
+    """Returns how many tiles a channel block has."""
     return blocks_of(N, BLOCK_N) * blocks_of(S, BLOCK_S)
 
 
 @triton.jit
 def position_in_block(tile, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
-    """(n0, s0) of a channel block's tile, tiles numbered in the order of memory."""
+    """Returns (n0, s0) of a channel block's tile; tiles are numbered in the order of memory."""
     s_tiles = blocks_of(S, BLOCK_S)
     n0 = tl.cast(tile // s_tiles, tl.int64) * BLOCK_N
     s0 = tl.cast(tile % s_tiles, tl.int64) * BLOCK_S
@@ -135,8 +135,8 @@ def position_in_block(tile, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
 def per_channel(P, c0, C, acc: tl.constexpr, BLOCK_C: tl.constexpr, CACHE: tl.constexpr):
     """Loads one value a channel, shaped to broadcast against a tile.
 
-    CACHE is ".cg", past the first-level cache, for what other multiprocessors
-    have written in this launch.
+    With CACHE ".cg" the load passes by the first-level cache, as it must for values that
+    other multiprocessors stored in this launch.
     """
     c = c0 + tl.arange(0, BLOCK_C)
     return tl.load(P + c, c < C, other=0.0, cache_modifier=CACHE).to(acc)[None, :, None]

@@ -5,7 +5,7 @@ With g = dy * activation'(z) and M values to a channel:
     db = sum(g)
     dw = rstd * sum(g * (x - mean))
     dx = weight * rstd * (g - db / M - (x - mean) * rstd * dw / M)    batch statistics
-    dx = weight * rstd * g                                            frozen statistics
+    dx = weight * rstd * g                                            fixed statistics
     d(residual) = g
 """
 
@@ -42,7 +42,7 @@ def load_gradient(
     ACTIVATION: tl.constexpr, FLAT: tl.constexpr, EVICTION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One tile of g, the gradient before the activation, and of x - mean."""
+    """Loads a tile and returns g, the gradient before the activation, and x - mean."""
     acc: tl.constexpr = mean.dtype
     dy = load_tile(DY, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S).to(acc)
     x = load_tile(X, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S).to(acc)
@@ -62,7 +62,7 @@ def load_gradient(
 
 @triton.jit
 def store_parameter_gradients(sum_g, sum_gx, rstd, DW, DB, c0, C, BLOCK_C: tl.constexpr):
-    """db = sum(g), dw = rstd * sum(g * (x - mean)), where they are wanted."""
+    """Stores db = sum(g) and dw = rstd * sum(g * (x - mean)), each where it is wanted."""
     c = c0 + tl.arange(0, BLOCK_C)
     if DB is not None:
         tl.store(DB + c, sum_g.to(DB.dtype.element_ty), c < C)
@@ -75,7 +75,7 @@ def store_parameter_gradients(sum_g, sum_gx, rstd, DW, DB, c0, C, BLOCK_C: tl.co
 def finish_sums(
     Partials, Sums, rstd, DW, DB, C, c0, splits, MERGE: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Adds up the partial sums of a channel block and writes what follows from them."""
+    """Adds up the partial sums of a channel block and stores sums and parameter gradients."""
     c = c0 + tl.arange(0, BLOCK_C)
     sum_g = sum_partials(Partials, splits, C, c0, MERGE, BLOCK_C)
     sum_gx = sum_partials(Partials + splits * C, splits, C, c0, MERGE, BLOCK_C)
@@ -86,7 +86,7 @@ def finish_sums(
 
 @triton.jit
 def load_means(Sums, N, S, C, c0, acc: tl.constexpr, BLOCK_C: tl.constexpr, CACHE: tl.constexpr):
-    """Means of g and of g * (x - mean)."""
+    """Loads the sums of a channel block and returns the means of g and of g * (x - mean)."""
     count = (tl.cast(N, tl.int64) * S).to(acc)
     sum_g = per_channel(Sums, c0, C, acc, BLOCK_C, CACHE)
     return sum_g / count, per_channel(Sums + C, c0, C, acc, BLOCK_C, CACHE) / count
@@ -98,7 +98,7 @@ def store_gradients(
     FLAT: tl.constexpr, EVICTION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """dx for batch statistics, and the residual's gradient, where they are wanted."""
+    """Stores dx for batch statistics and the residual's gradient, each where it is wanted."""
     if DX is not None:
         x_hat = centred * rstd
         dx = scale * (g - mean_g - x_hat * (rstd * mean_gx))
@@ -113,9 +113,10 @@ def store_partial_sums(
     ACTIVATION: tl.constexpr, FLAT: tl.constexpr, EVICTION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Sums of g and g * (x - mean) over every splits-th tile of a channel block.
+    """Stores sums of g and g * (x - mean) over every splits-th tile of a channel block.
 
-    DX and DR are written on the way, as frozen statistics have them. What is None is not written.
+    DX and DR, which fixed statistics decide at once, are stored on the way. Pointers that are
+    None are not stored to.
     """
     acc: tl.constexpr = mean.dtype
     c0 = block * BLOCK_C
@@ -129,7 +130,7 @@ def store_partial_sums(
             ACTIVATION, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S,
         )  # fmt: skip
         if Partials is not None:
-            # Outside the array dy is 0, but g is NaN there if the mean is.
+            # Outside the array dy is 0, but where the mean is NaN, g is NaN there too.
             _, _, inside = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
             sum_g += tl.where(inside, g, 0.0)
             sum_gx += tl.where(inside, g * centred, 0.0)
@@ -156,8 +157,8 @@ def bn_reduce_bwd_kernel(
     DW,  # pointer to the weight's gradient, or None
     DB,  # pointer to the bias' gradient, or None
     Sums,  # pointer to (2, C): sum(g), sum(g * (x - mean)); None: no sums wanted at all
-    DX,  # pointer to the input's gradient with frozen statistics, or None
-    DR,  # pointer to the residual's gradient with frozen statistics, or None
+    DX,  # pointer to the input's gradient with fixed statistics, or None
+    DR,  # pointer to the residual's gradient with fixed statistics, or None
     Partials,  # pointer to (2, splits, C) sums, or None
     Arrivals,  # pointer to a zero for each channel block
     N,
@@ -174,10 +175,10 @@ def bn_reduce_bwd_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Program (split, channel block): sums over every splits-th tile of the block.
+    """Program (split, channel block) sums over every splits-th tile of the block.
 
-    Frozen statistics leave nothing to wait for: the gradients of input and
-    residual are then written in the same pass.
+    With fixed statistics the gradients of input and residual don't depend on the sums,
+    so the same pass stores these gradients.
     """
     C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
     acc = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
@@ -219,7 +220,7 @@ def bn_apply_bwd_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """One tile a program, last tiles first: the sums left those in the L2 cache."""
+    """Each program handles one tile, last tiles first: the sums left those in the cache."""
     C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
     acc = Statistics.dtype.element_ty
     tile = tl.num_programs(0) - 1 - tl.program_id(0)

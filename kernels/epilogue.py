@@ -1,4 +1,4 @@
-"""What happens to a normalised value: residual, activation, their derivatives."""
+"""The epilogue: normalisation, activation, its derivative, and packed signs."""
 
 import triton
 import triton.language as tl
@@ -14,7 +14,7 @@ _GELU_CUBIC = tl.constexpr(0.044715)
 
 @triton.jit
 def normalise(x, mean, scale, bias):
-    """(x - mean) * (rstd * weight) + bias; forward and backward both call this.
+    """Returns (x - mean) * (rstd * weight) + bias, in forward and backward alike.
 
     Folding the mean into the bias would save a subtraction and lose every
     digit where |mean| is much larger than the standard deviation.
@@ -26,7 +26,7 @@ def normalise(x, mean, scale, bias):
 def mean_and_rstd(
     Statistics, Var, eps, c0, C, acc: tl.constexpr, BLOCK_C: tl.constexpr, CACHE: tl.constexpr
 ):
-    """Of a batch, as its forward left them; or of frozen statistics, rstd = 1 / sqrt(var + eps)."""
+    """Loads a batch's mean and rstd, or a fixed mean and var with rstd = 1 / sqrt(var + eps)."""
     mean = per_channel(Statistics, c0, C, acc, BLOCK_C, CACHE)
     if Var is None:
         rstd = per_channel(Statistics + C, c0, C, acc, BLOCK_C, CACHE)
@@ -37,7 +37,7 @@ def mean_and_rstd(
 
 @triton.jit
 def scale_and_bias(W, B, rstd, c0, C, BLOCK_C: tl.constexpr):
-    """rstd * weight and bias, each of which may be left out."""
+    """Returns rstd * weight and bias; a pointer that is None stands for 1 or 0."""
     scale = rstd
     bias = tl.zeros_like(rstd)
     if W is not None:
@@ -49,10 +49,10 @@ def scale_and_bias(W, B, rstd, c0, C, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def tanh(z):
-    """From exp(-2|z|), which can't overflow.
+    """Computes tanh from exp(-2|z|), which can't overflow.
 
-    Near zero that cancels: there the Taylor series serves, its remainder less
-    than the rounding of the result.
+    Near zero that formula cancels. There the Taylor series serves, whose remainder is
+    less than the rounding of the result.
     """
     e = tl.exp(-2.0 * tl.abs(z))
     t = (1.0 - e) / (1.0 + e)
@@ -65,21 +65,21 @@ def tanh(z):
 
 @triton.jit
 def sech2(z):
-    """tanh'(z) = 1 - tanh(z)^2, without the cancellation where tanh is near 1."""
+    """Returns tanh'(z) = 1 - tanh(z)^2, without the cancellation where tanh is near 1."""
     e = tl.exp(-2.0 * tl.abs(z))
     return 4.0 * e / ((1.0 + e) * (1.0 + e))
 
 
 @triton.jit
 def expm1(z):
-    """exp(z) - 1 for z <= 0, without the cancellation near zero."""
+    """Returns exp(z) - 1 for z <= 0, without the cancellation near zero."""
     t = tanh(0.5 * z)
     return 2.0 * t / (1.0 - t)
 
 
 @triton.jit
 def activate(z, param, ACTIVATION: tl.constexpr):
-    """The activation. Comparisons are written so that NaN stays NaN."""
+    """Returns the activation. Comparisons are written so that NaN stays NaN."""
     if ACTIVATION == "relu":
         z = tl.where(z <= 0, 0.0, z)
     elif ACTIVATION == "leaky_relu":
@@ -108,11 +108,11 @@ def activate(z, param, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activation_backward(dy, z, param, ACTIVATION: tl.constexpr):
-    """dy times the activation's derivative at z.
+    """Returns dy times the activation's derivative at z.
 
-    At the kinks it takes PyTorch's side: 0 at 0 (ReLU, ReLU6), the negative
-    slope at 0 (leaky ReLU), 0 at 6 (ReLU6); and where z is NaN, dy or, of
-    leaky ReLU, the negative slope.
+    At a kink the derivative is PyTorch's: 0 at 0 (ReLU, ReLU6), the negative slope
+    at 0 (leaky ReLU), and 0 at 6 (ReLU6). Where z is NaN it is 1, or the negative
+    slope for leaky ReLU.
     """
     g = dy
     if ACTIVATION == "relu":
@@ -148,7 +148,7 @@ def activation_backward(dy, z, param, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def sign_backward(dy, positive, param, ACTIVATION: tl.constexpr):
-    """`activation_backward` where the argument's sign is all that counts."""
+    """Does what `activation_backward` does, for activations whose derivative the sign decides."""
     if ACTIVATION == "relu":
         return tl.where(positive, dy, 0.0)
     else:
@@ -158,7 +158,7 @@ def sign_backward(dy, positive, param, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def is_positive(z, ACTIVATION: tl.constexpr):
-    """On which side of 0 `sign_backward` is to find z; NaN where PyTorch has it."""
+    """Says which side of 0 `sign_backward` takes z to be on; NaN goes to PyTorch's side."""
     if ACTIVATION == "relu":
         return (z > 0) | (z != z)
     else:
@@ -178,7 +178,7 @@ def pack(positive, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.con
 
 @triton.jit
 def unpack(packed, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
-    """The inverse of `pack`."""
+    """Undoes `pack`."""
     column = tl.reshape(packed.to(tl.int32), (BLOCK_N * BLOCK_C * BLOCK_S // _BITS, 1))
     bits = (column >> tl.arange(0, _BITS)[None, :]) & 1
     return tl.reshape(bits, (BLOCK_N, BLOCK_C, BLOCK_S)) != 0
@@ -188,7 +188,7 @@ def unpack(packed, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.con
 def mask_box(
     N, C, S, n0, c0, s0, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr
 ):
-    """`box` of the packed mask's bytes that belong to a tile of the input."""
+    """Returns the `box` of the packed mask's bytes that belong to a tile of the input."""
     if BLOCK_S == 1:
         return box(
             N, blocks_of(C, _BITS), 1, n0, c0 // _BITS, s0, BLOCK_N, BLOCK_C // _BITS, BLOCK_S

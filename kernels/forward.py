@@ -46,7 +46,7 @@ def update_running(Running, batch, momentum, c, mask):
 
 @triton.jit
 def averaging_factor(momentum, NumBatchesTracked, CUMULATIVE: tl.constexpr, acc: tl.constexpr):
-    """The new batch's share of the running statistics; cumulative: all batches' the same."""
+    """Returns the batch's share of the running statistics; if CUMULATIVE, batches share alike."""
     if CUMULATIVE:
         return 1.0 / (tl.load(NumBatchesTracked) + 1).to(acc)
     else:
@@ -68,7 +68,7 @@ def store_statistics(count, mean, m2, Statistics, RunningMean, RunningVar, facto
 
 @triton.jit
 def count_batch(NumBatchesTracked, first, Arrivals, readers, CUMULATIVE: tl.constexpr):
-    """Increments the counter of batches, after all who read it have; called by each of them."""
+    """Increments num_batches_tracked. All its readers call this, and the last one increments."""
     if NumBatchesTracked is not None:
         if CUMULATIVE:
             first = last_to_arrive(Arrivals, readers)
@@ -82,7 +82,7 @@ def store_partial_moments(
     FLAT: tl.constexpr, EVICTION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Moments of every splits-th tile of a channel block, about a mean that is returned."""
+    """Stores moments of every splits-th tile of a channel block, about the mean that it returns."""
     c0 = block * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
     in_block = c < C
@@ -115,7 +115,7 @@ def finish_statistics(
     Partials, shift, Statistics, RunningMean, RunningVar, NumBatchesTracked, Arrivals, C, block,
     splits, momentum, eps, CUMULATIVE: tl.constexpr, MERGE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Merges the partial moments of a channel block and writes what follows from them."""
+    """Merges the partial moments of a channel block and stores its statistics."""
     acc: tl.constexpr = Statistics.dtype.element_ty
     c0 = block * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
@@ -136,7 +136,7 @@ def store_output(
     ACTIVATION: tl.constexpr, FLAT: tl.constexpr, EVICTION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Normalises a tile, adds the residual, and writes the activation and the packed signs."""
+    """Normalises a tile, adds the residual, and stores the activation and the packed signs."""
     z = normalise(x, mean, scale, bias)
     if R is not None:
         r = load_tile(R, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
@@ -155,7 +155,7 @@ def bn_stats_fwd_kernel(
     Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps), written
     RunningMean,  # pointer to the running mean, updated, or None
     RunningVar,  # pointer to the running variance, updated, or None
-    NumBatchesTracked,  # pointer to the counter of batches, incremented, or None
+    NumBatchesTracked,  # pointer to num_batches_tracked, incremented, or None
     Partials,  # pointer to (2, splits, C) means and sums of squares, then (blocks, splits) counts
     Arrivals,  # pointer to a zero for each channel block, and one more
     N,
@@ -172,7 +172,7 @@ def bn_stats_fwd_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Program (split, channel block): moments of every splits-th tile of the block."""
+    """Program (split, channel block) takes the moments of every splits-th tile of the block."""
     C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
     acc = Statistics.dtype.element_ty
     blocks = blocks_of(C, BLOCK_C)
@@ -210,7 +210,7 @@ def bn_apply_fwd_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """One tile a program, last tiles first: the statistics left those in the L2 cache."""
+    """Each program handles one tile, last tiles first: the statistics left those in the cache."""
     C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
     acc = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
     tile = tl.num_programs(0) - 1 - tl.program_id(0)

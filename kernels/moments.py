@@ -12,7 +12,7 @@ def sum_rows(x):
 
 @triton.jit
 def tile_moments(x, mask, count):
-    """Mean and centred sum of squares of a tile, two passes over registers."""
+    """Returns mean and centred sum of squares of a tile, by two passes over registers."""
     mean = sum_rows(tl.where(mask, x, 0.0)) / count
     centred = tl.where(mask, x - mean[None, :, None], 0.0)
     return mean, sum_rows(centred * centred)
@@ -23,21 +23,22 @@ def sample_mean(
     X, N, C, S, c0, acc: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Trimmed mean of a few values at the start of each channel, the same in every program.
+    """Returns a trimmed mean of a few values at the start of each channel.
 
-    Moments are taken about it: the nearer it lies to the mean, the fewer digits
-    cancel. Among three values or more the smallest and the largest, which may be
-    outliers, don't count. No value of M lies more than sqrt(M) standard deviations
-    from the mean (Samuelson), so that even a bad sample leaves digits.
+    It is the same in every program. Moments are taken about it, and the nearer it lies
+    to the mean, the fewer digits cancel. Among three values or more the smallest and the
+    largest, which may be outliers, don't count. None of M values lies more than sqrt(M)
+    standard deviations from the mean (Samuelson), so even a bad sample leaves digits.
     """
     n = tl.arange(0, BLOCK_N)[:, None, None]
     c = tl.arange(0, BLOCK_C)[None, :, None]
     s = tl.arange(0, BLOCK_S)[None, None, :]
     few = (n < N) & (s < S)
-    # 64 bits: these rows are not a tile, whose reach the planner has checked.
+    # Offsets take 64 bits, because these rows are no tile whose reach the planner has limited.
     offsets = (n.to(tl.int64) * C + c0 + c) * S + s
     x = tl.load(X + offsets, few & (c < C - c0), other=0.0).to(acc)
-    # Sums of sixteenths, which are exact but for denormals, don't overflow where the mean doesn't.
+    # Sum sixteenths, which are exact except for denormals: where the mean doesn't overflow,
+    # neither does their sum.
     x *= 0.0625
     smallest = tl.min(tl.min(tl.where(few, x, float("inf")), axis=2), axis=0)
     largest = tl.max(tl.max(tl.where(few, x, float("-inf")), axis=2), axis=0)
@@ -46,36 +47,37 @@ def sample_mean(
     sixteenths = (count - tl.where(count > 2, 2, 0)).to(acc) * 0.0625
     mean = (sum_rows(x) - trimmed) / sixteenths
     if BLOCK_C == 1:
-        # By way of a scalar: to bring a vector into the tile's layout, Triton 3.6
-        # stores it a thousand times to shared memory.
+        # Go by way of a scalar: to bring a vector into the tile's layout, Triton 3.6 would
+        # store it to shared memory a thousand times.
         mean = tl.full((1,), tl.sum(mean, axis=0), acc)
     return mean
 
 
 @triton.jit
 def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
-    """Chan, Golub and LeVeque (1983), eq. 2.1: the moments of two sets' union."""
+    """Returns the moments of two sets' union (Chan, Golub and LeVeque, 1983, eq. 2.1)."""
     count = count_a + count_b
     delta = mean_b - mean_a
     mean = mean_a + delta * (count_b / count)
-    # In this order, so that where count_a is 0 no square overflows.
+    # Multiply in this order, so that no square overflows where count_a is 0.
     m2 = m2_a + m2_b + delta * (delta * (count_a * (count_b / count)))
     return count, mean, m2
 
 
 @triton.jit
 def load_partials(P, first, splits, C, c0, MERGE: tl.constexpr, BLOCK_C: tl.constexpr):
-    """MERGE rows of a (splits, C) table of partial results, and their mask."""
+    """Loads MERGE rows of a (splits, C) table of partial results; returns them and their mask."""
     row = first + tl.arange(0, MERGE)[:, None]
     c = c0 + tl.arange(0, BLOCK_C)[None, :]
     mask = (row < splits) & (c < C)
-    # Past the first-level cache, which other multiprocessors don't write to.
+    # The load passes by the first-level cache, which may hold older values than other
+    # multiprocessors have stored.
     return tl.load(P + row * C + c, mask, other=0.0, cache_modifier=".cg"), mask
 
 
 @triton.jit
 def sum_partials(P, splits, C, c0, MERGE: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Column sums of a (splits, C) table."""
+    """Returns the column sums of a (splits, C) table."""
     total = tl.zeros((BLOCK_C,), P.dtype.element_ty)
     for first in range(0, splits, MERGE):
         part, _ = load_partials(P, first, splits, C, c0, MERGE, BLOCK_C)
@@ -85,7 +87,7 @@ def sum_partials(P, splits, C, c0, MERGE: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def merge_partials(Means, M2s, Counts, splits, C, c0, MERGE: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Chan's formula for many sets at once.
+    """Merges many sets at once by Chan's formula.
 
     mean = sum(count_i * mean_i) / count
     m2   = sum(m2_i + count_i * (mean_i - mean)^2)
@@ -106,6 +108,6 @@ def merge_partials(Means, M2s, Counts, splits, C, c0, MERGE: tl.constexpr, BLOCK
         means, _ = load_partials(Means, first, splits, C, c0, MERGE, BLOCK_C)
         m2s, mask = load_partials(M2s, first, splits, C, c0, MERGE, BLOCK_C)
         centred = tl.where(mask, means - mean[None, :], 0.0)
-        # No term is larger than m2 itself: each set has values.
+        # No term overflows where m2 doesn't, since each set has values and no term exceeds m2.
         m2 += tl.sum(m2s + counts[:, None] * centred * centred, axis=0)
     return count, mean, m2

@@ -1,4 +1,4 @@
-"""Every launch decision, made before a launch and held in a frozen plan."""
+"""The planner makes every launch decision before a launch, from numbers alone."""
 
 from __future__ import annotations
 
@@ -19,39 +19,42 @@ from .tiling import (
     resident_tile,
 )
 
-# The last program to arrive merges one partial result a split, alone. There are
-# fewer where partial results are counted in 31 bits.
+# The last program to arrive merges one partial result of each split, alone, so splits are
+# limited. They are limited further where 31 bits could not count all partial results.
 MAX_SPLITS = 1024
 MAX_PARTIALS = 2**31 - 1
 MERGE_ELEMENTS = 2048
 
-# Partial results are written and read once more: they may come to this fraction
+# Partial results are written and read once more, so their bytes may be at most this fraction
 # of the bytes that they sum up.
 PARTIALS_SHARE = 1 / 32
 PARTIAL_BYTES = 8
 
-# Two slices are in the cache at once, and a slice needs this many tickets for
-# each program that runs, or those that apply the one before wait for each other.
+# Two slices are in the cache at once. A slice needs this many tickets for each running
+# program, or the programs that apply a slice would wait for the ones that reduce it.
 SLICES_IN_CACHE = 2
 TICKETS_PER_PROGRAM = 2
 
-# Channels-last, narrower slices are not worth it, and wider ones read better.
+# With channels last, a slice is at least this wide: short pieces of rows are read slowly.
+# The first width is preferred, and slices grow to WIDE_BYTES where the cache has room.
 SLICE_BYTES = (128, 64)
 WIDE_BYTES = 256
 
-# Counters serve one program at a time.
+# A counter serves one program at a time, and each ticket takes this long.
 SECONDS_PER_TICKET = 1e-9
 
-# Of a device whose bandwidth nobody knows; it decides between strategies alone.
+# This bandwidth stands in for an unknown one, only to choose between strategies.
 UNKNOWN_BANDWIDTH = 1e12
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over the data that reduces to a channel: a tile, and programs to a channel block.
+    """One pass over the data that reduces it to values of channels.
 
     Attributes:
-        merge: partial results of a channel block that are merged at a time.
+        tile: the tile that a program handles at once.
+        splits: number of programs that share a channel block.
+        merge: number of partial results of a channel block that are merged at a time.
     """
 
     tile: Tile
@@ -65,24 +68,24 @@ class Pass:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How one direction is done.
+    """How one direction of a problem runs.
 
     Attributes:
         strategy: "two-pass" (statistics, then normalisation), "ticketed" (the
             same in one launch, slice by slice through the cache), "resident"
             (one program keeps a channel block in registers in between) or
-            "fixed-stats" (given statistics: nothing to wait for).
-        reduce: the pass that reduces to a channel: the first of two, the only
-            one of a backward with fixed statistics, both halves of a ticketed launch. Resident
-            kernels and a forward with fixed statistics have none: theirs is unused.
-        apply: the tile of the elementwise pass, or of the only one but for a
-            backward with fixed statistics.
-        slice_blocks: channel blocks in a slice, if ticketed.
-        launches: kernels launched.
-        units: tensors read or written, packed masks counted as the fraction of
-            a tensor that they are; from or to memory, if ticketed, and as many
-            as `cached_units` more from the cache.
-        seconds: predicted.
+            "fixed-stats" (one pass, because the statistics are given).
+        reduce: the pass that reduces to channels: the first of two passes, the only
+            pass of a backward with fixed statistics, or both phases of a ticketed
+            launch. Resident kernels and a forward with fixed statistics don't use it.
+        apply: the tile of the elementwise pass. It is also the tile of a resident
+            kernel and of a forward with fixed statistics.
+        slice_blocks: number of channel blocks in a slice of a ticketed launch.
+        launches: number of kernels launched.
+        units: number of tensors read or written; a packed mask counts as the fraction
+            of a tensor that it is. Of a ticketed launch, these units cross memory.
+        cached_units: further units that a ticketed launch reads from the cache.
+        seconds: the predicted time.
     """
 
     strategy: str
@@ -96,18 +99,18 @@ class Schedule:
 
     @property
     def tile(self) -> Tile:
-        """That of the first pass; those of a second have accesses of the same width."""
+        """Returns the tile of the first pass; a second pass has accesses of the same width."""
         return self.apply if self.strategy == "resident" else self.reduce.tile
 
     def tickets(self, problem: Problem) -> int:
-        """Programs of a ticketed launch: those of two phases for each slice."""
+        """Returns the programs of a ticketed launch, which has two phases for each slice."""
         slices = -(-self.reduce.tile.grid(problem)[1] // self.slice_blocks)
         return 2 * slices * self.slice_blocks * self.reduce.splits
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All launch decisions of one forward and its backward."""
+    """The schedules of a forward and its backward."""
 
     problem: Problem
     forward: Schedule
@@ -130,12 +133,12 @@ def make_schedule(problem: Problem, device: Device, backward: bool) -> Schedule:
 
 
 def choose(found: dict[str, Schedule]) -> Schedule:
-    """The fastest, as predicted; of two that are equal the first."""
+    """Returns the schedule that is predicted to be fastest; of two equal ones, the first."""
     return min(found.values(), key=lambda schedule: schedule.seconds)
 
 
 def schedules(problem: Problem, device: Device, backward: bool) -> dict[str, Schedule]:
-    """All strategies that can serve one direction of a problem, the simplest first."""
+    """Returns schedules of all strategies that can serve a direction, the simplest first."""
     if not problem.training:
         return {"fixed-stats": fixed_stats(problem, device, backward)}
     found = {"two-pass": two_pass(problem, device, backward)}
@@ -148,17 +151,19 @@ def schedules(problem: Problem, device: Device, backward: bool) -> dict[str, Sch
 
 
 def fixed_stats(problem: Problem, device: Device, backward: bool) -> Schedule:
-    """One pass."""
+    """Schedules one pass over the data with given statistics."""
     units = _once(problem, backward)
     seconds = device.launch + units * problem.tensor_bytes / _bandwidth(device)
     return _schedule("fixed-stats", problem, device, backward, units, seconds)
 
 
 def two_pass(problem: Problem, device: Device, backward: bool) -> Schedule:
-    """What is read first is read again, in reverse order: what the cache kept comes from there.
+    """Schedules two passes.
 
-    However small, three round trips to load, to arrive and to merge, and three
-    more to load statistics, to load and to store.
+    The second pass reads the data in reverse order, so that it finds in the cache what
+    the cache kept of the first. However small the problem is, the passes take six round
+    trips to memory: to load, to arrive and to merge; then to load statistics, to load
+    and to store.
     """
     unit, again = problem.tensor_bytes, _reads(problem, backward)
     units = _once(problem, backward) + again
@@ -169,13 +174,14 @@ def two_pass(problem: Problem, device: Device, backward: bool) -> Schedule:
 
 
 def resident(problem: Problem, device: Device, backward: bool) -> Schedule:
-    """One wave of programs after the other, each as slow as a load, a reduction and a store.
+    """Schedules programs that hold a channel block in registers.
 
-    Few programs leave multiprocessors idle, and the others move only so much.
+    They run in waves, and each wave takes at least a load, a reduction and a store. Few
+    programs leave multiprocessors idle, and a busy one can't use the whole bandwidth.
     """
     tile, units = resident_tile(problem), _once(problem, backward)
     programs = tile.grid(problem)[1]
-    # 8192 values and as many results take all registers of two programs.
+    # 16 warps that hold 8192 values and as many results take all registers.
     at_once = device.sm_count * (16 // tile.warps)
     busy = min(1.0, device.sm_speed * min(programs, device.sm_count) / device.sm_count)
     row = tile.c * problem.itemsize if problem.s == 1 else problem.s * problem.itemsize
@@ -186,10 +192,10 @@ def resident(problem: Problem, device: Device, backward: bool) -> Schedule:
 
 
 def ticketed(problem: Problem, device: Device, backward: bool) -> Schedule:
-    """Each slice is read from memory once and from the cache once.
+    """Schedules one launch that reads each slice from memory once and from the cache once.
 
-    Cache and memory work at the same time; the last to apply wait for the last
-    to reduce, and where a slice has few tickets all do.
+    Cache and memory work at the same time. The last programs to apply wait for the last
+    to reduce; if slices have few tickets, the programs of every slice wait.
     """
     unit, again = problem.tensor_bytes, _reads(problem, backward)
     units, reads = _once(problem, backward), 2 if backward else 1
@@ -227,7 +233,7 @@ def ticketed(problem: Problem, device: Device, backward: bool) -> Schedule:
 
 
 def _blocks_in_cache(problem: Problem, device: Device, backward: bool, tile: Tile) -> int:
-    """Channel blocks of a slice, if the cache can be counted on to hold two slices."""
+    """Returns how many channel blocks a slice may have for the cache to hold two slices."""
     block_bytes = tile.c * problem.n * problem.s * problem.itemsize * _reads(problem, backward)
     return int(device.l2_share * device.l2_bytes / (SLICES_IN_CACHE * block_bytes))
 
@@ -251,14 +257,14 @@ def _schedule(
 
 
 def _filling_pass(problem: Problem, device: Device, reads: int) -> Pass:
-    """Splits the rows of each channel block over enough programs to fill the device."""
+    """Returns a pass that splits channel blocks over enough programs to fill the device."""
     tile = reduce_tile(problem, device, reads)
     n_tiles, blocks, s_tiles = tile.grid(problem)
     tiles = n_tiles * s_tiles
     wanted = -(-PROGRAMS_PER_SM * device.sm_count // blocks)
     splits = min(tiles, wanted, _max_splits(problem))
-    # Even shares: with 600 tiles, 300 programs of two each end sooner than
-    # 528 programs, most of one and some of two.
+    # Make shares even: of 600 tiles, 300 programs with two each need no more time than
+    # 528 programs of which some have two.
     return _pass(tile, -(-tiles // -(-tiles // splits)))
 
 
@@ -275,17 +281,17 @@ def _bandwidth(device: Device) -> float:
 
 
 def _mask(problem: Problem) -> float:
-    """A packed mask, in units."""
+    """Returns the size of a packed mask in units, 0 if there is none."""
     return 1 / (MASK_BITS * problem.itemsize) if problem.saves == "mask" else 0
 
 
 def _reads(problem: Problem, backward: bool) -> float:
-    """Units that statistics or sums are computed from: those that two passes read twice."""
+    """Returns the units that statistics or sums are computed from, which two passes read twice."""
     return 2 + (problem.saves == "residual") + _mask(problem) if backward else 1
 
 
 def _once(problem: Problem, backward: bool) -> float:
-    """Units when each tensor is read or written once."""
+    """Returns the units moved if each tensor is read or written once."""
     if backward:
         return _reads(problem, backward) + 1 + (problem.saves is not None)
     return 2 + problem.residual + _mask(problem)

@@ -1,4 +1,4 @@
-"""One program owns a channel block: statistics and normalisation from the same registers.
+"""Resident kernels: one program keeps a channel block in registers for statistics and output.
 
 The formulas are those of `forward.py` and `backward.py`; each tensor is read
 and written once, in one launch.
@@ -25,7 +25,7 @@ def bn_resident_fwd_kernel(
     Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps), written
     RunningMean,  # pointer to the running mean, updated, or None
     RunningVar,  # pointer to the running variance, updated, or None
-    NumBatchesTracked,  # pointer to the counter of batches, incremented, or None
+    NumBatchesTracked,  # pointer to num_batches_tracked, incremented, or None
     Arrivals,  # pointer to a zero, if CUMULATIVE
     N,
     C,
@@ -41,7 +41,7 @@ def bn_resident_fwd_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Program i: channel block i, all of whose values are one tile."""
+    """Program i handles channel block i, all of whose values are one tile."""
     C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
     acc = Statistics.dtype.element_ty
     c0 = tl.program_id(0) * BLOCK_C
@@ -51,7 +51,7 @@ def bn_resident_fwd_kernel(
     _, _, inside = box(N, C, S, 0, c0, 0, BLOCK_N, BLOCK_C, BLOCK_S)
     x = load_tile(X, N, C, S, 0, c0, 0, FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S).to(acc)
     count = (tl.cast(N, tl.int64) * S).to(acc)
-    # The mean of what is left corrects the first mean's rounding.
+    # The first mean is rounded; the mean of the differences from it corrects that.
     about = sum_rows(x * (1.0 / count))
     mean, m2 = tile_moments(x - about[None, :, None], inside, count)
     mean += about
@@ -88,7 +88,7 @@ def bn_resident_bwd_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Program i: channel block i, all of whose values are one tile."""
+    """Program i handles channel block i, all of whose values are one tile."""
     C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
     acc = Statistics.dtype.element_ty
     c0 = tl.program_id(0) * BLOCK_C

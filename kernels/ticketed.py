@@ -1,8 +1,9 @@
-"""Each tensor crosses memory once, in one launch: what is read twice is read from the L2 cache.
+"""Ticketed kernels: one launch in which each tensor crosses memory once.
 
-The formulas are those of `forward.py` and `backward.py`, the order of work and
-how programs wait for each other that of `tickets.py`. Tiles to be read again are
-loaded to stay in the cache, and what is used for the last time to leave it.
+What is read twice is read from the L2 cache the second time. The formulas are those of
+`forward.py` and `backward.py`; `tickets.py` says in which order programs work and how
+they wait for each other. Tiles that will be read again are loaded to stay in the cache,
+and tiles in their last use are loaded to leave it first.
 """
 
 import triton
@@ -32,7 +33,7 @@ def bn_ticketed_fwd_kernel(
     Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps), written
     RunningMean,  # pointer to the running mean, updated, or None
     RunningVar,  # pointer to the running variance, updated, or None
-    NumBatchesTracked,  # pointer to the counter of batches, incremented, or None
+    NumBatchesTracked,  # pointer to num_batches_tracked, incremented, or None
     Partials,  # pointer to (2, splits, C) means and sums of squares, then (blocks, splits) counts
     Arrivals,  # pointer to a zero for each channel block, and one more
     Tickets,  # pointer to the counter of tickets, and a flag for each channel block
@@ -53,7 +54,7 @@ def bn_ticketed_fwd_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """One ticket a program: moments of every splits-th tile of a channel block, or their output."""
+    """Each program serves one ticket: it reduces or applies every splits-th tile of a block."""
     C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
     acc = Statistics.dtype.element_ty
     blocks = blocks_of(C, BLOCK_C)
@@ -119,7 +120,7 @@ def bn_ticketed_bwd_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """One ticket a program: sums over every splits-th tile of a channel block, or their dx."""
+    """Each program serves one ticket: it sums or applies every splits-th tile of a block."""
     C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
     acc = Statistics.dtype.element_ty
     blocks = blocks_of(C, BLOCK_C)

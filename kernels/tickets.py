@@ -1,13 +1,12 @@
-"""How programs of one launch hand work to each other.
+"""Tickets: how programs of one launch hand work to each other.
 
-A ticketed launch has one program for each ticket. Channels are cut into slices
-that fit the L2 cache; tickets are ordered so that two of them are in it at a time:
+A ticketed launch has one program for each ticket. Channels are cut into slices that
+fit the L2 cache, and tickets are ordered so that two slices are in it at a time:
 
     reduce(0)  reduce(1) apply(0)  reduce(2) apply(1)  ...  apply(last)
 
-where reduce(i) and apply(i) are `phase` tickets each. A ticket to apply waits for
-the flag of its channel block, which the last of the block's tickets to reduce
-raises.
+where reduce(i) and apply(i) are `phase` tickets each. A ticket to apply waits for the
+flag of its channel block. The last of the block's tickets to reduce raises the flag.
 
 Invariant: a ticket waits only for lower ones. Numbers are drawn from a counter
 by programs that already run, so whatever a ticket waits for is held by a running
@@ -15,10 +14,10 @@ program. The lowest unfinished ticket hence never waits, and finishes: there is
 no deadlock, however few programs the device holds at once and in whatever order
 it starts them.
 
-Nothing is left to reset between launches. The last program to draw sets the
-counter to the next generation, the last to arrive sets its counter to zero, and
-a flag is up when it shows the generation of this launch, so that flags of earlier
-launches don't count.
+No counter has to be reset between launches. The last program to draw sets the counter
+of tickets to the next generation, and the last program to arrive sets the counter of
+arrivals to zero. A flag is up if it shows the generation of this launch, so flags of
+earlier launches don't count.
 """
 
 import triton
@@ -29,7 +28,7 @@ from triton.language.target_info import current_target
 
 @triton.jit
 def draw_ticket(Tickets):
-    """The next ticket, and the launch's generation: low and high half of a 64-bit word."""
+    """Draws the next ticket; returns it and the launch's generation, halves of a 64-bit word."""
     word = tl.atomic_add(Tickets, 1, sem="relaxed")
     ticket = tl.cast(word & 0xFFFFFFFF, tl.int32)
     generation = (word >> 32) + 1
@@ -40,10 +39,10 @@ def draw_ticket(Tickets):
 
 @triton.jit
 def work_of(ticket, slices, slice_blocks, splits):
-    """Whether a ticket is one to apply, its channel block, and its share of the block's tiles.
+    """Returns whether a ticket applies, its channel block, and its share of the block's tiles.
 
-    Neighbouring tickets go to neighbouring blocks. The last slice may have
-    fewer blocks than the others: the block is then past the last one.
+    Neighbouring tickets go to neighbouring blocks. The last slice may have fewer blocks
+    than the others, and some of its tickets then get a block past the last one.
     """
     phase = slice_blocks * splits
     step = ticket // phase
@@ -54,9 +53,9 @@ def work_of(ticket, slices, slice_blocks, splits):
 
 @triton.constexpr_function
 def store_wait():
-    """AMD's instruction by which a wave waits for its own stores; elsewhere None.
+    """Returns AMD's instruction by which a wave waits for its own stores; elsewhere None.
 
-    The tests compile it for gfx942 alone.
+    The tests compile it for gfx942 only.
     """
     target = current_target()
     if knobs.runtime.interpret or target is None or target.backend != "hip":
@@ -68,20 +67,20 @@ def store_wait():
 
 @triton.jit
 def wait_for_own_stores():
-    """Each wave for its own, where the release that follows, by one of them, does not."""
+    """Makes each wave wait for its own stores, if one wave's release does not cover them."""
     wait: tl.constexpr = store_wait()
     if wait is not None:
-        assembly: tl.constexpr = wait + "\nv_mov_b32 $0, $1"  # there must be a result
+        assembly: tl.constexpr = wait + "\nv_mov_b32 $0, $1"  # Triton demands a result
         lanes = tl.arange(0, 64)
         tl.inline_asm_elementwise(assembly, "=v,v", [lanes], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
 def last_to_arrive(Arrivals, programs):
-    """Whether this program is the last of so many to get here.
+    """Says whether this program is the last of so many to arrive.
 
-    All threads' stores come before the barrier, the barrier before the release;
-    so whoever arrives last, and acquires, sees every partial result.
+    All threads' stores come before the barrier, and the barrier comes before the release.
+    So the program that arrives last, and acquires, sees every partial result.
     """
     wait_for_own_stores()
     tl.debug_barrier()
@@ -93,7 +92,7 @@ def last_to_arrive(Arrivals, programs):
 
 @triton.jit
 def raise_flag(Flag, generation):
-    """All threads' stores, then the flag."""
+    """Raises the flag after all threads' stores."""
     wait_for_own_stores()
     tl.debug_barrier()
     tl.atomic_xchg(Flag, tl.cast(generation, tl.int64), sem="release")
@@ -101,6 +100,6 @@ def raise_flag(Flag, generation):
 
 @triton.jit
 def wait_for_flag(Flag, generation):
-    """Whoever returns sees what was stored before the flag was raised."""
+    """Waits; a program that returns from here sees what was stored before the flag was raised."""
     while tl.cast(tl.atomic_add(Flag, 0, sem="acquire"), tl.int32) != generation:
         pass

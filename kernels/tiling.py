@@ -1,8 +1,8 @@
 """The problem as the planner sees it, and the shapes of the tiles that cut it up.
 
-Both memory layouts are one array (N, C, S) with S contiguous: a channels-first
-input is (batch, channels, positions); a channels-last input, or a matrix, is
-(rows, channels, 1). A tile is a box of that array, so one kernel serves both.
+The kernels see both memory layouts as one array (N, C, S) with S contiguous: a
+channels-first input is (batch, channels, positions), and a channels-last input or a
+matrix is (rows, channels, 1). A tile is a box of that array, so one kernel serves both.
 """
 
 from __future__ import annotations
@@ -12,28 +12,29 @@ from math import prod
 
 from .device import Device
 
-# Bytes of each input that one program reads at a time. 128 threads then have
-# four 16-byte loads in flight each, and four programs a multiprocessor have
-# 32 KiB, twice what latency times bandwidth asks for on an H100.
+# One program reads this many bytes of each input at a time. Each of its 128 threads then
+# has four 16-byte loads in flight. Four programs have 32 KiB in flight on a multiprocessor,
+# twice the product of latency and bandwidth on an H100.
 TILE_BYTES = 8192
 WARPS = 4
 PROGRAMS_PER_SM = 4
 
-# Of an NVIDIA multiprocessor's registers, those that a thread may use for these
-# programs to fit. Left to itself the compiler uses fewer, for programs that
-# nothing counts on: it spills a scalar now and then, and has fewer loads in flight.
+# A thread may use this many registers if these programs are to fit an NVIDIA multiprocessor.
+# The kernels set the number as a limit. Without one the compiler aims at more programs than
+# the planner counts on, uses fewer registers, spills a scalar now and then, and keeps fewer
+# loads in flight.
 REGISTERS = 65536 // (PROGRAMS_PER_SM * WARPS * 32)
 
-# Where an odd size narrows the accesses there are more of them, each with its
-# address and mask in registers: past eight a thread, the programs no longer fit.
+# An odd size narrows the accesses, so a tile takes more of them, and each needs registers
+# for its address and mask. With more than eight a thread the programs would no longer fit.
 MAX_ACCESSES = 8
 
-# A resident program holds a whole channel block in registers, in rows of a
-# memory sector at least: 32 values to a thread, in 8 warps at most (in 16 a
-# thread has but 128 registers, and odd sizes spill).
+# A resident program holds a whole channel block in registers, 32 values a thread, in rows
+# of at least one memory sector. It has at most 8 warps: with 16, a thread could have only
+# 128 registers, and odd sizes would spill.
 RESIDENT_ELEMENTS = 8192
 RESIDENT_THREAD_ELEMENTS = 32
-RESIDENT_REGISTERS = 255  # as many as a thread can have
+RESIDENT_REGISTERS = 255  # the most that a thread can have
 SECTOR_BYTES = 32
 
 # A row of a tile should be at least this long in memory: four 128-byte lines.
@@ -41,7 +42,7 @@ ROW_BYTES = 512
 
 ACCESS_BYTES = 16
 
-# Planes of odd sizes are flattened where their accesses would be narrower than this.
+# Planes of odd sizes are flattened if their accesses would be narrower than this.
 NARROW_BYTES = 8
 
 # The forward packs eight signs into a byte along the contiguous axis.
@@ -50,16 +51,16 @@ MASK_BITS = 8
 
 @dataclass(frozen=True)
 class Problem:
-    """What a batch norm call asks for, as far as a launch depends on it.
+    """The properties of a batch norm call on which launches depend.
 
     Attributes:
         n, c, s: the input's sizes, seen as (N, C, S) with S contiguous.
         itemsize: bytes of one element of the input.
-        training: statistics are those of the batch, not given ones.
-        residual: another tensor is added before the activation.
-        saves: what the backward needs to know of the activation's argument:
-            None (it is recomputed from the input), "mask" (one bit an
-            element) or "residual" (recomputed from input and residual).
+        training: whether the statistics are the batch's own, and not fixed.
+        residual: whether another tensor is added before the activation.
+        saves: what the backward keeps of the activation's argument. With None it
+            recomputes the argument from the input, with "residual" from input and
+            residual; with "mask" it keeps the argument's sign, one bit an element.
     """
 
     n: int
@@ -76,19 +77,23 @@ class Problem:
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of one unit of traffic: a tensor read or written once."""
+        """Returns the bytes of one unit of traffic, which is a tensor read or written once."""
         return self.n * self.c * self.s * self.itemsize
 
 
 @dataclass(frozen=True)
 class Tile:
-    """The box (n, c, s) that one program handles at once, its warps, and its threads' registers.
+    """The box (n, c, s) that one program handles at once, and how it does so.
 
     Attributes:
-        align: elements of the contiguous extent come in multiples of this; if
-            flat, channels do.
-        flat: whole planes, those of neighbouring channels loaded and stored as
-            one stretch of memory, so that odd planes have wide accesses too.
+        n, c, s: sizes of the box, powers of two.
+        align: the problem's contiguous extent is a multiple of this; if flat, its
+            number of channels is.
+        flat: whether the box holds whole planes, and planes of neighbouring channels
+            are loaded and stored as one stretch of memory, so that odd planes have
+            wide accesses too.
+        warps: number of warps of a program.
+        registers: the limit of registers of a thread.
     """
 
     n: int
@@ -104,11 +109,11 @@ class Tile:
         return self.n * self.c * self.s
 
     def access_bytes(self, itemsize: int) -> int:
-        """Bytes a thread moves at once; less than 16 where an odd size is padded by mask."""
+        """Returns the bytes that a thread moves at once, fewer than 16 for odd sizes."""
         return min(ACCESS_BYTES, self.align * itemsize)
 
     def grid(self, problem: Problem) -> tuple[int, int, int]:
-        """How many tiles cover the problem along each axis."""
+        """Returns how many tiles cover the problem along each axis."""
         return (-(-problem.n // self.n), -(-problem.c // self.c), -(-problem.s // self.s))
 
     def programs(self, problem: Problem) -> int:
@@ -117,9 +122,12 @@ class Tile:
 
 
 def reduce_tile(problem: Problem, device: Device, reads: int, row_bytes: int = 128) -> Tile:
-    """A few channels and as many rows of them as fit, for `reads` tensors side by side.
+    """Returns a tile of a few channels and as many of their rows as fit.
 
     Args:
+        problem: the problem to cut up.
+        device: the device to fill.
+        reads: how many tensors a program reads side by side.
         row_bytes: length of a row in memory, if channels are last.
     """
     align, flat = _alignment(problem, reads)
@@ -134,21 +142,21 @@ def reduce_tile(problem: Problem, device: Device, reads: int, row_bytes: int = 1
 
 
 def apply_tile(problem: Problem, device: Device, reads: int) -> Tile:
-    """A stretch of memory as contiguous as can be."""
+    """Returns a tile that is as contiguous in memory as possible."""
     align, flat = _alignment(problem, reads)
     elements = _elements(problem, device, reads)
     if problem.s == 1:
         s, c = 1, _clamp(256, problem.c, elements)
     else:
         s = _clamp(elements, problem.s, elements)
-        # Of flattened planes no more than it takes: a thread has values of many
+        # Take as few flattened planes as are aligned: a thread has values of many
         # channels there, and loads the parameters of each.
         c = align if flat else min(elements // s, power_of_2(problem.c))
     return _within_int32(problem, elements, c, s, align, flat)
 
 
 def resident_tile(problem: Problem) -> Tile:
-    """All values of as few channels as make rows of a memory sector."""
+    """Returns a tile of all values of as few channels as fill a memory sector."""
     sector = SECTOR_BYTES // problem.itemsize
     if problem.s == 1:
         s, c = 1, max(MASK_BITS, sector)
@@ -162,7 +170,10 @@ def resident_tile(problem: Problem) -> Tile:
 
 
 def resident_fits(problem: Problem) -> bool:
-    """Whether a program can hold a channel block; twice the registers for float64 are not there."""
+    """Says whether a program can hold a channel block in its registers.
+
+    Float64 takes twice as many registers, which a thread does not have.
+    """
     tile = resident_tile(problem)
     reach = tile.n * problem.c * problem.s
     return tile.elements <= RESIDENT_ELEMENTS and reach < 2**31 and problem.itemsize < 8
@@ -170,12 +181,12 @@ def resident_fits(problem: Problem) -> bool:
 
 def _contiguous_align(problem: Problem) -> int:
     contiguous = problem.c if problem.s == 1 else problem.s
-    # Kernels multiply the extent by its alignment in 32 bits.
+    # Kernels multiply the extent by its alignment in 32-bit arithmetic.
     return min(16, contiguous & -contiguous) if contiguous < 2**31 else 1
 
 
 def _alignment(problem: Problem, reads: int) -> tuple[int, bool]:
-    """Of the contiguous extent, unless that is narrow and flattening planes widens it."""
+    """Returns the alignment, and whether planes are flattened because that widens accesses."""
     align, planes = _contiguous_align(problem), _flat_planes(problem)
     flat = (
         problem.s > 1
@@ -187,15 +198,15 @@ def _alignment(problem: Problem, reads: int) -> tuple[int, bool]:
 
 
 def _flat_planes(problem: Problem) -> int:
-    """Elements of the fewest padded planes that together are aligned."""
+    """Returns the elements of the fewest padded planes that together are aligned."""
     return ACCESS_BYTES // problem.itemsize * max(MASK_BITS, power_of_2(problem.s))
 
 
 def _elements(problem: Problem, device: Device, reads: int) -> int:
-    """Elements of a tile, when a program reads this many tensors side by side.
+    """Returns the elements of a tile if a program reads this many tensors side by side.
 
-    Small problems get small tiles, two for each program that fits the device,
-    down to one access a thread.
+    A small problem gets small tiles, so that there are two for each program that fits
+    the device, but a thread always has at least one full access.
     """
     threads = 32 * WARPS
     align, flat = _alignment(problem, reads)
@@ -209,7 +220,7 @@ def _elements(problem: Problem, device: Device, reads: int) -> int:
 
 
 def _within_int32(problem: Problem, elements: int, c: int, s: int, align: int, flat: bool) -> Tile:
-    """As many rows as fit; kernels count from a tile's first element in 32 bits."""
+    """Returns a tile of as many rows as fit, and whose offsets kernels can count in 32 bits."""
     n = min(elements // (c * s), power_of_2(problem.n))
     while n > 1 and n * problem.c * problem.s >= 2**31:
         n //= 2
@@ -219,10 +230,10 @@ def _within_int32(problem: Problem, elements: int, c: int, s: int, align: int, f
 
 
 def _clamp(wanted: int, extent: int, most: int) -> int:
-    """A power of two that holds whole mask bytes and is no longer than needed."""
+    """Returns a power of two that holds whole bytes of mask and is no longer than needed."""
     return max(MASK_BITS, min(power_of_2(extent), wanted, most))
 
 
 def power_of_2(n: int) -> int:
-    """The smallest power of two that is no less than n."""
+    """Returns the smallest power of two that is no less than n."""
     return 1 << (n - 1).bit_length()
