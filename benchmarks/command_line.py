@@ -1,4 +1,4 @@
-"""What commands that write results share: --out."""
+"""What commands share: `--out`, and how they say what went wrong."""
 
 import argparse
 from collections.abc import Sequence
@@ -19,3 +19,8 @@ def parse_with_out(
     except OSError as problem:
         parser.error(f"argument --out: expected a folder, not {options.out}: {problem.strerror}")
     return options
+
+
+def in_one_line(problem: BaseException) -> str:
+    """Returns an exception's type and the first line of what it says."""
+    return f"{type(problem).__name__}: {(str(problem).strip() or 'no message').splitlines()[0]}"

@@ -9,9 +9,10 @@ from functools import partial
 import torch
 
 from .check import worst_error
+from .command_line import in_one_line
 from .inputs import Inputs
 from .plans import floor_units
-from .rivals import DIRECTIONS, RIVALS, forward_backward, in_one_line
+from .rivals import DIRECTIONS, RIVALS, forward_backward
 from .shapes import Case
 from .timing import Timing, captured, clock_of, peak_memory, time_rounds
 
@@ -76,7 +77,7 @@ class Machine:
 
 def measure(
     case: Case, name: str, sets: list[Inputs], machine: Machine, note: Callable[[str], None],
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] = METHODS, directions: Sequence[str] = tuple(DIRECTIONS),
 ) -> Iterator[Row]:  # fmt: skip
     """Checks and times one rival; `note` is told of what can't be captured.
 
@@ -89,8 +90,8 @@ def measure(
     rival = RIVALS[name](case, machine.device)
     error = worst_error(case, rival, sets[0])
     memory = peak_memory(partial(forward_backward, rival, sets[0])) if machine.gpu else None
-    for direction, play_round in DIRECTIONS.items():
-        play = partial(play_round, rival, sets)
+    for direction in directions:
+        play = partial(DIRECTIONS[direction], rival, sets)
         plays = {"calls": play}
         if machine.gpu and "graph" in methods:
             try:

@@ -15,12 +15,13 @@ from .summary import SpeedUp, speed_ups
 STYLES = {
     "eager": {"color": "tab:green", "marker": "o"},
     "compile": {"color": "tab:purple", "marker": "D"},
+    "cooperative": {"color": "tab:red", "marker": "s"},
 }
 METHODS = {"graph": "CUDA graph, no launch gaps", "calls": "ordinary calls, launch gaps included"}
 
 
 def draw(title: str, rows: Iterable[Row], path: Path) -> None:
-    """Writes a PNG: forward and backward of BN+ReLU and BN+add+ReLU, against both rivals.
+    """Writes a PNG: forward and backward of BN+ReLU and BN+add+ReLU, against all rivals.
 
     Launch gaps are left out where that was measured.
     """

@@ -23,12 +23,12 @@ import torch
 import fastbn
 from fastbn.kernels.device import H100
 
-from .command_line import parse_with_out
+from .command_line import in_one_line, parse_with_out
 from .environment import environment, title
 from .inputs import input_sets
 from .measure import Machine, Row, measure
 from .plans import device_plan, plan_entry
-from .rivals import RIVALS, fused, in_one_line, kernels_only, no_compiler
+from .rivals import COMPILED, RIVALS, fused, kernels_only, no_compiler
 from .shapes import Case, cases
 from .summary import summarise
 from .table import markdown
@@ -59,8 +59,6 @@ class Report:
         self.bandwidth: float | None = None
         self.rows: list[Row] = []
         self.plans: list[dict] = []
-        self.strategies: list[dict] = []
-        self.device_facts: dict | None = None
         self.failures: list[dict[str, str]] = []
         self.skipped: list[str] = []
         self.notes: list[str] = []
@@ -115,9 +113,7 @@ class Report:
             "skipped": self.skipped,
             "notes": self.notes,
             "running": self.running,
-            "device_facts": self.device_facts,
             "rows": [asdict(row) for row in self.rows],
-            "strategies": self.strategies,
             "plans": self.plans,
         }
 
@@ -156,23 +152,19 @@ def run(report: Report, folder: Path, quick: bool) -> None:
     def compiler() -> None:
         reason = no_compiler(device)
         if reason is not None:
-            rivals.remove("compile")
+            rivals[:] = [name for name in rivals if name not in COMPILED]
             report.skipped.append(f"torch.compile, which does not work here: {reason}")
 
     def h100() -> None:
         report.plans.extend(device_plan(case, H100) for case in cases(gpu=True, quick=quick))
 
     part("copy bandwidth", bandwidth)
-    if gpu:
-        part("device facts", lambda: _device_facts(report))
-    else:
-        report.skipped.append("device facts and the time of each strategy: there is no GPU")
+    if not gpu:
+        rivals.remove("cooperative")
         part("plans for an H100", h100)
     part("torch.compile", compiler)
     for case in cases(gpu, quick):
         part(str(case), lambda case=case: _one_case(report, case, rivals))
-        if gpu:
-            part(f"{case}, strategies", lambda case=case: _strategies(report, case))
 
 
 def _one_case(report: Report, case: Case, rivals: list[str]) -> None:
@@ -193,30 +185,6 @@ def _one_case(report: Report, case: Case, rivals: list[str]) -> None:
             report.attempt(f"{case}, {name}", lambda name=name: rival(name))
         if machine.gpu:
             report.attempt(f"{case}, plan", plan)
-
-
-def _device_facts(report: Report) -> None:
-    from .facts import device_facts  # needs Triton
-
-    found = device_facts(report.device, report.environment, report.bandwidth, report.attempt)
-    report.device_facts = found
-    print(found["line"], flush=True)
-
-
-def _strategies(report: Report, case: Case) -> None:
-    from .forced import STRATEGIES  # needs Triton
-    from .strategies import measure_strategy
-
-    machine = Machine(report.device, report.bandwidth)
-    sets = input_sets(case, report.device)
-
-    def one(strategy: str) -> None:
-        for entry in measure_strategy(case, strategy, sets, machine, report.notes.append):
-            report.strategies.append(entry)
-
-    with kernels_only(report.device):
-        for strategy in STRATEGIES:
-            report.attempt(f"{case}, {strategy}", lambda strategy=strategy: one(strategy))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Three implementations of one case, called alike: PyTorch's, the same compiled, and fastbn."""
+"""Implementations of one case, called alike: PyTorch's, the same compiled, and fastbn."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fastbn
 
+from .command_line import in_one_line
 from .inputs import Inputs, make_inputs
 from .shapes import Case
 
@@ -64,15 +65,26 @@ def quiet_compiler() -> Iterator[None]:
         yield
 
 
-def compiled(case: Case, device: torch.device) -> Rival:
+def compiled(
+    case: Case, device: torch.device, options: dict[str, bool] | None = None
+) -> Rival:  # fmt: skip
     """`eager` under `torch.compile`, compiled in both directions."""
     # One function is compiled for eight shapes and then, silently, no more.
     torch.compiler.reset()
     plain = eager(case, device)
-    rival = Rival(plain.norm, torch.compile(plain.call, fullgraph=True, dynamic=False))
+    call = torch.compile(plain.call, fullgraph=True, dynamic=False, options=options)
+    rival = Rival(plain.norm, call)
     with quiet_compiler():
         forward_backward(rival, make_inputs(case, device))
     return rival
+
+
+def cooperative(case: Case, device: torch.device) -> Rival:
+    """`compiled`, with reductions that several programs share, which Inductor can on a GPU.
+
+    They are off by default, and are its fastest batch norm where they are possible.
+    """
+    return compiled(case, device, {"triton.cooperative_reductions": True})
 
 
 def fused(case: Case, device: torch.device) -> Rival:
@@ -86,8 +98,12 @@ def fused(case: Case, device: torch.device) -> Rival:
 RIVALS: dict[str, Callable[[Case, torch.device], Rival]] = {
     "eager": eager,
     "compile": compiled,
+    "cooperative": cooperative,
     "fastbn": fused,
 }
+
+# Those that are compiled.
+COMPILED = ("compile", "cooperative")
 
 
 def forward(rival: Rival, inputs: Inputs) -> Tensor:
@@ -124,11 +140,6 @@ DIRECTIONS: dict[str, Callable[[Rival, Sequence[Inputs]], list]] = {
     "forward": forward_round,
     "forward+backward": forward_backward_round,
 }
-
-
-def in_one_line(problem: Exception) -> str:
-    """An exception's type and the first line of what it says."""
-    return f"{type(problem).__name__}: {(str(problem).strip() or 'no message').splitlines()[0]}"
 
 
 def no_compiler(device: torch.device) -> str | None:

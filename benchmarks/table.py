@@ -32,8 +32,6 @@ def markdown(report: dict, rows: Iterable[Row]) -> str:
         _means(report["summary"]["geometric_means"]) or "None.",
         "## Figures",
         _figures(rows, _served(report)) or "None.",
-        *_section("Strategies", _strategies(report["strategies"], rows)),
-        *_section("Device facts", _device_facts(report["device_facts"])),
         *_section("Plans", _plans(report["plans"])),
     ]
     return "\n\n".join(parts) + "\n"
@@ -121,42 +119,6 @@ def _figures(rows: Iterable[Row], served: dict[tuple[str, ...], str]) -> str:
         "of two", "peak MB", "fastbn is",
     )  # fmt: skip
     return _table(header, lines)
-
-
-def _strategies(entries: list[dict], rows: Iterable[Row]) -> str:
-    """What was forced beside what the planner chose."""
-    chosen = {case_of(row): row.median_us for row in rows if row.rival == "fastbn" and row.correct}
-    lines = []
-    for entry in entries:
-        case = tuple(entry[name] for name in (*CASE, "direction"))
-        choice = chosen.get((*case, entry["method"]))
-        lines.append(
-            [
-                *case, entry["strategy"], entry["forward"], entry["backward"] or "-",
-                _number(entry["median_us"]), _percent(entry["spread"]),
-                _number(entry["predicted_us"]), _percent(entry["fraction_of_one_pass"]),
-                _percent(entry["fraction_of_two_pass"]),
-                _factor(choice and choice / entry["median_us"]) if entry["correct"] else "wrong",
-            ]
-        )  # fmt: skip
-    header = (
-        *CASE, "direction", "forced", "forward", "backward", "us", "spread", "predicted us",
-        "of one pass", "of two", "against the choice",
-    )  # fmt: skip
-    return _table(header, lines)
-
-
-def _device_facts(found: dict | None) -> str:
-    if not found:
-        return ""
-    copies = _table(
-        ["slice, of the cache", "read once, us", "read twice, us"],
-        [
-            [_percent(copy["share"]), _number(copy["once"] * 1e6), _number(copy["twice"] * 1e6)]
-            for copy in found["copies"]
-        ],
-    )
-    return f"For `kernels/device.py`:\n\n    {found['line']}\n\n{copies}".rstrip()
 
 
 def _plans(plans: list[dict]) -> str:

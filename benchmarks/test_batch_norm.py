@@ -52,8 +52,10 @@ def _kernels_only():
 @pytest.mark.parametrize("name", rivals.RIVALS)
 @pytest.mark.parametrize("case", cases(GPU, quick=False), ids=str)
 def test_batch_norm(case, name, direction, benchmark):
-    if name == "compile" and no_compiler():
+    if name in rivals.COMPILED and no_compiler():
         pytest.skip(f"torch.compile does not work here: {no_compiler()}")
+    if name == "cooperative" and not GPU:
+        pytest.skip("only kernels for a GPU have cooperative reductions")
     rival, sets = checked(case, name), sets_of(case)
     benchmark.group = f"{WHERE}{len(sets)} calls, {direction}, {case}"
     benchmark.pedantic(rivals.DIRECTIONS[direction], (rival, sets), rounds=ROUNDS, warmup_rounds=2)

@@ -10,8 +10,8 @@ class Device:
     """The facts of one device on which launch decisions and predictions rest.
 
     The attributes from `l2_share` on are assumptions. They are the same for all
-    devices until `python -m benchmarks.report`, which measures most of them, has
-    run on one.
+    devices until `python -m benchmarks.gpu`, which measures most of them, has run
+    on one.
 
     Attributes:
         name: the device's name, as the driver gives it.
@@ -29,6 +29,8 @@ class Device:
         launch: seconds that a launch adds to the work, to start, to reach full
             speed and to drain.
         latency: seconds for a round trip to memory or to a counter.
+        ticket: seconds that each ticket takes at least, since a counter serves one
+            program at a time.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Device:
     row_rates: tuple[tuple[int, float], ...] = ((32, 0.5), (64, 0.8), (128, 0.9))
     launch: float = 2e-6
     latency: float = 0.7e-6
+    ticket: float = 1e-9
 
     def row_rate(self, row_bytes: int) -> float:
         """Returns the fraction of the bandwidth at which rows of this length are read."""

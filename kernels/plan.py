@@ -40,9 +40,6 @@ TICKETS_PER_PROGRAM = 2
 SLICE_BYTES = (128, 64)
 WIDE_BYTES = 256
 
-# A counter serves one program at a time, and each ticket takes this long.
-SECONDS_PER_TICKET = 1e-9
-
 # This bandwidth stands in for an unknown one, only to choose between strategies.
 UNKNOWN_BANDWIDTH = 1e12
 
@@ -223,7 +220,7 @@ def ticketed(problem: Problem, device: Device, backward: bool) -> Schedule:
     row = slice_blocks * tile.c * problem.s * problem.itemsize
     memory = units * unit / (_bandwidth(device) * device.row_rate(row))
     cache = (units + again) * unit / (_bandwidth(device) * device.l2_speed)
-    counters = 2 * slices * slice_blocks * splits * SECONDS_PER_TICKET
+    counters = 2 * slices * slice_blocks * splits * device.ticket
     waits = slices if slice_blocks * splits < at_once else 1
     seconds = device.launch + max(memory, cache, counters) + 4 * waits * device.latency
     return _schedule(

@@ -21,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -30,7 +31,7 @@ from triton.runtime import driver
 
 from benchmarks.plans import problem_of
 from benchmarks.shapes import cases
-from fastbn.kernels.device import H100
+from fastbn.kernels.device import H100, Device
 from fastbn.kernels.plan import make_schedule
 from fastbn.runtime import execution_plan, plan_cache, torch_ops
 from fastbn.runtime.launcher import Launcher
@@ -110,10 +111,10 @@ CASES = [
 class _Driver:
     """A driver with no device behind it: Triton compiles for its target, as for a real one."""
 
-    def __init__(self, name: str) -> None:
-        self.target = TARGETS[name]
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
         # A number of its own: Triton keeps what it compiled by device.
-        self.device = list(TARGETS).index(name)
+        self.device = hash(target) % 2**31
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -128,28 +129,37 @@ class _Driver:
         return torch.device("meta")
 
 
-def compile_case(case: Case, target_name: str) -> list[dict]:
-    """Compiles all launches of a case for one target and reports their resources."""
-    target = TARGETS[target_name]
-    compiled: list = []
+def compile_launches(case: Case, target: GPUTarget, device: Device) -> list[tuple[Any, dict]]:
+    """Compiles all launches of a case, planned for a device, and leaves them in Triton's cache.
+
+    Returns:
+        For each launch the compiled kernel, and its arguments by name.
+    """
+    compiled = []
 
     def compile_instead(self: Launcher, tensors, *floats) -> None:
         arguments = (*tensors, *self.integers, *floats)
         kernel = self.kernel.warmup(*arguments, grid=self.grid, **self.constants)
         compiled.append((kernel, dict(zip(self.kernel.arg_names, arguments)) | self.constants))
 
-    driver.set_active(_Driver(target_name))
+    driver.set_active(_Driver(target))
     plan_cache.clear()
     nvidia = target.backend == "cuda"
     with (
-        mock.patch.object(execution_plan, "device_facts", return_value=H100),
+        mock.patch.object(execution_plan, "device_facts", return_value=device),
         mock.patch.object(execution_plan, "limits_registers", return_value=nvidia),
         mock.patch.object(Launcher, "__call__", compile_instead),
         mock.patch.object(Launcher, "check"),
     ):
         _call(case)
+    return compiled
+
+
+def compile_case(case: Case, target_name: str) -> list[dict]:
+    """Compiles all launches of a case for one target and reports their resources."""
+    target = TARGETS[target_name]
     rows = []
-    for kernel, arguments in compiled:
+    for kernel, arguments in compile_launches(case, target, H100):
         tile = arguments["BLOCK_N"] * arguments["BLOCK_C"] * arguments["BLOCK_S"]
         itemsize = arguments["X"].element_size()
         threads = kernel.metadata.num_warps * target.warp_size

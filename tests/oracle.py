@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -99,14 +100,18 @@ def make_arguments(case: Case, device: torch.device, num_batches_tracked: int = 
     def parameter(t, wanted):
         return t.to(device, param_dtype) if wanted else None
 
-    spread = torch.linspace(0.5, 2.0, c).reshape(1, c, *[1] * (len(case.shape) - 2))
+    def normal():
+        return torch.randn(case.shape, device=device)
+
+    spread = torch.linspace(0.5, 2.0, c, device=device)
+    spread = spread.reshape(1, c, *[1] * (len(case.shape) - 2))
     arguments = Arguments(
         case,
-        input=lay_out(torch.randn(case.shape) * case.std * spread + case.mean),
-        grad_output=lay_out(torch.randn(case.shape)),
+        input=lay_out(normal() * case.std * spread + case.mean),
+        grad_output=lay_out(normal()),
         weight=parameter(torch.rand(c) + 0.5, case.weight),
         bias=parameter(torch.randn(c), case.bias),
-        residual=lay_out(torch.randn(case.shape)) if case.residual else None,
+        residual=lay_out(normal()) if case.residual else None,
         running_mean=parameter(torch.randn(c) * 0.1 + case.mean, case.statistics),
         running_var=parameter((torch.rand(c) + 0.5) * case.std**2, case.statistics),
         num_batches_tracked=torch.tensor(num_batches_tracked, device=device),
@@ -211,13 +216,29 @@ def check(case: Case, device: torch.device) -> None:
 
 def compare(arguments: Arguments) -> None:
     """`check` for given tensors."""
-    case = arguments.case
-    exact = run_exact(arguments)
+    assert_right(run_fastbn(clone(arguments)), arguments, expect(arguments))
+
+
+class Expected(NamedTuple):
+    """The results of a call: exactly, of PyTorch, and of PyTorch's own kernels."""
+
+    exact: dict[str, Tensor]
+    native: dict[str, Tensor]
+    yardstick: dict[str, Tensor]
+
+
+def expect(arguments: Arguments) -> Expected:
+    """Returns what a call's results are held to."""
     native = run_native(arguments)
     # On hostile input cuDNN, where it serves, is no yardstick.
     with torch.backends.cudnn.flags(enabled=False):
         yardstick = run_native(arguments) if arguments.input.is_cuda else native
-    actual = run_fastbn(clone(arguments))
+    return Expected(run_exact(arguments), native, yardstick)
+
+
+def assert_right(actual: dict[str, Tensor], arguments: Arguments, expected: Expected) -> None:
+    """Holds the results of `run_fastbn` to the rule."""
+    case, (exact, native, yardstick) = arguments.case, expected
     assert actual.keys() == exact.keys()
     for name in actual:
         assert actual[name].dtype == native[name].dtype, name

@@ -62,8 +62,7 @@ def test_report_on_a_cpu(tmp_path):
     assert "CPU run; no statement about any GPU" in found["title"]
     assert table.startswith(f"# {found['title']}\n")
     assert found["failures"] == []
-    without_a_gpu, without_a_compiler = found["skipped"]
-    assert "there is no GPU" in without_a_gpu
+    (without_a_compiler,) = found["skipped"]
     assert "torch.compile" in without_a_compiler
     assert "torch.compile" in table
 
@@ -225,34 +224,17 @@ def test_nothing_runs_on_a_lost_device(monkeypatch):
 
 
 def test_parts_of_a_gpu_run(here, monkeypatch, tmp_path):
-    """The device's facts first, and the strategies of a case after its rivals."""
+    """All rivals, where there is a compiler."""
     done = []
-    for name in ("copy_bandwidth", "no_compiler", "_device_facts"):
-        monkeypatch.setattr(report, name, lambda _, name=name: done.append(name))
-    for name in ("_one_case", "_strategies"):
-        monkeypatch.setattr(report, name, lambda _, case, *rest, name=name: done.append(name))
+    monkeypatch.setattr(report, "copy_bandwidth", lambda device: done.append("bandwidth"))
+    monkeypatch.setattr(report, "no_compiler", lambda device: None)
+    monkeypatch.setattr(report, "_one_case", lambda found, case, names: done.append(list(names)))
     found = report.Report(CPU, budget=60.0)
     found.device = torch.device("cuda")
     report.run(found, tmp_path, quick=True)
     assert found.failures == []
     assert found.skipped == []
-    assert done == [
-        "copy_bandwidth", "_device_facts", "no_compiler", *["_one_case", "_strategies"] * 2
-    ]  # fmt: skip
-
-
-def test_a_failing_fact_is_reported_and_the_rest_goes_on(monkeypatch, capsys):
-    def some(device, environment, bandwidth, attempt):
-        attempt("device facts, launch", lambda: 1 / 0)
-        return {"line": f"Device(bandwidth={bandwidth})", "copies": []}
-
-    monkeypatch.setattr("benchmarks.facts.device_facts", some)
-    found = report.Report(CPU, budget=60.0)
-    found.bandwidth = 2.0
-    found.part("device facts", lambda: report._device_facts(found))
-    assert [failure["part"] for failure in found.failures] == ["device facts, launch"]
-    assert found.as_dict()["device_facts"]["line"] == "Device(bandwidth=2.0)"
-    assert "Device(bandwidth=2.0)" in capsys.readouterr().out
+    assert done == ["bandwidth", *[["eager", "compile", "cooperative", "fastbn"]] * 2]
 
 
 def test_driver_version(monkeypatch, tmp_path):

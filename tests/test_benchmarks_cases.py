@@ -152,10 +152,10 @@ def test_the_check_finds_a_residual_without_gradient():
 
 
 def test_compile_is_compiled_in_both_directions(monkeypatch):
-    made = []
+    made, made_with = [], []
 
     def fake_compile(call, **options):
-        assert options == {"fullgraph": True, "dynamic": False}
+        made_with.append(options)
         return lambda x, residual: made.append(call(x, residual)) or made[-1]
 
     monkeypatch.setattr(torch, "compile", fake_compile)
@@ -163,6 +163,9 @@ def test_compile_is_compiled_in_both_directions(monkeypatch):
     assert isinstance(rival.norm, nn.BatchNorm1d)
     assert len(made) == 1
     assert made[0].grad_fn is not None
+    rivals.cooperative(TINY, CPU)
+    usual = {"fullgraph": True, "dynamic": False, "options": None}
+    assert made_with == [usual, usual | {"options": {"triton.cooperative_reductions": True}}]
 
 
 def test_a_compiler_that_fails_is_named(monkeypatch):

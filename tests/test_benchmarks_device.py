@@ -1,17 +1,15 @@
-"""benchmarks/: probes read what they should, facts follow from times, strategies can be forced."""
+"""benchmarks/: probes, the constants that follow from their times, and forced strategies."""
 
 from itertools import product
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastbn
-from benchmarks import facts, probes
-from benchmarks.facts import Copy
 from benchmarks.forced import STRATEGIES, forced
+from benchmarks.gpu import constants, probes
+from benchmarks.gpu.constants import Constants, Copy, Effort
 from benchmarks.plans import problem_of
-from benchmarks.report import Report
 from benchmarks.shapes import cases
 from fastbn.kernels import plan
 from fastbn.kernels.device import H100, Device
@@ -20,7 +18,6 @@ from fastbn.runtime.launcher import Launcher
 from .test_benchmarks_cases import CPU
 
 L2_BYTES = 2**18
-GPU = {"gpu": "Some GPU", "multiprocessors": 7, "l2_bytes": L2_BYTES}
 
 
 def numbers(*sizes, device):
@@ -53,61 +50,137 @@ def test_touch(device):
     assert flags.tolist() == [1] * 5
 
 
-@pytest.fixture
-def gpu(monkeypatch):
+@pytest.mark.parametrize("atomic", [False, True])
+def test_each_program_draws_one_ticket(atomic, device):
+    tickets = torch.zeros(1, dtype=torch.int64, device=device)
+    for generation in (1, 2):
+        drawn = torch.zeros(7, dtype=torch.int32, device=device)
+        probes.draw(tickets, drawn, atomic)
+        assert drawn.tolist() == [1] * 7
+        assert tickets.tolist() == [generation << 32 if atomic else 0]
+
+
+def test_flags_are_raised_one_after_the_other(device):
+    tickets = torch.zeros(1, dtype=torch.int64, device=device)
+    flags = torch.zeros(6, dtype=torch.int64, device=device)
+    for generation in (1, 2):
+        probes.relay(tickets, flags)
+        assert flags.tolist() == [generation] * 6
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4, 9])
+def test_a_list_is_followed(steps, device):
+    next = torch.tensor([3, 0, 4, 2, 1], dtype=torch.int32, device=device)
+    end = torch.zeros(1, dtype=torch.int32, device=device)
+    probes.chase(next, end, steps)
+    assert end.item() == [3, 2, 4, 1, 0][steps % 5]
+
+
+@pytest.mark.parametrize(("splits", "rows"), [(16, 16), (64, 32), (5, 8)])
+def test_partial_results_are_merged(splits, rows, device):
+    data = torch.randn(splits, 100, 4, device=device, dtype=torch.float64)
+    means = data.mean(1).float()
+    m2s = (data.var(1, correction=0) * 100).float()
+    merged = probes.merge(means, m2s, torch.full((splits,), 100.0, device=device), rows)
+    exact = torch.stack([data.mean((0, 1)), data.var((0, 1), correction=0)]).float()
+    torch.testing.assert_close(merged, exact)
+
+
+class FakeGPU(Constants):
     """A GPU of 1e12 bytes a second, and four times that from the cache.
 
     Rows of 32 bytes come at a quarter of the speed, of 64 bytes at half; rows
-    of 128 seem faster than whole ones. Slices stay up to 0.6 of the cache. A
-    launch takes 3 us.
+    of 128 seem faster than whole ones. Slices stay up to 0.6 of the cache, or 0.3
+    without hints. A launch takes 3 us, a load 0.6 us, a ticket 2 ns.
     """
-    speeds = {32: 0.25, 64: 0.5, 128: 1.01}
 
-    def read_slices(matrix, width, visits=1):
+    def __init__(self, monkeypatch):
+        super().__init__(CPU, 7, L2_BYTES, Effort(copy_bytes=2**21, places=2**10, steps=8))
+        self.launches = []
+        for name in ("read_slices", "copy_slices", "chase", "draw"):
+            monkeypatch.setattr(probes, name, getattr(self, name))
+        monkeypatch.setattr(probes, "touch", self.launches.append)
+
+    def read_slices(self, matrix, width, visits=1):
         bytes = visits * matrix.numel() * probes.ITEMSIZE
-        speed = 4 if matrix.numel() * probes.ITEMSIZE <= L2_BYTES / 2 else speeds.get(width, 1)
+        cached = matrix.numel() * probes.ITEMSIZE <= L2_BYTES / 2
+        speed = 4 if cached else {32: 0.25, 64: 0.5, 128: 1.01}.get(width, 1)
         return bytes / speed / 1e12
 
-    def copy_slices(source, target, slice_bytes, reads):
-        again = 0.25 if slice_bytes <= 0.6 * L2_BYTES else 1
+    def copy_slices(self, source, target, slice_bytes, reads, hints):
+        again = 0.25 if slice_bytes <= (0.6 if hints else 0.3) * L2_BYTES else 1
         return source.numel() * probes.ITEMSIZE * (2 + (reads - 1) * again) / 1e12
 
-    launches = []
-    fake = SimpleNamespace(read_slices=read_slices, copy_slices=copy_slices, touch=launches.append)
-    for name, probe in vars(fake).items():
-        monkeypatch.setattr(probes, name, probe)
-    monkeypatch.setattr(facts, "COPY_BYTES", 2**21)
+    def chase(self, next, end, steps):
+        assert sorted(next.tolist()) == list(range(2**10))
+        return 5e-6 + steps * 0.6e-6
 
-    def seconds(play):
-        launches.clear()
+    def draw(self, tickets, drawn, atomic):
+        return drawn.numel() * (2e-9 if atomic else 0.5e-9)
+
+    def seconds(self, play):
+        self.launches.clear()
         took = play()
-        return len(launches) * 3e-6 if launches else took
-
-    monkeypatch.setattr(facts, "seconds", seconds)
-    return fake
+        return len(self.launches) * 3e-6 if self.launches else took
 
 
-def test_facts(gpu):
-    report = Report(CPU, budget=60.0)
-    found = facts.device_facts(CPU, GPU, 0.9e12, report.attempt)
-    assert report.failures == []
-    assert eval(found["line"]) == Device(
-        "Some GPU", 7, L2_BYTES, 0.9e12, l2_share=0.5, l2_speed=4.0, launch=3e-6,
-        row_rates=((32, 0.25), (64, 0.5), (128, 1.0), (256, 1.0)),
+class Recorded:
+    """A step's context that keeps its records."""
+
+    def __init__(self, known):
+        self.device, self.known, self.records, self.rehearse = CPU, known, [], False
+
+    def record(self, kind, **values):
+        self.records.append({"kind": kind, **values})
+
+    def attempt(self, part, work):
+        try:
+            work()
+        except Exception as problem:
+            self.record("failure", part=part, error=str(problem))
+
+    def while_time_is_left(self, items):
+        return items
+
+    def of(self, kind):
+        return [record for record in self.records if record["kind"] == kind]
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    found = FakeGPU(monkeypatch)
+    monkeypatch.setattr(constants, "Constants", lambda *arguments: found)
+    return found
+
+
+def test_constants(fake):
+    context = Recorded({"bandwidth": 0.9e12, "environment": {"platform": "Some GPU"}})
+    constants.run(context)
+    # The relay and the merge are no part of this GPU.
+    assert {one["part"] for one in context.of("failure")} <= {"hand_over", "merge_seconds"}
+    (line,) = context.of("device")
+    assert eval(line["line"]) == Device(
+        "Some GPU", 1, constants.TINY_L2, 0.9e12, l2_share=0.5, l2_speed=4.0, launch=3e-6,
+        latency=0.6e-6, ticket=2e-9, row_rates=((32, 0.25), (64, 0.5), (128, 1.0), (256, 1.0)),
     )  # fmt: skip
-    assert [copy["share"] for copy in found["copies"]] == list(facts.SHARES)
-    assert found["copies"][0]["twice"] == pytest.approx(1.125 * found["copies"][0]["once"])
+    found = {one["name"]: one["value"] for one in context.of("constant")}
+    assert found["program"] == pytest.approx(0.5e-9)
+    assert found["l2_share_without_hints"] == 0.25
+    copies = {one["hints"]: one["copies"] for one in context.of("copies")}
+    assert [copy["share"] for copy in copies[True]] == list(constants.SHARES)
+    assert copies[True][0]["twice"] == pytest.approx(1.125 * copies[True][0]["once"])
 
 
-def test_a_fact_that_cannot_be_had_is_left_out(gpu, monkeypatch):
+def test_a_constant_that_cannot_be_had_is_left_out(fake, monkeypatch):
     def refuse(*arguments):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(probes, "copy_slices", refuse)
-    report = Report(CPU, budget=60.0)
-    found = facts.device_facts(CPU, GPU, None, report.attempt)
-    assert [failure["part"] for failure in report.failures] == ["device facts, l2_share"]
-    device = eval(found["line"])
+    context = Recorded({})
+    constants.run(context)
+    failed = [one["part"] for one in context.of("failure")]
+    assert failed[0] == "l2_share"
+    device = eval(context.of("device")[0]["line"])
     assert (device.bandwidth, device.l2_share) == (None, Device.l2_share)
     assert (device.l2_speed, device.launch) == (4.0, 3e-6)
 
@@ -124,7 +197,7 @@ def test_a_fact_that_cannot_be_had_is_left_out(gpu, monkeypatch):
 )
 def test_share_kept(again, share):
     copies = [Copy(of, 2.0, 2.0 + a) for of, a in zip((0.25, 0.5, 1.5), again, strict=False)]
-    assert facts.share_kept(copies) == share
+    assert constants.share_kept(copies) == share
 
 
 def test_strategies_are_all_that_there_are():

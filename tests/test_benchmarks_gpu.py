@@ -11,14 +11,18 @@ import pytest
 import torch
 
 import fastbn
-from benchmarks import measure, report, rivals, timing
+from benchmarks import measure, rivals, timing
 from benchmarks.forced import STRATEGIES
+from benchmarks.gpu import strategies
 from benchmarks.inputs import make_inputs
 from benchmarks.measure import Machine
+from benchmarks.plans import problem_of
 from benchmarks.rivals import Rival
 from fastbn.kernels import plan
+from fastbn.runtime.device import device_facts
 
 from .test_benchmarks_cases import CPU, TINY
+from .test_benchmarks_device import Recorded
 
 
 class FakeCuda:
@@ -158,36 +162,38 @@ def test_what_cannot_be_captured_is_noted_and_still_timed(cuda, monkeypatch):
 
 @pytest.fixture
 def strategies_of_tiny(cuda, monkeypatch):
-    """Times each strategy on a GPU, as the report does, with kernels in Triton's interpreter."""
+    """Times each strategy on a GPU, with kernels in Triton's interpreter."""
     if not fastbn.explain(None, make_inputs(TINY, CPU).x).plan:
         pytest.skip("no kernels for the CPU here")
     monkeypatch.setattr(measure, "clock_of", lambda device: timing.CudaClock)
     monkeypatch.setattr(timing, "WINDOW", 0.01)
-    monkeypatch.setattr(report, "Machine", FakeGPU)
-    monkeypatch.setattr(report, "kernels_only", lambda device: fastbn.use_backend("triton"))
-    found = report.Report(CPU, budget=60.0)
-    found.bandwidth = 1e9
+    monkeypatch.setattr(strategies, "Machine", FakeGPU)
+    monkeypatch.setattr(strategies, "strategy_cases", lambda rehearse: [TINY])
+    context = Recorded({"bandwidth": 1e9})
 
     def run():
-        report._strategies(found, TINY)
-        return found
+        strategies.run(context)
+        return context
 
     return run
 
 
 def test_each_strategy_is_timed(strategies_of_tiny):
-    found = strategies_of_tiny()
-    assert found.failures == found.notes == []
-    served = [(one["forward"], one["backward"], one["direction"]) for one in found.strategies]
+    context = strategies_of_tiny()
+    assert context.of("failure") == context.of("note") == []
+    found = context.of("strategy")
+    served = [(one["forward"], one["backward"], one["direction"]) for one in found]
     assert served == [
         (strategy, None if direction == "forward" else strategy, direction)
         for strategy, direction in itertools.product(STRATEGIES, rivals.DIRECTIONS)
     ]
-    for one in found.strategies:
+    chosen = plan.make_plan(problem_of(TINY), device_facts(CPU))
+    for one in found:
         assert (one["rival"], one["method"], one["correct"]) == ("fastbn", "graph", True)
         assert one["median_us"] == pytest.approx(3000 / 2)  # a graph of two input sets
         assert one["predicted_us"] > 0
-    forward, both = found.strategies[:2]
+        assert one["chosen"] == (chosen.forward.strategy, chosen.backward.strategy)
+    forward, both = found[:2]
     assert forward["predicted_us"] < both["predicted_us"]
     assert forward["fraction_of_two_pass"] == pytest.approx(3 * TINY.tensor_bytes / 1e9 / 1.5e-3)
 
@@ -203,9 +209,9 @@ def test_a_strategy_that_is_wrong_is_reported_and_the_rest_goes_on(strategies_of
         return Rival(right.norm, call)
 
     monkeypatch.setitem(rivals.RIVALS, "fastbn", fused)
-    found = strategies_of_tiny()
-    assert [failure["part"] for failure in found.failures] == [f"{TINY}, resident"]
-    assert [one["correct"] for one in found.strategies] == [
+    context = strategies_of_tiny()
+    assert [failure["part"] for failure in context.of("failure")] == [f"{TINY}, resident"]
+    assert [one["correct"] for one in context.of("strategy")] == [
         strategy != "resident" for strategy in STRATEGIES for _ in rivals.DIRECTIONS
     ]
 
@@ -222,5 +228,5 @@ def test_nothing_is_timed_that_another_strategy_did(strategies_of_tiny, monkeypa
         return found
 
     monkeypatch.setattr(plan, "schedules", some)
-    served = [(one["forward"], one["backward"]) for one in strategies_of_tiny().strategies]
+    served = [(one["forward"], one["backward"]) for one in strategies_of_tiny().of("strategy")]
     assert served == [("two-pass", None), ("two-pass", "two-pass"), ("two-pass", "ticketed")]

@@ -14,6 +14,8 @@ import fastbn
 from fastbn import FusedBatchNorm2d, FusedBatchNormAct2d
 from fastbn.runtime import torch_ops, workspace
 
+from . import gpu_checks
+
 TESTS = (
     "test_schema",
     "test_faketensor",
@@ -401,41 +403,7 @@ def test_compile_with_cuda_graphs():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("strategy", ["two-pass", "ticketed"])
-def test_graph_replay_and_two_streams(strategy, force_strategy):
+@pytest.mark.parametrize("check", [gpu_checks.graph_replays, gpu_checks.streams_agree])
+def test_graphs_and_streams(check, strategy, force_strategy):
     force_strategy(strategy)
-    bn = FusedBatchNorm2d(64).cuda()
-    x = torch.randn(16, 64, 32, 32, device="cuda", requires_grad=True)
-    dy = torch.randn_like(x)
-
-    def stateless(x):
-        return fastbn.batch_norm(x, None, None, training=True)
-
-    def step(norm):
-        y = norm(x)
-        return [y.detach(), *torch.autograd.grad(y, x, dy)]
-
-    def assert_equal(one, other):
-        assert all(a.equal(b) for a, b in zip(one, other, strict=True))
-
-    for _ in range(3):
-        expected = step(bn)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = step(bn)
-    count = bn.num_batches_tracked.item()
-    for _ in range(1000):
-        graph.replay()
-    torch.cuda.synchronize()
-    assert_equal(found, expected)
-    assert bn.num_batches_tracked == count + 1000
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    for _ in range(50):
-        results = []
-        for stream in streams:
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                results.append(step(stateless))
-        torch.cuda.synchronize()
-        assert_equal(*results)
-    assert not any(found.arrivals.any() for found in workspace._workspaces.values())
+    check()

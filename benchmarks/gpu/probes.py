@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastbn.kernels.moments import merge_partials
+from fastbn.kernels.tickets import draw_ticket, raise_flag, wait_for_flag
 from fastbn.kernels.tiling import TILE_BYTES
 
 ITEMSIZE = 4
@@ -63,6 +65,8 @@ def _copy_slices_kernel(
     slice_tiles,
     READS: tl.constexpr,
     TILE: tl.constexpr,
+    FIRST: tl.constexpr,  # hint to the cache for what is read again
+    LAST: tl.constexpr,  # hint for what is not
 ):
     """One slice after the other, each read READS times and written the last time."""
     program = tl.program_id(0)
@@ -70,24 +74,31 @@ def _copy_slices_kernel(
     tile = program // slice_tiles // READS * slice_tiles + program % slice_tiles
     offsets = tl.cast(tile, tl.int64) * TILE + tl.arange(0, TILE)
     if read == READS - 1:
-        x = tl.load(X + offsets, eviction_policy="evict_first")
-        tl.store(Y + offsets, x, eviction_policy="evict_first")
+        x = tl.load(X + offsets, eviction_policy=LAST)
+        tl.store(Y + offsets, x, eviction_policy=LAST)
     else:
-        x = tl.load(X + offsets, eviction_policy="evict_last")
+        x = tl.load(X + offsets, eviction_policy=FIRST)
     tl.store(Sums + program, tl.sum(x, 0))
 
 
-def copy_slices(source: Tensor, target: Tensor, slice_bytes: int, reads: int) -> Tensor:
+def copy_slices(
+    source: Tensor, target: Tensor, slice_bytes: int, reads: int, hints: bool = True
+) -> Tensor:
     """Copies as the ticketed kernels do: a slice is read so many times before the next one.
+
+    Args:
+        hints: tell the cache what is read again and what is not, as these kernels do.
 
     Returns:
         Sums, slice by slice, of each reading.
     """
     programs = reads * source.numel() // TILE
     sums = torch.empty(programs, dtype=torch.int32, device=source.device)
+    first, last = ("evict_last", "evict_first") if hints else ("", "")
     _copy_slices_kernel[(programs,)](
-        source, target, sums, slice_bytes // TILE_BYTES, READS=reads, TILE=TILE, **_OPTIONS
-    )
+        source, target, sums, slice_bytes // TILE_BYTES,
+        READS=reads, TILE=TILE, FIRST=first, LAST=last, **_OPTIONS,
+    )  # fmt: skip
     return sums
 
 
@@ -99,3 +110,64 @@ def _touch_kernel(P):
 def touch(flags: Tensor) -> None:
     """Next to nothing: sets each element, one a program."""
     _touch_kernel[(flags.numel(),)](flags, **_OPTIONS)
+
+
+@triton.jit
+def _draw_kernel(Tickets, Drawn, DRAW: tl.constexpr):
+    ticket = tl.program_id(0)
+    if DRAW:
+        ticket, _ = draw_ticket(Tickets)
+    tl.store(Drawn + ticket, 1)
+
+
+def draw(tickets: Tensor, drawn: Tensor, atomic: bool) -> None:
+    """Starts a program for each element of `drawn`, which draws a ticket or takes its number."""
+    _draw_kernel[(drawn.numel(),)](tickets, drawn, DRAW=atomic, **_OPTIONS)
+
+
+@triton.jit
+def _relay_kernel(Tickets, Flags):
+    ticket, generation = draw_ticket(Tickets)
+    if ticket > 0:
+        wait_for_flag(Flags + ticket - 1, generation)
+    raise_flag(Flags + ticket, generation)
+
+
+def relay(tickets: Tensor, flags: Tensor) -> None:
+    """Raises one flag after the other, each by a program that waited for the one before."""
+    _relay_kernel[(flags.numel(),)](tickets, flags, **_OPTIONS)
+
+
+@triton.jit
+def _chase_kernel(Next, End, steps):
+    place = tl.load(Next, cache_modifier=".cg")
+    for _ in range(steps):
+        place = tl.load(Next + place, cache_modifier=".cg")
+    tl.store(End, place)
+
+
+def chase(next: Tensor, end: Tensor, steps: int) -> None:
+    """Follows a list of places from the first one, each of which says where the next one is."""
+    _chase_kernel[(1,)](next, end, steps, **_OPTIONS)
+
+
+@triton.jit
+def _merge_kernel(Means, M2s, Counts, Out, splits, MERGE: tl.constexpr, BLOCK_C: tl.constexpr):
+    count, mean, m2 = merge_partials(Means, M2s, Counts, splits, BLOCK_C, 0, MERGE, BLOCK_C)
+    c = tl.arange(0, BLOCK_C)
+    tl.store(Out + c, mean)
+    tl.store(Out + BLOCK_C + c, m2 / count)
+
+
+def merge(means: Tensor, m2s: Tensor, counts: Tensor, rows: int) -> Tensor:
+    """Merges (splits, C) partial results in one program, so many splits at a time.
+
+    Returns:
+        (2, C) mean and variance.
+    """
+    splits, channels = means.shape
+    merged = means.new_empty(2, channels)
+    _merge_kernel[(1,)](
+        means, m2s, counts, merged, splits, MERGE=rows, BLOCK_C=channels, **_OPTIONS
+    )
+    return merged

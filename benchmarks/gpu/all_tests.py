@@ -1,0 +1,8 @@
+"""The rest of the test suite, whose kernels now run on the GPU."""
+
+from .step import Context
+from .suite import run_tests
+
+
+def run(context: Context) -> None:
+    run_tests(context, "-m", "not gpu", *(["tests/test_plan.py"] if context.rehearse else []))
