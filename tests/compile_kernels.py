@@ -1,6 +1,6 @@
 """Compiles every kernel for real GPU targets and reads what the compiler made of it.
 
-    python -m tests.compile_kernels [--json FILE]
+    python -m tests.compile_kernels [--targets TARGET ...] [--few] [--json FILE]
 
 No GPU is needed. The launches are the operators' own: they run on tensors
 without memory, of the benchmarks' sizes and a few more, planned for an H100, and
@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from benchmarks.plans import problem_of
-from benchmarks.shapes import cases
+from benchmarks.shapes import cases as benchmark_cases
 from fastbn.kernels.device import H100, Device
 from fastbn.kernels.plan import make_schedule
 from fastbn.runtime import execution_plan, plan_cache, torch_ops
@@ -69,7 +69,7 @@ def table() -> list[Case]:
     """A case for each tile, strategy, dtype and epilogue that the benchmarks' shapes lead to."""
     dtypes = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     found = {}
-    for case in cases(gpu=True, quick=False):
+    for case in benchmark_cases(gpu=True, quick=False):
         problem = problem_of(case)
         for direction in ("forward", "backward"):
             schedule = make_schedule(problem, H100, direction == "backward")
@@ -129,30 +129,57 @@ class _Driver:
         return torch.device("meta")
 
 
+def launches(case: Case, device: Device, nvidia: bool) -> list[tuple[Launcher, tuple]]:
+    """Returns what a case launches, planned for a device: launchers and their arguments."""
+    found = []
+
+    def note(self: Launcher, tensors, *floats) -> None:
+        found.append((self, (*tensors, *self.integers, *floats)))
+
+    plan_cache.clear()
+    with (
+        mock.patch.object(execution_plan, "device_facts", return_value=device),
+        mock.patch.object(execution_plan, "limits_registers", return_value=nvidia),
+        mock.patch.object(Launcher, "__call__", note),
+        mock.patch.object(Launcher, "check"),
+    ):
+        _call(case)
+    plan_cache.clear()
+    return found
+
+
 def compile_launches(case: Case, target: GPUTarget, device: Device) -> list[tuple[Any, dict]]:
     """Compiles all launches of a case, planned for a device, and leaves them in Triton's cache.
 
     Returns:
         For each launch the compiled kernel, and its arguments by name.
     """
-    compiled = []
-
-    def compile_instead(self: Launcher, tensors, *floats) -> None:
-        arguments = (*tensors, *self.integers, *floats)
-        kernel = self.kernel.warmup(*arguments, grid=self.grid, **self.constants)
-        compiled.append((kernel, dict(zip(self.kernel.arg_names, arguments)) | self.constants))
-
     driver.set_active(_Driver(target))
-    plan_cache.clear()
-    nvidia = target.backend == "cuda"
-    with (
-        mock.patch.object(execution_plan, "device_facts", return_value=device),
-        mock.patch.object(execution_plan, "limits_registers", return_value=nvidia),
-        mock.patch.object(Launcher, "__call__", compile_instead),
-        mock.patch.object(Launcher, "check"),
-    ):
-        _call(case)
+    compiled = []
+    for launcher, arguments in launches(case, device, target.backend == "cuda"):
+        kernel = launcher.kernel
+        code = kernel.warmup(*arguments, grid=launcher.grid, **launcher.constants)
+        compiled.append((code, dict(zip(kernel.arg_names, arguments)) | launcher.constants))
     return compiled
+
+
+def few() -> list[Case]:
+    """Returns one case for each kernel and kind of tile, with a residual and without."""
+    found, seen = [], set()
+    for case in CASES:
+        kinds = {
+            (
+                launcher.kernel.fn.__name__,
+                launcher.constants["FLAT"],
+                launcher.constants["BLOCK_S"] == 1,
+                case.residual,
+            )
+            for launcher, _ in launches(case, H100, nvidia=True)
+        }
+        if not kinds <= seen:
+            found.append(case)
+            seen |= kinds
+    return found
 
 
 def compile_case(case: Case, target_name: str) -> list[dict]:
@@ -272,9 +299,16 @@ def lone_releases(amdgcn: str) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile every kernel for real GPU targets.")
+    parser.add_argument(
+        "--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="by default all"
+    )
+    parser.add_argument(
+        "--few", action="store_true", help="one case for each kernel and kind of tile"
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the table here")
     arguments = parser.parse_args()
-    jobs = [(case, target) for target in TARGETS for case in CASES]
+    cases = few() if arguments.few else CASES
+    jobs = [(case, target) for target in arguments.targets for case in cases]
     with ProcessPoolExecutor() as pool:
         rows = [row for rows in pool.map(compile_case, *zip(*jobs)) for row in rows]
     print("target  registers spills shared load store  kernel")

@@ -2,6 +2,10 @@
 
 import os
 import traceback
+from collections import Counter
+
+# There is a worker for each core, and more threads would only take turns.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -27,6 +31,36 @@ else:
         return interpreter._LangPatchScope()
 
     interpreter._patch_lang = patch_lang_once
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--compile",
+        choices=("sm_90", "few", "others"),
+        default="sm_90",
+        help="what test_compiled.py compiles: all cases for sm_90 (the default), a few of them,"
+        " or a few for the other targets",
+    )
+
+
+def pytest_report_header():
+    where = "on this GPU" if HAS_GPU else "in Triton's interpreter"
+    return f"fastbn: kernels run {where}; all tests take some five minutes on two idle cores"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says in three lines what was skipped and why."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if not skipped:
+        return
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    (first, *others) = [f"{count} because {reason}" for reason, count in reasons.most_common()]
+    terminalreporter.write_line(f"skipped {len(skipped)}: {first}")
+    if others:
+        terminalreporter.write_line(f"    {others[0]}")
+    if others[1:]:
+        rest = sum(list(reasons.values())) - sum(n for _, n in reasons.most_common(2))
+        terminalreporter.write_line(f"    {rest} for other reasons, which pytest -rs lists")
 
 
 def pytest_collection_modifyitems(items):

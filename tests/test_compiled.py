@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 from filelock import FileLock
 
 from fastbn.kernels.tiling import PROGRAMS_PER_SM
@@ -18,39 +19,70 @@ REGISTERS = 65536
 SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
 
 
+# Versions of Triton whose own choices, as of registers, CI sees. Another one's can't be known
+# here: they are reported, and only what is wrong with any compiler fails.
+KNOWN_TRITONS = ("3.6", "3.7", "3.8", "3.9")
+
+# Cases and targets to compile, by the option --compile.
+COMPILED = {
+    "sm_90": ["--targets", "sm_90"],
+    "few": ["--targets", "sm_90", "--few"],
+    "others": ["--targets", "sm_80", "sm_100", "gfx942", "--few"],
+}
+
+
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory, worker_id):
+def rows(tmp_path_factory, worker_id, pytestconfig):
     """All launches, compiled once: of several workers the first does it for the others."""
     folder = tmp_path_factory.getbasetemp()
     path = (folder if worker_id == "master" else folder.parent) / "compiled.json"
     with FileLock(f"{path}.lock"):
         if not path.exists():
-            compile_all(path)
+            compile_all(path, COMPILED[pytestconfig.getoption("--compile")])
     return json.loads(path.read_text())
 
 
-def compile_all(path):
+def compile_all(path, options):
     # In a process of its own: here the kernels may be the interpreter's.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.compile_kernels", "--json", path],
+        [sys.executable, "-m", "tests.compile_kernels", *options, "--json", path],
         cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     print(done.stdout)
 
 
+def compilers_choice(rows, version=triton.__version__):
+    """Takes launches in which a compiler chose badly: a failure, if CI knows the compiler."""
+    if not rows:
+        return
+    text = "; ".join(f"{row['kernel']} of {row['case']} on {row['target']}: {row}" for row in rows)
+    if version.startswith(tuple(f"{known}." for known in KNOWN_TRITONS)):
+        pytest.fail(text)
+    pytest.skip(f"Triton {version} is newer than these checks, and chose otherwise: {text}")
+
+
 def test_every_kernel_on_every_target(rows):
     kernels = {"bn_stats_fwd_kernel", "bn_apply_fwd_kernel", "bn_reduce_bwd_kernel"}
     kernels |= {"bn_resident_fwd_kernel", "bn_resident_bwd_kernel"}
     kernels |= {"bn_ticketed_fwd_kernel", "bn_ticketed_bwd_kernel"}
-    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+    for target in {row["target"] for row in rows}:
         compiled = {row["kernel"] for row in rows if row["target"] == target}
         assert compiled == kernels | {"bn_apply_bwd_kernel"}
 
 
 def test_nothing_spills(rows):
-    assert [row for row in rows if row["spills"]] == []
+    compilers_choice([row for row in rows if row["spills"]])
+
+
+def test_an_unknown_compilers_choices_are_reported_and_a_known_ones_fail():
+    row = {"kernel": "k", "case": "c", "target": "sm_90", "spills": 8}
+    compilers_choice([], "99.1.0")
+    with pytest.raises(pytest.fail.Exception, match="'spills': 8"):
+        compilers_choice([row], "3.8.0")
+    with pytest.raises(pytest.skip.Exception, match=r"Triton 3\.80\.1 .* k of c on sm_90"):
+        compilers_choice([row], "3.80.1")
 
 
 def test_accesses_are_as_wide_as_the_layout_allows(rows):
@@ -86,6 +118,8 @@ def test_nothing_is_contracted(rows):
 def test_a_release_covers_the_stores_of_all_waves(rows):
     """AMD's covers those of its own wave: all wait for theirs, and for each other, before it."""
     rows = [row for row in rows if row["target"] == "gfx942"]
+    if not rows:
+        pytest.skip("CI compiles for gfx942, by --compile others")
     for row in rows:
         assert row["lone_releases"] == 0, row
     shared = {row["kernel"] for row in rows if row["releases"]}
@@ -109,15 +143,19 @@ def test_a_lone_release_is_noticed():
 
 def test_registers_stay_where_they_are(rows):
     """Shared memory serves sums and transposed masks, not every value that a program has."""
-    for row in rows:
-        assert row.get("shared_stores", 0) <= 128, row
+    compilers_choice([row for row in rows if row.get("shared_stores", 0) > 128])
 
 
 def test_as_many_programs_fit_as_planned(rows):
     """Registers and shared memory leave room for the programs that the splits count on."""
-    for row in rows:
-        # Nothing counts on more than one resident program: there spills are the limit.
-        if row["target"] in SHARED and "resident" not in row["kernel"]:
-            assert row["registers"] * row["threads"] * PROGRAMS_PER_SM <= REGISTERS, row
-            shared = row["shared"] + 1024  # which the system takes of each program
-            assert shared * PROGRAMS_PER_SM <= SHARED[row["target"]], row
+
+    def fits(row):
+        shared = row["shared"] + 1024  # which the system takes of each program
+        return (
+            row["registers"] * row["threads"] * PROGRAMS_PER_SM <= REGISTERS
+            and shared * PROGRAMS_PER_SM <= SHARED[row["target"]]
+        )
+
+    # Nothing counts on more than one resident program: there spills are the limit.
+    rows = [row for row in rows if row["target"] in SHARED and "resident" not in row["kernel"]]
+    compilers_choice([row for row in rows if not fits(row)])

@@ -15,7 +15,7 @@ from fastbn.runtime import execution_plan, torch_ops, workspace
 from fastbn.runtime.device import limits_registers
 from fastbn.runtime.layout import memory_format
 
-from .compile_kernels import _Driver
+from .compile_kernels import TARGETS, _Driver
 
 KERNELS = {
     name: getattr(module, name)
@@ -54,7 +54,7 @@ class Compiled:
 @pytest.fixture
 def launches(monkeypatch, replan):
     """Records kernels that Triton dispatched, and those started from the cache."""
-    monkeypatch.setattr(driver, "_active", _Driver("sm_90"))
+    monkeypatch.setattr(driver, "_active", _Driver(TARGETS["sm_90"]))
     dispatched, started = [], []
     for name, kernel in KERNELS.items():
         monkeypatch.setattr(execution_plan, name, Kernel(kernel, dispatched, started))
