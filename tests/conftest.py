@@ -18,19 +18,9 @@ if HAS_GPU:
 else:
     # Read when Triton is imported.
     os.environ["TRITON_INTERPRET"] = "1"
-    import triton.language as tl
-    from triton.runtime import interpreter
+    from .interpreter import mend
 
-    patch_lang = interpreter._patch_lang
-
-    def patch_lang_once(function):
-        """Triton does it anew for each function that a kernel calls: a third of the time."""
-        language = function.__globals__.get("tl", tl.core)
-        if tl.core.is_builtin(language.load):
-            return patch_lang(function)
-        return interpreter._LangPatchScope()
-
-    interpreter._patch_lang = patch_lang_once
+    mend()
 
 
 def pytest_addoption(parser):
