@@ -55,8 +55,7 @@ class BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if differentiable or support.transforms_active():
+        if support.backward_is_differentiated():
             return *_differentiable_backward(ctx, grad_output), None, None, None, None, None
 
         input, residual, mask, weight, bias, statistics, var = ctx.saved_tensors

@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from . import native
 from .activations import ACTIVATIONS, saved_for
 from .backend import get_backend
 from .runtime import support
@@ -136,7 +136,7 @@ def tracked_batch_norm(
             momentum = 1.0 / (float(num_batches_tracked) + 1.0)
         num_batches_tracked.add_(1)
     try:
-        output = F.batch_norm(
+        output = native.batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps
         )
     except BaseException:

@@ -23,6 +23,7 @@ BELOW = {
     "runtime.execution": {"runtime.execution_plan", "runtime.workspace"},
     "runtime.plan_cache": {"runtime.execution_plan", "runtime.layout", "runtime.support"},
     "runtime.torch_ops": {"runtime.execution", "runtime.execution_plan", "runtime.layout"},
+    "native": {"reference", "runtime.support"},
     "autograd": {
         "activations",
         "reference",
@@ -37,6 +38,7 @@ BELOW = {
         "activations",
         "autograd",
         "backend",
+        "native",
         "runtime.execution",
         "runtime.execution_plan",
         "runtime.plan_cache",

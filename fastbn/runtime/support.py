@@ -44,6 +44,13 @@ def transforms_active() -> bool:
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def backward_is_differentiated() -> bool:
+    """Says whether a backward that runs now may be differentiated in turn."""
+    # Compilers trace a backward with gradients enabled, and don't differentiate it.
+    differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return differentiable or transforms_active()
+
+
 def unsupported_reason(
     input: Tensor,
     residual: Tensor | None,

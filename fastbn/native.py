@@ -1,0 +1,89 @@
+"""PyTorch's own batch norm, with derivatives that are right where PyTorch's are not.
+
+PyTorch's formulas take the statistics of the batch for constants from the third derivative on,
+and from the second where forward mode has a share in it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
+from torch.utils.hooks import RemovableHandle
+
+from . import reference
+from .runtime import support
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Does what `torch.nn.functional.batch_norm` does, and raises the errors that it raises."""
+    arguments = (running_mean, running_var, weight, bias, training, momentum, eps)
+    if support.transforms_active():
+        # PyTorch checks the arguments and updates the running statistics.
+        F.batch_norm(input.detach(), *arguments)
+        mean, var = (None, None) if training else (running_mean, running_var)
+        return reference.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
+    # A compiler has no eager backward to mend.
+    if torch.compiler.is_compiling():
+        return F.batch_norm(input, *arguments)
+    output = F.batch_norm(input, *arguments)
+    if output.requires_grad:
+        # `Tensor.register_hook` does the same, but makes a dictionary and a handle for each
+        # tensor, which takes as long as a small call.
+        output.grad_fn._register_hook_dict(_hooked)
+    return output
+
+
+def _before_backward(grad_output: Tensor) -> None:
+    """Sees to it that another backward replaces PyTorch's if need be."""
+    if not support.backward_is_differentiated():
+        return
+    node = torch._C._current_autograd_node()
+    # An empty input, for one, has no batch norm in its graph.
+    if hasattr(node, "_saved_training"):
+        # The hook must not hold the node, which holds the hook.
+        handle = node.register_hook(lambda *grads: _by_reference(handle, *grads))
+
+
+def _by_reference(
+    handle: RemovableHandle,
+    grad_inputs: tuple[Tensor | None, ...],
+    grad_outputs: tuple[Tensor, ...],
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of batch norm's node, which can be differentiated in turn."""
+    handle.remove()
+    node = torch._C._current_autograd_node()
+    try:
+        input, weight = node._saved_input, node._saved_weight
+        fixed = (
+            None if node._saved_training else (node._saved_running_mean, node._saved_running_var)
+        )
+    except CheckpointError:
+        # Checkpoints recompute a saved tensor for one reader, and PyTorch's own backward was it.
+        # What it computed has two derivatives, and raises an error where a third is asked for.
+        return grad_inputs
+    eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
+    dx, _, dw, db = reference.batch_norm_backward(
+        grad_outputs[0], input, weight, None, fixed, eps, "none", 0.0, None
+    )
+    return tuple(
+        None if computed is None else grad.to(computed.dtype)
+        for computed, grad in zip(grad_inputs, (dx, dw, db))
+    )
+
+
+# The tensor whose hooks all graphs share.
+_hooked = torch.empty(0)
+_hooked._backward_hooks = OrderedDict({0: _before_backward})
