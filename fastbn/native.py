@@ -1,7 +1,8 @@
 """PyTorch's own batch norm, with derivatives that are right where PyTorch's are not.
 
 PyTorch's formulas take the statistics of the batch for constants from the third derivative on,
-and from the second where forward mode has a share in it.
+and from the second where forward mode has a share in it; and its kernels on a CPU read a gradient
+of another layout wrongly where an axis of size 1 has an unusual stride.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import reference
 from .runtime import support
+from .runtime.layout import with_canonical_strides
 
 
 def batch_norm(
@@ -38,6 +40,8 @@ def batch_norm(
     # A compiler has no eager backward to mend.
     if torch.compiler.is_compiling():
         return F.batch_norm(input, *arguments)
+    if torch.is_grad_enabled() and isinstance(input, Tensor):
+        input = with_canonical_strides(input)
     output = F.batch_norm(input, *arguments)
     if output.requires_grad:
         # `Tensor.register_hook` does the same, but makes a dictionary and a handle for each
@@ -46,15 +50,16 @@ def batch_norm(
     return output
 
 
-def _before_backward(grad_output: Tensor) -> None:
-    """Sees to it that another backward replaces PyTorch's if need be."""
+def _before_backward(grad_output: Tensor) -> Tensor:
+    """Lays the gradient out for PyTorch's backward, or replaces the backward if need be."""
     if not support.backward_is_differentiated():
-        return
+        return with_canonical_strides(grad_output)
     node = torch._C._current_autograd_node()
     # An empty input, for one, has no batch norm in its graph.
     if hasattr(node, "_saved_training"):
         # The hook must not hold the node, which holds the hook.
         handle = node.register_hook(lambda *grads: _by_reference(handle, *grads))
+    return grad_output
 
 
 def _by_reference(

@@ -14,6 +14,7 @@ import fastbn
 from fastbn.activations import ACTIVATIONS
 from fastbn.functional import tracked_batch_norm
 from fastbn.reference import batch_norm as reference
+from fastbn.runtime.layout import with_canonical_strides
 
 # The rule: fastbn's error against float64 is at most twice that of PyTorch's
 # own operator on the same input, in the channel where that fares worst (how a
@@ -163,7 +164,12 @@ def run_native(arguments: Arguments) -> dict[str, Tensor]:
             weight = torch.ones_like(bias)  # which the backward on a GPU needs
         return F.batch_norm(input, mean, var, weight, bias, *options)
 
-    return _run_torch(clone(arguments), batch_norm)
+    fresh = clone(arguments)
+    # With other strides along axes of size 1 PyTorch's gradients on a CPU are wrong.
+    for name in ("input", "grad_output", "residual"):
+        if getattr(fresh, name) is not None:
+            setattr(fresh, name, with_canonical_strides(getattr(fresh, name)))
+    return _run_torch(fresh, batch_norm)
 
 
 def _run_torch(arguments: Arguments, batch_norm) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ BELOW = {
     "runtime.execution": {"runtime.execution_plan", "runtime.workspace"},
     "runtime.plan_cache": {"runtime.execution_plan", "runtime.layout", "runtime.support"},
     "runtime.torch_ops": {"runtime.execution", "runtime.execution_plan", "runtime.layout"},
-    "native": {"reference", "runtime.support"},
+    "native": {"reference", "runtime.layout", "runtime.support"},
     "autograd": {
         "activations",
         "reference",

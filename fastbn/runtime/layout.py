@@ -36,6 +36,26 @@ def dense(tensor: Tensor, format: torch.memory_format) -> Tensor:
     return tensor.contiguous(memory_format=format)
 
 
+def with_canonical_strides(x: Tensor) -> Tensor:
+    """Returns a tensor whose axes of size 1 have the strides that its memory format gives them.
+
+    Such axes may have any stride. PyTorch's batch norm on a CPU reads some of these strides as
+    another layout, and then computes gradients from the wrong elements.
+    """
+    if 1 not in x.shape:
+        return x
+    format = memory_format(x)
+    if not x.is_contiguous(memory_format=format):
+        return x
+    shape = x.shape
+    axes = range(x.dim()) if format == torch.contiguous_format else (0, *range(2, x.dim()), 1)
+    strides, stride = [0] * x.dim(), 1
+    for axis in reversed(axes):
+        strides[axis] = stride
+        stride *= shape[axis]
+    return x if x.stride() == tuple(strides) else x.as_strided(shape, strides)
+
+
 def kernel_shape(shape: Sequence[int], format: torch.memory_format) -> tuple[int, int, int]:
     """Returns (N, C, S), the shape as which the kernels see a dense tensor.
 
