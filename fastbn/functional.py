@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import native
 from .activations import ACTIVATIONS, saved_for
@@ -100,6 +101,16 @@ def tracked_batch_norm(
         momentum: as for `batch_norm`; None makes the running statistics averages over
             all batches counted.
     """
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
+        tensors = (input, running_mean, running_var, weight, bias, residual)
+        return _counted(
+            lambda momentum: handle_torch_function(
+                batch_norm, tensors, *tensors[:5], training, momentum, eps,
+                activation=activation, activation_param=activation_param, residual=residual,
+            ),
+            num_batches_tracked if training else None,
+            momentum,
+        )  # fmt: skip
     activation, param = _checked_activation(activation, activation_param)
     if residual is not None:
         check_residual(input, residual)
@@ -128,24 +139,34 @@ def tracked_batch_norm(
                 return execution.run_forward(plan, tensors, momentum, eps, param)[0]
             return torch_ops.forward(tensors, *options, save_mask=False)[0]
 
-    num_batches_tracked = num_batches_tracked if training else None
-    # Count the batch first, since PyTorch may refuse to change the counter; if batch norm
-    # itself then fails, take the count back.
-    if num_batches_tracked is not None:
-        if momentum is None:
-            momentum = 1.0 / (float(num_batches_tracked) + 1.0)
-        num_batches_tracked.add_(1)
-    try:
-        output = native.batch_norm(
+    output = _counted(
+        lambda momentum: native.batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps
-        )
-    except BaseException:
-        if num_batches_tracked is not None:
-            num_batches_tracked.sub_(1)
-        raise
+        ),
+        num_batches_tracked if training else None,
+        momentum,
+    )
     if residual is not None:
         output = output + residual
     return ACTIVATIONS[activation].function(output, param)
+
+
+def _counted(
+    call: Callable[[float], Tensor], num_batches_tracked: Tensor | None, momentum: float | None
+) -> Tensor:
+    """Counts a batch, and calls a function with the batch's share of the running statistics."""
+    if num_batches_tracked is None:
+        return call(momentum)
+    # Count the batch first, since PyTorch may refuse to change the counter; if batch norm
+    # itself then fails, take the count back.
+    if momentum is None:
+        momentum = 1.0 / (float(num_batches_tracked) + 1.0)
+    num_batches_tracked.add_(1)
+    try:
+        return call(momentum)
+    except BaseException:
+        num_batches_tracked.sub_(1)
+        raise
 
 
 def _needs_grad(tensors: Sequence[Tensor | None]) -> bool:
