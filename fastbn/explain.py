@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .activations import saved_for
 from .backend import get_backend
-from .functional import check_residual
+from .functional import as_float, check_residual
 from .kernels.plan import Plan, Schedule, make_plan
 from .kernels.tiling import Problem
 from .modules import _Fused, _FusedAct, arguments_of, fused_activation
@@ -134,6 +134,7 @@ def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = N
         (
             running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps,
         ) = arguments_of(module)  # fmt: skip
+        momentum, eps = as_float(momentum), as_float(eps)
         if residual is not None and not isinstance(module, _FusedAct):
             return Explanation("none", f"{type(module).__name__} takes no residual")
         fused = fused_activation(module)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,8 +56,9 @@ def batch_norm(
             have the input's dtype, or float32 with a half-precision input.
         training: whether the input is normalised by the batch's own mean and
             (biased) variance.
-        momentum: running <- (1 - momentum) * running + momentum * batch.
-        eps: added to the variance.
+        momentum: running <- (1 - momentum) * running + momentum * batch. A number, of NumPy
+            or a tensor without axes too, for which the host waits if it is on a GPU.
+        eps: added to the variance, a number as `momentum`.
         activation: None or "none", or one of "relu", "leaky_relu", "silu",
             "gelu", "gelu_tanh", "hardswish", "relu6", "elu", "sigmoid", "tanh".
         activation_param: negative slope of "leaky_relu" (default 0.01), alpha
@@ -114,6 +117,10 @@ def tracked_batch_norm(
     activation, param = _checked_activation(activation, activation_param)
     if residual is not None:
         check_residual(input, residual)
+    if type(momentum) not in _MOMENTUM_TYPES:
+        momentum = as_float(momentum)
+    if type(eps) is not float:
+        eps = as_float(eps)
     # Neither `torch.compile` nor the plan cache can tell two uses of one tensor apart, so
     # the second use gets a view.
     if residual is input:
@@ -167,6 +174,15 @@ def _counted(
     except BaseException:
         num_batches_tracked.sub_(1)
         raise
+
+
+def as_float(value: Any) -> Any:
+    """Returns a number of another type as a float, and what is no number as it is."""
+    if isinstance(value, Tensor):
+        number = value.dim() == 0 and not (value.requires_grad or value.is_complex())
+    else:
+        number = isinstance(value, Real)
+    return float(value) if number else value
 
 
 def _needs_grad(tensors: Sequence[Tensor | None]) -> bool:

@@ -169,7 +169,7 @@ def served(device, **kwargs):
         ),
         ({"num_batches_tracked": torch.tensor(0.0)}, "not a single int64"),
         ({"input": torch.randn(4, 3, 5, device="meta")}, "device type 'meta'"),
-        ({"momentum": torch.tensor(0.1)}, "momentum or eps is not a number"),
+        ({"momentum": torch.tensor([0.1])}, "momentum or eps is not a number"),
         ({"eps": "small"}, "momentum or eps is not a number"),
     ],
 )
@@ -395,8 +395,6 @@ def test_explain_what_pytorch_serves(device):
     with torch.autograd.forward_ad.dual_level():
         assert "forward-mode AD" in explain(bn, x).reason
     assert "is empty" in explain(None, x[:0]).reason
-    odd = FusedBatchNorm2d(6, momentum=torch.tensor(0.1)).to(device)
-    assert "not a number" in explain(odd, x).reason
     for name, value in bn.state_dict().items():
         assert value.equal(before[name]), name
 

@@ -5,6 +5,7 @@ import inspect
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -399,3 +400,24 @@ def test_kernels_read_tensors_of_inference_mode(training, device):
     twin = nn.BatchNorm2d(3).to(device).train(training)
     torch.testing.assert_close(y, twin(x.clone()))
     torch.testing.assert_close(bn.running_var, twin.running_var)
+
+
+NUMBERS = {
+    "np.float32": np.float32(0.25),
+    "np.float64": np.float64(0.25),
+    "np.int64": np.int64(1),
+    "int": 1,
+    "0-d tensor": torch.tensor(0.25),
+    "0-d integer tensor": torch.tensor(1),
+}
+
+
+@pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
+@pytest.mark.parametrize("name", ["momentum", "eps"])
+def test_numbers_of_other_types(name, number, pair, backend):
+    """The kernels serve them too."""
+    ours, theirs, x = pair(**{name: number})
+    with fastbn.use_backend("triton" if backend == "auto" else backend):
+        for _ in range(2):
+            assert_same(ours, theirs, x)
+        assert fastbn.explain(ours, x).backend == fastbn.get_backend()
