@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .activations import ACTIVATIONS, saved_for
+from .activations import ACTIVATIONS, reads_bias, saved_for
 from .runtime import execution, plan_cache, support, torch_ops
 from .runtime.execution_plan import ExecutionPlan, plan_backward
 from .runtime.layout import memory_format, unpack_mask
@@ -43,9 +43,9 @@ class BatchNorm(torch.autograd.Function):
         else:
             output, statistics, mask = torch_ops.forward(tensors, *options, saved == "mask")
         mask = mask if saved == "mask" else None
-        residual = residual if saved == "residual" else None
         # Save only what the backward reads, so that everything else may change before it.
-        bias = None if saved == "mask" or activation == "none" else bias
+        bias = bias if reads_bias(activation, residual is not None) else None
+        residual = residual if saved == "residual" else None
         var = None if training else running_var
         ctx.save_for_backward(input, residual, mask, weight, bias, statistics, var)
         # Hooks may change the strides of the saved input, but the mask's bits keep this order.

@@ -200,12 +200,13 @@ def test_inference_mode(device):
         assert inner.num_batches_tracked == 1
 
 
-def test_saved_tensors_that_change_are_noticed(device):
+@pytest.mark.parametrize(("which", "activation"), [(1, "relu"), (3, "silu")])
+def test_saved_tensors_that_change_are_noticed(which, activation, device):
     """As in PyTorch: backward refuses to run on what was overwritten since."""
-    x, w, b, _ = leaves(3, 4, 5, device=device)
-    y = call("relu")(x, w, b)
+    inputs = leaves(3, 4, 5, device=device)
+    y = call(activation)(*inputs)
     with torch.no_grad():
-        w.mul_(2)
+        inputs[which].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
@@ -410,18 +411,30 @@ def test_transforms_around_the_backward_alone(kind, activation, residual, device
         assert not a.requires_grad
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("create_graph", [False, True])
-@pytest.mark.parametrize(("activation", "residual"), [("none", False), ("relu", True)])
-def test_what_the_backward_does_not_read_may_change(activation, residual, create_graph, device):
+@pytest.mark.parametrize("residual", [False, True], ids=["", "add"])
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+def test_the_bias_may_change_before_the_backward(
+    activation, residual, create_graph, training, device
+):
+    """As behind unfused layers, whose backward doesn't read it."""
     x, w, b, r = leaves(4, 3, 5, device=device)
     inputs = (x, w, b, r) if residual else (x, w, b)
+    y, same = (call(activation, training)(*inputs) for _ in range(2))
     grad = torch.randn_like(x)
-    y, same = (call(activation)(*inputs) for _ in range(2))
-    expected = torch.autograd.grad(y, inputs, grad)
+
+    def derivatives(y):
+        grads = torch.autograd.grad(y, inputs, grad, create_graph=create_graph)
+        if create_graph:
+            penalty = sum(g.sin().sum() for g in grads)
+            grads += torch.autograd.grad(penalty, inputs, materialize_grads=True)
+        return grads
+
+    expected = derivatives(y)
     with torch.no_grad():
         b.add_(1)
-    found = torch.autograd.grad(same, inputs, grad, create_graph=create_graph)
-    for a, b in zip(found, expected):
+    for a, b in zip(derivatives(same), expected):
         torch.testing.assert_close(a, b)
 
 
