@@ -8,6 +8,7 @@ of another layout wrongly where an axis of size 1 has an unusual stride.
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,8 +78,7 @@ def _by_reference(
         )
     except CheckpointError:
         # Checkpoints recompute a saved tensor for one reader, and PyTorch's own backward was it.
-        # What it computed has two derivatives, and raises an error where a third is asked for.
-        return grad_inputs
+        return tuple(None if grad is None else _TwiceAtMost.apply(grad) for grad in grad_inputs)
     eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
     dx, _, dw, db = reference.batch_norm_backward(
         grad_outputs[0], input, weight, None, fixed, eps, "none", 0.0, None
@@ -87,6 +87,23 @@ def _by_reference(
         None if computed is None else grad.to(computed.dtype)
         for computed, grad in zip(grad_inputs, (dx, dw, db))
     )
+
+
+class _TwiceAtMost(torch.autograd.Function):
+    """The identity on a first derivative by PyTorch, whose second one has no right derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if support.backward_is_differentiated():
+            raise RuntimeError(
+                "batch norm within a checkpoint has no third derivatives where PyTorch serves the"
+                " call: take second ones without create_graph, or the layer out of the checkpoint"
+            )
+        return grad
 
 
 # The tensor whose hooks all graphs share.
