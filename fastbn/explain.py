@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn as nn
 import torch.nn.functional as F
@@ -66,12 +67,15 @@ class Explanation:
         )
 
 
-def _in_words(schedule: Schedule, problem: Problem, bytes: int, seconds: float | None) -> str:
+def _in_words(
+    schedule: Schedule, problem: Problem, bytes: int | None, seconds: float | None
+) -> str:
     """Describes one direction of a plan in a sentence."""
     launches = f"{schedule.launches} launch{'es' if schedule.launches > 1 else ''}"
     access = f"{schedule.tile.access_bytes(problem.itemsize)}-byte accesses"
     if schedule.tile.flat:
         access += " to flattened planes"
+    assert bytes is not None  # where there is a plan
     size = f"{bytes / 1e6:.2f} MB" if bytes >= 1e6 else f"{bytes / 1e3:.2f} kB"
     cached = f", {schedule.cached_units:g} more from the cache" if schedule.cached_units else ""
     time = "" if seconds is None else f", {seconds * 1e6:.1f} us at full bandwidth"
@@ -81,14 +85,21 @@ def _in_words(schedule: Schedule, problem: Problem, bytes: int, seconds: float |
     )
 
 
-def _error(reason: str, input, running_mean, running_var, *args, residual) -> str | None:
+def _error(
+    reason: str,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *args: Any,
+    residual: Tensor | None,
+) -> str | None:
     """Returns the error that a call which the kernels can't serve ends with, or None."""
     insists = get_backend() == "triton" and support.bypass_reason() is None
     if insists and reason != support.PYTORCH_REFUSES:
         return f"backend 'triton' can't serve this call because {reason}"
-    copies = (None if t is None else t.clone() for t in (running_mean, running_var))
+    mean, var = (None if t is None else t.clone() for t in (running_mean, running_var))
     try:
-        output = F.batch_norm(input, *copies, *args)
+        output = F.batch_norm(input, mean, var, *args)
         if residual is not None:
             output + residual
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -122,7 +133,9 @@ def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = N
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a tensor, but got a {type(input).__name__}")
     weight = bias = running_mean = running_var = num_batches_tracked = None
-    training, momentum, eps, activation, after = True, 0.1, 1e-5, "none", ()
+    training, eps, activation = True, 1e-5, "none"
+    momentum: float | None = 0.1
+    after: tuple[str, ...] = ()
     try:
         if residual is not None:
             check_residual(input, residual)
@@ -155,8 +168,8 @@ def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = N
     )
     if reason is not None:
         numbers = (training, 0.1 if momentum is None else momentum, eps)
-        error = _error(reason, input, *statistics, weight, bias, *numbers, residual=residual)
-        return Explanation("none", error) if error else Explanation("torch", reason)
+        message = _error(reason, input, *statistics, weight, bias, *numbers, residual=residual)
+        return Explanation("none", message) if message else Explanation("torch", reason)
 
     saves = saved_for(activation, residual is not None)
     device = device_facts(input.device)

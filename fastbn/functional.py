@@ -105,10 +105,10 @@ def tracked_batch_norm(
             all batches counted.
     """
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
-        tensors = (input, running_mean, running_var, weight, bias, residual)
+        given = (input, running_mean, running_var, weight, bias, residual)
         return _counted(
             lambda momentum: handle_torch_function(
-                batch_norm, tensors, *tensors[:5], training, momentum, eps,
+                batch_norm, given, *given[:5], training, momentum, eps,
                 activation=activation, activation_param=activation_param, residual=residual,
             ),
             num_batches_tracked if training else None,
@@ -162,7 +162,7 @@ def tracked_batch_norm(
 
 
 def _counted(
-    call: Callable[[float], Tensor], num_batches_tracked: Tensor | None, momentum: float | None
+    call: Callable[[Any], Tensor], num_batches_tracked: Tensor | None, momentum: float | None
 ) -> Tensor:
     """Counts a batch, and calls a function with the batch's share of the running statistics."""
     if num_batches_tracked is None:
@@ -252,7 +252,7 @@ def _checked_activation(name: str | None, param: float | None) -> tuple[str, flo
     return activation.name, float(param)
 
 
-def _goes_to_kernels(input: Tensor, *arguments) -> bool:
+def _goes_to_kernels(input: Tensor, *arguments: Any) -> bool:
     """Says whether the kernels serve a call; PyTorch serves, or refuses, all others."""
     reason = support.unsupported_reason(input, *arguments)
     if reason is None:

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .activations import ACT_LAYERS, activation_of
 from .functional import check_residual, tracked_batch_norm
 
 
-class _Fused:
+class _Fused(_BatchNorm):
     """The `forward` of the drop-in modules; the other base class is one of `nn.BatchNorm*d`."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -20,7 +21,12 @@ class _Fused:
         return tracked_batch_norm(input, *arguments_of(self))
 
 
-def arguments_of(module: nn.Module) -> tuple:
+def arguments_of(
+    module: _BatchNorm,
+) -> tuple[
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float | None,
+    float,
+]:  # fmt: skip
     """Returns what a batch norm module passes to `tracked_batch_norm` after the input.
 
     These are running mean and variance, num_batches_tracked, weight, bias, whether the

@@ -47,7 +47,8 @@ def batch_norm(
     if output.requires_grad:
         # `Tensor.register_hook` does the same, but makes a dictionary and a handle for each
         # tensor, which takes as long as a small call.
-        output.grad_fn._register_hook_dict(_hooked)
+        node: Any = output.grad_fn
+        node._register_hook_dict(_hooked)
     return output
 
 
@@ -55,11 +56,11 @@ def _before_backward(grad_output: Tensor) -> Tensor:
     """Lays the gradient out for PyTorch's backward, or replaces the backward if need be."""
     if not support.backward_is_differentiated():
         return with_canonical_strides(grad_output)
-    node = torch._C._current_autograd_node()
+    node: Any = torch._C._current_autograd_node()
     # An empty input, for one, has no batch norm in its graph.
     if hasattr(node, "_saved_training"):
         # The hook must not hold the node, which holds the hook.
-        handle = node.register_hook(lambda *grads: _by_reference(handle, *grads))
+        handle: RemovableHandle = node.register_hook(lambda *grads: _by_reference(handle, *grads))
     return grad_output
 
 
@@ -70,7 +71,7 @@ def _by_reference(
 ) -> tuple[Tensor | None, ...]:
     """Returns the gradients of batch norm's node, which can be differentiated in turn."""
     handle.remove()
-    node = torch._C._current_autograd_node()
+    node: Any = torch._C._current_autograd_node()
     try:
         input, weight = node._saved_input, node._saved_weight
         fixed = (

@@ -39,6 +39,8 @@ def batch_norm(
             if running is not None:
                 running.lerp_(batch.detach().to(running.dtype), momentum)
     else:
+        assert running_mean is not None
+        assert running_var is not None
         mean, var = running_mean, running_var
     z = (z - _per_channel(mean, z)) * torch.rsqrt(_per_channel(var, z) + eps)
     z = _argument(z, weight, bias, residual)

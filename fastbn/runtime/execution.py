@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .execution_plan import ExecutionPlan
+from .execution_plan import BackwardTensors, ExecutionPlan, ForwardTensors
 from .workspace import get_workspace
 
 
 def run_forward(
     plan: ExecutionPlan,
-    tensors: Sequence[Tensor | None],
+    tensors: ForwardTensors,
     momentum: float | None,
     eps: float,
     param: float,
@@ -44,27 +44,32 @@ def run_forward(
         mask = torch.empty(plan.mask_bytes, dtype=torch.uint8, device=x.device)
     outputs = (x, residual, y, mask, weight, bias)
     if plan.schedule.strategy == "fixed-stats":
+        assert plan.apply is not None
+        assert running_mean is not None
         plan.apply((*outputs, running_mean, running_var), eps, param)
         return y, running_mean, mask
 
     statistics = _empty_statistics(plan, x, 2, x.shape[1])
     cumulative = momentum is None
-    momentum = 0.0 if cumulative else momentum
+    rate = 0.0 if momentum is None else momentum
     written = (statistics, running_mean, running_var, num_batches_tracked)
     if plan.schedule.strategy == "resident":
-        arrivals = get_workspace(x.device, 1).arrivals if cumulative else None
-        plan.single_launch((*outputs, *written, arrivals), momentum, eps, param)
+        assert plan.single_launch is not None
+        counter = get_workspace(x.device, 1).arrivals if cumulative else None
+        plan.single_launch((*outputs, *written, counter), rate, eps, param)
     else:
         arrivals, tickets, _ = get_workspace(x.device, plan.blocks)
         partials = _empty_statistics(plan, x, 1, plan.partials)
         if plan.single_launch is not None:
             arguments = (*outputs, *written, partials, arrivals, tickets)
-            plan.single_launch(arguments, momentum, eps, param)
+            plan.single_launch(arguments, rate, eps, param)
         else:
+            assert plan.reduce is not None
+            assert plan.apply is not None
             first, second = (x, *written, partials, arrivals), (*outputs, statistics, None)
             # Check the second launch's tensors before the first launch writes anything.
             plan.apply.check(second)
-            plan.reduce(first, momentum, eps)
+            plan.reduce(first, rate, eps)
             plan.apply(second, eps, param)
     # Autograd notices changes of saved tensors by their version, which a kernel doesn't raise.
     increment_version([t for t in written[1:] if t is not None])
@@ -73,7 +78,7 @@ def run_forward(
 
 def run_backward(
     plan: ExecutionPlan,
-    tensors: Sequence[Tensor | None],
+    tensors: BackwardTensors,
     eps: float,
     param: float,
     wanted: Sequence[bool],
@@ -102,6 +107,7 @@ def run_backward(
     if not any(wanted):
         return dx, dr, dw, db
     if plan.schedule.strategy == "resident":
+        assert plan.single_launch is not None
         plan.single_launch((*inputs, dw, db, dx, dr), param)
         return dx, dr, dw, db
     sums = partials = arrivals = None
@@ -111,13 +117,16 @@ def run_backward(
         partials = _empty_statistics(plan, x, 1, plan.partials)
         arrivals, tickets, _ = get_workspace(x.device, plan.blocks)
     if var is not None:
+        assert plan.reduce is not None
         plan.reduce((*inputs, var, dw, db, sums, dx, dr, partials, arrivals), eps, param)
     elif plan.single_launch is not None and want_dx:
         plan.single_launch((*inputs, dw, db, sums, dx, dr, partials, arrivals, tickets), param)
     else:
         if need_sums:
+            assert plan.reduce is not None
             plan.reduce((*inputs, None, dw, db, sums, None, None, partials, arrivals), eps, param)
         if want_dx or want_dr:
+            assert plan.apply is not None
             plan.apply((*inputs, sums, dx, dr), param)
     return dx, dr, dw, db
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +20,24 @@ from ..kernels.tiling import Problem, Tile
 from .device import device_facts, limits_registers
 from .launcher import Launcher
 from .layout import mask_sizes, memory_format, problem_of, statistics_dtype
+
+# Input, residual, weight, bias, running mean and variance, and num_batches_tracked.
+ForwardTensors: TypeAlias = tuple[
+    Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+]
+
+# Gradient of the output, input, residual, mask, weight, bias, statistics (mean and rstd of the
+# batch, or the fixed mean), and the fixed variance.
+BackwardTensors: TypeAlias = tuple[
+    Tensor,
+    Tensor,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor,
+    Tensor | None,
+]
 
 # Keep multiplications and additions apart: if the compiler contracted them in one kernel
 # and not in another, the backward might find the activation's argument on the other side
@@ -56,14 +74,13 @@ class ExecutionPlan:
 
 
 def plan_forward(
-    tensors: Sequence[Tensor | None], training: bool, cumulative: bool, activation: str,
+    tensors: ForwardTensors, training: bool, cumulative: bool, activation: str,
     save_mask: bool,
 ) -> ExecutionPlan:  # fmt: skip
     """Plans a forward.
 
     Args:
-        tensors: input, residual, weight, bias, running mean and variance, and
-            num_batches_tracked.
+        tensors: of the call.
         training: the statistics are the batch's own.
         cumulative: momentum is None, so the running statistics are averages over all
             batches.
@@ -75,7 +92,7 @@ def plan_forward(
 
 
 def plan_backward(
-    tensors: Sequence[Tensor | None],
+    tensors: BackwardTensors,
     activation: str,
     wanted: tuple[bool, ...],
     format: torch.memory_format | None,
@@ -83,8 +100,7 @@ def plan_backward(
     """Plans a backward.
 
     Args:
-        tensors: gradient of the output, input, residual, mask, weight, bias, statistics
-            (mean and rstd of the batch, or the fixed mean), and the fixed variance.
+        tensors: of the call.
         activation: name of the activation.
         wanted: which gradients are wanted, of input, residual, weight and bias.
         format: memory format of the tensors that the mask was made for; None without
@@ -122,6 +138,7 @@ def _plan_forward(
     save_mask: bool,
 ) -> ExecutionPlan:  # fmt: skip
     dtype, residual, *_ = dtypes
+    assert dtype is not None
     x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
     problem = problem_of(x, training, residual is not None, "mask" if save_mask else None)
     schedule = make_schedule(problem, device_facts(device), backward=False)
@@ -168,6 +185,7 @@ def _plan_backward(
     format: torch.memory_format | None,
 ) -> ExecutionPlan:  # fmt: skip
     _, dtype, residual, mask, *_, var = dtypes
+    assert dtype is not None
     training = var is None
     saves = "mask" if mask is not None else None if residual is None else "residual"
     x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")

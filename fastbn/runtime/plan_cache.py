@@ -85,7 +85,11 @@ def insert(
     if any(dense(t, plan.format) is not t for t in given):
         return None
     sizes, strides = [list(t.shape) for t in given], [list(t.stride()) for t in given]
-    guards = TensorGuards(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    guards = TensorGuards(  # PyTorch's stub has one list for all tensors
+        *given,
+        dynamic_dims_sizes=sizes,  # type: ignore[arg-type]
+        dynamic_dims_strides=strides,  # type: ignore[arg-type]
+    )
     # Guards never match a call that passes one tensor twice: don't store such an entry.
     if guards.check(*given):
         if key not in _entries and len(_entries) >= _MAX_KEYS:

@@ -71,12 +71,12 @@ def unsupported_reason(
     if not (isinstance(eps, (float, int)) and isinstance(momentum, (float, int, type(None)))):
         return "momentum or eps is not a number"
     names = ("weight", "bias", "running_mean", "running_var")
-    parameters = zip(names, (weight, bias, running_mean, running_var))
-    parameters = {name: t for name, t in parameters if t is not None}
+    given = zip(names, (weight, bias, running_mean, running_var))
+    parameters = {name: t for name, t in given if t is not None}
     if _pytorch_refuses(input, parameters, num_batches_tracked, training, momentum, eps):
         return PYTORCH_REFUSES
-    tensors = {"input": input, "residual": residual, "num_batches_tracked": num_batches_tracked}
-    tensors = {name: t for name, t in tensors.items() if t is not None} | parameters
+    others = {"input": input, "residual": residual, "num_batches_tracked": num_batches_tracked}
+    tensors = {name: t for name, t in others.items() if t is not None} | parameters
     return (
         _unsupported_input(input, eps)
         or _unsupported_kind(tensors)
@@ -136,7 +136,7 @@ def _unsupported_kind(tensors: dict[str, Tensor]) -> str | None:
 
 def _unsupported_parameter(parameters: dict[str, Tensor], input: Tensor) -> str | None:
     """Checks shape and dtype of parameters and running statistics, which share one dtype."""
-    first = next(iter(parameters), None)
+    first = next(iter(parameters), "")
     for name, t in parameters.items():
         if t.dim() != 1:
             return f"{name} is not one-dimensional"

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import execution
-from .execution_plan import ExecutionPlan, plan_backward, plan_forward
+from .execution_plan import ExecutionPlan, ForwardTensors, plan_backward, plan_forward
 from .layout import dense, mask_sizes, memory_format, statistics_dtype
 
 _library = torch.library.Library("fastbn", "DEF")
@@ -34,8 +35,8 @@ def _check_devices(*tensors: Tensor | None) -> None:
         raise RuntimeError(f"expected all tensors on one device, but got {names}")
 
 
-def _dense(plan: ExecutionPlan, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [None if t is None else dense(t, plan.format) for t in tensors]
+def _dense(plan: ExecutionPlan, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    return tuple([None if t is None else dense(t, plan.format) for t in tensors])
 
 
 def _forward_train(
@@ -144,9 +145,9 @@ backward = _register(
 
 
 def forward(
-    tensors: Sequence[Tensor | None], training: bool, momentum: float | None, eps: float,
+    tensors: ForwardTensors, training: bool, momentum: float | None, eps: float,
     activation: str, param: float, save_mask: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Calls the forward operator for training or for fixed statistics.
 
     Args and results are as for `execution.run_forward`, but the mask is an empty tensor
@@ -155,4 +156,6 @@ def forward(
     if training:
         return forward_train(*tensors, momentum, eps, activation, param, save_mask)
     output, mask = forward_eval(*tensors[:6], eps, activation, param, save_mask)
-    return output, tensors[4], mask
+    mean = tensors[4]
+    assert mean is not None
+    return output, mean, mask

@@ -1,0 +1,18 @@
+"""Types: mypy finds no error in the package, and the right ones in a user's code."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_mypy_is_content(tmp_path):
+    """With the package as users have it, where the kernels are inside."""
+    shutil.copytree(ROOT / "fastbn", tmp_path / "fastbn")
+    shutil.copytree(ROOT / "kernels", tmp_path / "fastbn" / "kernels")
+    shutil.copy(ROOT / "tests" / "typed_usage.py", tmp_path)
+    command = ["-m", "mypy", f"--config-file={ROOT / 'pyproject.toml'}", "fastbn", "typed_usage.py"]
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
