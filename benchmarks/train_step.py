@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     reason = no_compiler(device)
     if reason is not None:
         print(f"without torch.compile, which does not work here: {reason}")
-    batch, size = (256, 224) if gpu else (4, 32)
+    batch, size = (256, 224) if gpu else (16, 32)
     result = {
         "title": title(found), "environment": found, "batch": batch, "image_size": size, "rows": [],
     }  # fmt: skip

@@ -1,7 +1,7 @@
-"""Images for train_cifar.py: CIFAR-10, a folder of images, or the procedural stand-in.
+"""Images for train_cifar.py: CIFAR-10, a folder of images, or a stand-in drawn by formula.
 
-A data set of 32x32 images fits in memory as bytes. Decoded once and kept on the device, it is cut
-into batches, augmented and normalised there, a whole batch at a time.
+A data set of 32x32 images fits in memory as bytes. It is decoded once and kept on the device, which
+cuts it into batches, augments and normalises it, a whole batch at a time.
 """
 
 import math
@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cifar_procedural import CLASSES, LABEL, SIZE, draw
 from command_line import UserError
 from PIL import Image
 from torch import Tensor
@@ -25,7 +24,10 @@ from tqdm import tqdm
 
 DOWNLOAD_FOLDER = Path("data")
 BATCHES = CIFAR10.base_folder  # the folder's name, cifar-10-batches-py
-PROCEDURAL_SIZES = 6_000, 2_000
+
+SIZE = 32
+STAND_IN = "procedural stand-in, not CIFAR-10"
+STAND_IN_SIZES = 6_000, 2_000
 
 Split = tuple[Tensor, Tensor]  # images, uint8 (N, 3, 32, 32), and labels, int64 (N,)
 
@@ -47,8 +49,8 @@ class Data:
 
 
 def load_data(path: Path | None, workers: int, max_train_samples: int | None) -> Data:
-    """The data that ``--data-path`` asks for, on the CPU."""
-    data = load_path(path, workers) if path else download() or procedural()
+    """Returns the data that ``--data-path`` asks for, on the CPU."""
+    data = load_path(path, workers) if path else download() or stand_in()
     # Always the same images, and not the first ones, since folders are sorted by class.
     order = torch.randperm(len(data.train[1]), generator=torch.Generator().manual_seed(0))
     chosen = order[:max_train_samples]
@@ -72,7 +74,7 @@ def load_path(path: Path, workers: int) -> Data:
 
 
 def read_folder(folder: Path, workers: int) -> tuple[list[str], Split]:
-    """Every image below ``folder/<class>/``, brought to 32x32."""
+    """Reads every image below ``folder/<class>/`` and brings it to 32x32."""
     try:
         dataset = ImageFolder(folder)
     except FileNotFoundError as error:
@@ -114,7 +116,7 @@ def read_cifar10(dataset: type[CIFAR10], root: Path, fetch: bool = False) -> Dat
 
 
 def download() -> Data | None:
-    """CIFAR-10 from an earlier download or from the network; None where there is neither."""
+    """Returns CIFAR-10 from an earlier download or the network, or None if there is neither."""
     try:
         return read_cifar10(CIFAR10, DOWNLOAD_FOLDER)
     except RuntimeError:  # not there, or incomplete
@@ -124,12 +126,12 @@ def download() -> Data | None:
         return read_cifar10(CIFAR10, DOWNLOAD_FOLDER, fetch=True)
     except (OSError, RuntimeError) as error:
         print(f"CIFAR-10 cannot be downloaded from {CIFAR10.url}: {error}")
-        print(f"Using the {LABEL}. --data-path takes a folder of real images.")
+        print(f"Using the {STAND_IN}. --data-path takes a folder of real images.")
         return None
 
 
 def probe(url: str, seconds: float = 3) -> None:
-    """Raises OSError unless the server answers soon; through a proxy where one is set."""
+    """Raises an OSError unless the server, or a proxy that is set, answers soon."""
     request = urllib.request.Request(url, method="HEAD")
     outcome: list[Exception | None] = [TimeoutError(f"no answer within {seconds} s")]
 
@@ -150,16 +152,16 @@ def probe(url: str, seconds: float = 3) -> None:
         raise outcome[0]
 
 
-def procedural() -> Data:
-    train, val = (draw(count, seed) for seed, count in enumerate(PROCEDURAL_SIZES))
-    return Data(LABEL, list(CLASSES), train, val)
+def stand_in() -> Data:
+    train, val = (draw_stand_in(count, seed) for seed, count in enumerate(STAND_IN_SIZES))
+    return Data(STAND_IN, list(CLASSES), train, val)
 
 
 def train_batches(split: Split, size: int, seed: int, augmented: bool) -> Iterator[Split]:
-    """One epoch in random order, batches of ``size``; a smaller rest is left out.
+    """Yields one epoch in random order, in batches of ``size``, and leaves out a smaller rest.
 
-    Order and augmentation come from a generator of their own on the CPU: the same for every norm
-    and on every device, whatever else draws random numbers.
+    Order and augmentation come from a generator of their own on the CPU. So they are the same for
+    every norm and on every device, whatever else draws random numbers.
     """
     images, labels = split
     generator = torch.Generator().manual_seed(seed)
@@ -175,7 +177,7 @@ def val_batches(split: Split, size: int) -> Iterator[Split]:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Bytes to floats of about mean 0 and standard deviation 1; CIFAR-10's are 0.47 and 0.25."""
+    """Turns bytes to floats of about mean 0 and standard deviation 1 (CIFAR-10: 0.47 and 0.25)."""
     return (images.float() / 255 - 0.5) / 0.25
 
 
@@ -193,3 +195,83 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     source = torch.stack(rows, dim=1).to(images.device)
     grid = F.affine_grid(source, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+
+def disc(u: Tensor, v: Tensor) -> Tensor:
+    return u.hypot(v) < 1
+
+
+def square(u: Tensor, v: Tensor) -> Tensor:
+    return torch.maximum(u.abs(), v.abs()) < 0.89  # 0.89 gives it the disc's area
+
+
+def triangle(u: Tensor, v: Tensor) -> Tensor:
+    return (v > -0.7) & (u.abs() * math.sqrt(3) + v < 1.4)
+
+
+def ring(u: Tensor, v: Tensor) -> Tensor:
+    return (u.hypot(v) - 0.8).abs() < 0.25
+
+
+def cross(u: Tensor, v: Tensor) -> Tensor:
+    return (torch.minimum(u.abs(), v.abs()) < 0.3) & (torch.maximum(u.abs(), v.abs()) < 1.1)
+
+
+def star(u: Tensor, v: Tensor) -> Tensor:
+    return u.hypot(v) < 0.8 + 0.4 * (5 * torch.atan2(v, u)).cos()
+
+
+def stripes(u: Tensor, v: Tensor) -> Tensor:
+    return disc(u, v) & ((6 * u).sin() > 0)
+
+
+def checks(u: Tensor, v: Tensor) -> Tensor:
+    return disc(u, v) & ((5 * u).sin() * (5 * v).sin() > 0)
+
+
+def dots(u: Tensor, v: Tensor) -> Tensor:
+    return disc(u, v) & ((7 * u).cos() + (7 * v).cos() > 0.6)
+
+
+def spiral(u: Tensor, v: Tensor) -> Tensor:
+    radius = u.hypot(v)
+    return (radius < 1.1) & ((7 * radius + torch.atan2(v, u)).sin() > 0)
+
+
+PATTERNS = (disc, square, triangle, ring, cross, star, stripes, checks, dots, spiral)
+CLASSES = tuple(pattern.__name__ for pattern in PATTERNS)
+
+
+def draw_stand_in(count: int, seed: int) -> Split:
+    """Draws images of the stand-in, the same ones on every run.
+
+    Every image shows one pattern of random size, angle, place, colour and contrast on a clouded,
+    noisy background. Colour and brightness don't tell the class: a network has to learn shapes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(count, *shape, generator=generator)
+
+    axis = torch.linspace(-1, 1, SIZE)
+    y, x = axis.view(-1, 1), axis.view(1, -1)
+
+    labels = torch.arange(count) % len(PATTERNS)
+    # Each pattern is defined around (0, 0) with radius 1; (u, v) are the pixels seen from there.
+    x, y = x - uniform(-0.3, 0.3, 1, 1), y - uniform(-0.3, 0.3, 1, 1)
+    angle, scale = uniform(-1.0, 1.0, 1, 1), uniform(0.45, 0.85, 1, 1)
+    u = (angle.cos() * x + angle.sin() * y) / scale
+    v = (angle.cos() * y - angle.sin() * x) / scale
+    pattern = torch.empty(count, SIZE, SIZE, dtype=torch.bool)
+    for label, shape in enumerate(PATTERNS):
+        chosen = labels == label
+        pattern[chosen] = shape(u[chosen], v[chosen])
+
+    clouds = F.interpolate(uniform(-1, 1, 3, 4, 4), size=SIZE, mode="bicubic")
+    image = uniform(0.2, 0.8, 3, 1, 1) + 0.2 * clouds
+    # The sign is drawn per channel, so that a pattern may be lighter, darker or of another hue.
+    sign = uniform(-1, 1, 3, 1, 1).sign()
+    image += sign * uniform(0.12, 0.45, 3, 1, 1) * pattern.unsqueeze(1)
+    image += uniform(0.01, 0.05, 1, 1, 1) * torch.randn(image.shape, generator=generator)
+    image = 0.5 + uniform(0.2, 0.6, 1, 1, 1) * (image - 0.5)  # pale, each to another degree
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8), labels

@@ -13,27 +13,77 @@ batches, with the same augmentation, in the same order: only the norm differs. W
 per norm, metrics.json and curves.png to --output-dir.
 """
 
+import argparse
 import gc
+import os
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import cifar_checkpoint
-import cifar_report
+import cifar_results
 import torch
 import torch.nn.functional as F
 from cifar_data import Data, Split, load_data, train_batches, val_batches
-from cifar_models import build_model
-from cifar_options import parse_options
-from command_line import UserError, make_output_dir
+from cifar_models import MODELS, NORMS, build_model
+from cifar_results import History, load_checkpoint, load_checkpoints, save_checkpoint
+from command_line import (
+    Parser,
+    UserError,
+    default_device,
+    device,
+    integer,
+    learning_rate,
+    make_output_dir,
+)
 from torch import nn
 from tqdm import tqdm
 
 import fastbn
 
 AMP_DTYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"expected an existing folder, not {text!r}")
+    return Path(text)
+
+
+def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="train_cifar.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--norm", nargs="+", choices=NORMS, default=["none", "fused"], help="default: none fused")
+    add("--model", choices=MODELS, default="cnn", help="default: cnn")
+    add("--data-path", type=folder, help="holds cifar-10-batches-py, or <train|test>/<class>/...")
+    add("--max-train-samples", type=integer(2), metavar="N", help="train on only N of the images")
+    add("--augment", action="store_true", help="random flips, rotations by up to 36 degrees, crops")
+    add("--epochs", type=integer(1), default=10, metavar="N", help="default: 10, resumed included")
+    # Batch norm needs two images for a variance.
+    add("-b", "--batch-size", type=integer(2), default=128, metavar="N", help="default: 128")
+    add("--lr", type=learning_rate, default=1e-3, help="learning rate of Adam, default: 0.001")
+    add("--seed", type=integer(0, 2**32 - 1), default=0, help="default: 0")
+    add("--device", type=device, help="default: a GPU if there is one, else cpu")
+    add("--amp", choices=("off", "fp16", "bf16"), default="off", help="mixed precision")
+    add("--channels-last", action="store_true", help="keep images and weights in NHWC order")
+    add("--compile", action="store_true", help="run the networks through torch.compile")
+    workers = os.cpu_count() or 1
+    add("--workers", type=integer(0), default=workers, help="threads that decode an image folder")
+    add("--output-dir", type=Path, default=Path("runs/cifar"), help="default: runs/cifar")
+    add("--resume", type=Path, metavar="PATH", help="an earlier --output-dir, or one checkpoint")
+    add("--test-only", action="store_true", help="validate what --resume names, write nothing")
+    options = parser.parse_args(argv)
+    options.norm = list(dict.fromkeys(options.norm))
+    options.device = options.device or default_device()
+    if options.test_only and not options.resume:
+        parser.error("argument --test-only: expected --resume with the checkpoints to validate")
+    return options
 
 
 def autocast(options: Namespace) -> torch.autocast:
@@ -99,15 +149,13 @@ def prepare_model(norm: str, classes: int, options: Namespace) -> nn.Module:
     return model.to(options.device, memory_format=layout(options))
 
 
-def train(
-    norm: str, data: Data, options: Namespace, checkpoint: dict[str, Any] | None
-) -> cifar_report.History:
+def train(norm: str, data: Data, options: Namespace, checkpoint: dict[str, Any] | None) -> History:
     """Trains one network to the end, and saves it after each epoch."""
     model = prepare_model(norm, len(data.classes), options)
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
     # fp16 can't hold small gradients: the scaler multiplies the loss, and divides in its step.
     scaler = torch.amp.GradScaler(options.device.type, enabled=options.amp == "fp16")
-    history: cifar_report.History = []
+    history: History = []
     if checkpoint:
         model.load_state_dict(checkpoint["weights"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -122,7 +170,7 @@ def train(
         row = train_one_epoch(net, data.train, optimizer, scaler, options, title, epoch)
         history.append({"epoch": epoch, **row, **evaluate(net, data.val, options)})
         path = options.output_dir / f"{norm}.pt"
-        cifar_checkpoint.save(path, options, norm, data.classes, history, model, optimizer, scaler)
+        save_checkpoint(path, options, norm, data.classes, history, model, optimizer, scaler)
         print(
             "{0:<12} training loss {train_loss:.3f}, validation loss {val_loss:.3f}, accuracy"
             " {val_accuracy:.1%}, {images_per_second:,.0f} images/s".format(title, **history[-1]),
@@ -134,7 +182,7 @@ def train(
 def check_saved(norm: str, data: Data, options: Namespace, expected: float) -> None:
     """Loads the checkpoint into a new network, which must score what the trained one did."""
     path = options.output_dir / f"{norm}.pt"
-    accuracy = validate(norm, data, options, cifar_checkpoint.load(path))["val_accuracy"]
+    accuracy = validate(norm, data, options, load_checkpoint(path))["val_accuracy"]
     # Not always equal to the last digit: the GPU or the compiler may choose other kernels.
     if abs(accuracy - expected) > 0.005:
         raise RuntimeError(f"{path} scores {accuracy:.1%} instead of {expected:.1%}")
@@ -162,8 +210,8 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def prepare(options: Namespace) -> tuple[dict[str, Any], Data]:
-    """All that the user can get wrong, before anything is written."""
-    checkpoints = cifar_checkpoint.load_all(options)
+    """Loads checkpoints and data, and checks them before anything is written."""
+    checkpoints = load_checkpoints(options)
     data = load_data(options.data_path, options.workers, options.max_train_samples)
     for norm, checkpoint in checkpoints.items():
         if checkpoint["classes"] != data.classes:
@@ -177,7 +225,7 @@ def prepare(options: Namespace) -> tuple[dict[str, Any], Data]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_options(argv, __doc__)
+    options = parse_options(argv)
     try:
         checkpoints, data = prepare(options)
     except UserError as error:
@@ -197,11 +245,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         start_measuring_memory(options.device)
         histories[norm] = train(norm, data, options, checkpoints.get(norm))
         memory[norm] = peak_memory(options.device)
-    norms = cifar_report.summarise(histories, memory)
-    cifar_report.write_metrics(options.output_dir / "metrics.json", options, data, norms)
-    cifar_report.draw(options.output_dir / "curves.png", options.model, data, histories)
+    norms = cifar_results.summarise(histories, memory)
+    cifar_results.write_metrics(options.output_dir / "metrics.json", options, data, norms)
+    cifar_results.draw_curves(options.output_dir / "curves.png", options.model, data, histories)
     print(f"\nValidation accuracy, {options.model} on {data}")
-    print(cifar_report.table(norms))
+    print(cifar_results.table(norms))
     served = fastbn.explain(None, torch.randn(2, 3, device=options.device)).backend
     if "fused" in norms and (served == "torch" or options.device.type == "cpu"):
         who = "PyTorch" if served == "torch" else "Triton's interpreter"

@@ -1,4 +1,4 @@
-"""The results of train_cifar.py: a table, metrics.json and a picture."""
+"""What a run of train_cifar.py leaves: checkpoints, a table, metrics.json and a picture."""
 
 import json
 import math
@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from cifar_data import Data
+from cifar_models import build_model
+from command_line import UserError
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from torch import nn
 
 History = list[dict[str, float]]  # one dict an epoch
 
@@ -32,7 +35,7 @@ def epochs_to_reach(history: History, accuracy: float) -> int | None:
 
 
 def summarise(histories: dict[str, History], memory: dict[str, int | None]) -> dict[str, Any]:
-    """What the table shows and metrics.json holds, for each norm."""
+    """Returns what the table shows and metrics.json holds, for each norm."""
     return {
         norm: {
             "best_val_accuracy": best(history),
@@ -97,7 +100,7 @@ def device_name(device: torch.device) -> str:
 
 
 def without_nan(value: Any) -> Any:
-    """JSON has no NaN or infinity, which the loss of a diverged network may be: null instead."""
+    """Puts None for NaN and infinity, which the loss may be and JSON can't hold."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -105,7 +108,7 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def draw(path: Path, model: str, data: Data, histories: dict[str, History]) -> None:
+def draw_curves(path: Path, model: str, data: Data, histories: dict[str, History]) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(f"{model} on {data}")
     accuracy, loss = figure.subplots(1, 2)
@@ -123,3 +126,73 @@ def draw(path: Path, model: str, data: Data, histories: dict[str, History]) -> N
         axes.grid(axis="y", alpha=0.3)
     accuracy.legend(frameon=False)
     figure.savefig(path, dpi=120)
+
+
+# Of a checkpoint, which holds enough to go on as if the run had never stopped.
+KEYS = {"model", "norm", "classes", "history", "weights", "optimizer", "scaler"}
+
+
+def save_checkpoint(
+    path: Path,
+    options: Namespace,
+    norm: str,
+    classes: list[str],
+    history: list[dict[str, float]],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> None:
+    checkpoint = {
+        "model": options.model,
+        "norm": norm,
+        "classes": classes,
+        "history": history,
+        "weights": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+    }
+    torch.save(checkpoint, path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"--resume: expected a checkpoint at {path}: {error.strerror}") from None
+    except Exception:  # torch.load fails in many ways on what is no checkpoint
+        raise UserError(f"--resume: expected a checkpoint of train_cifar.py: {path}") from None
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= KEYS:
+        raise UserError(f"--resume: expected a checkpoint of train_cifar.py: {path}")
+    return checkpoint
+
+
+def load_checkpoints(options: Namespace) -> dict[str, dict[str, Any]]:
+    """Returns the checkpoint of each norm that ``--resume`` names, if it fits the options."""
+    path = options.resume
+    if path is None:
+        return {}
+    if path.is_file() and len(options.norm) > 1:
+        raise UserError(f"--resume: expected a folder, or one --norm to go with {path}")
+    paths = {norm: path if path.is_file() else path / f"{norm}.pt" for norm in options.norm}
+    checkpoints = {norm: load_checkpoint(path) for norm, path in paths.items()}
+    for norm, checkpoint in checkpoints.items():
+        check_fit(checkpoint, paths[norm], norm, options)
+    return checkpoints
+
+
+def check_fit(checkpoint: dict[str, Any], path: Path, norm: str, options: Namespace) -> None:
+    model, trained_norm = checkpoint["model"], checkpoint["norm"]
+    if model != options.model:
+        raise UserError(f"--resume: expected a {options.model} in {path}, which holds a {model}")
+    # "torch" and "fused" are the same network: each goes on where the other stopped.
+    if (trained_norm == "none") != (norm == "none"):
+        raise UserError(f"--resume: expected norm {norm} in {path}, which holds {trained_norm}")
+    try:
+        network = build_model(model, norm, len(checkpoint["classes"]), seed=0)
+        network.load_state_dict(checkpoint["weights"])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--resume: expected a {model} in {path}: {reason}") from None
+    done = len(checkpoint["history"])
+    if not options.test_only and done >= options.epochs:
+        raise UserError(f"--epochs: expected more than the {done} that {path} has behind it")
