@@ -1,9 +1,12 @@
-"""Triton's interpreter, as the tests mend it, rounds to bfloat16 as PyTorch and GPUs do."""
+"""Triton's interpreter, as the tests mend it, still computes and refuses what it should."""
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import InterpreterError
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU doesn't interpret")
 
 
 @triton.jit
@@ -43,3 +46,57 @@ def test_nan_stays_nan(device):
     round_kernel[(1,)](x, cast, stored, N=16)
     assert stored.isnan().all()
     assert cast.isnan().all()
+
+
+@triton.jit
+def compute_kernel(A, B, Out, OPERATION: tl.constexpr):
+    i = tl.arange(0, 4)
+    a, b = tl.load(A + i), tl.load(B + i)
+    if OPERATION == "add":
+        result = a + b
+    elif OPERATION == "sub":
+        result = a - b
+    else:
+        result = a * b
+    tl.store(Out + i, result)
+
+
+@interpreted
+@pytest.mark.parametrize("operation", ["add", "sub", "mul"])
+@pytest.mark.parametrize(
+    ("dtype", "a", "b"),
+    [
+        (torch.int32, 2**30, 2**30),
+        (torch.int32, -(2**30), 2**30 + 1),
+        (torch.int32, 2**16, 2**15),
+        (torch.int32, 2**16, -(2**15)),
+        (torch.uint8, 3, 4),
+        (torch.uint8, 100, 156),
+        (torch.int64, 2**62, 2),
+    ],
+)
+def test_integers_that_overflow_are_an_error(dtype, a, b, operation):
+    """As in Triton's own check, 64 bits are not checked."""
+    exact = {"add": a + b, "sub": a - b, "mul": a * b}[operation]
+    limits = torch.iinfo(dtype)
+    tensors = [torch.tensor([0, 1, value, 2], dtype=dtype) for value in (a, b, 0)]
+    tensors[1][1::2] = 1
+    if dtype is not torch.int64 and not limits.min <= exact <= limits.max:
+        with pytest.raises(InterpreterError, match=f"overflows in {operation}"):
+            compute_kernel[(1,)](*tensors, operation)
+    else:
+        compute_kernel[(1,)](*tensors, operation)
+        wrapped = (exact - limits.min) % 2**limits.bits + limits.min
+        assert tensors[2][2] == wrapped
+
+
+@triton.jit
+def bad_shape_kernel():
+    tl.zeros((3,), tl.float32)
+
+
+@interpreted
+def test_a_type_of_a_bad_shape_is_an_error_each_time():
+    for _ in range(2):
+        with pytest.raises(InterpreterError, match="power of 2"):
+            bad_shape_kernel[(1,)]()
