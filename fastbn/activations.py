@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules import module as _modules
 
 _aten = torch.ops.aten
 
@@ -31,8 +32,10 @@ class Activation:
         parameter: the attribute of a module that holds the parameter, or None if the
             activation has no parameter.
         default: PyTorch's default of the parameter, 0 if there is none.
-        options: (name, value) pairs of further attributes by which a module of the
-            class is known to compute this activation and no other.
+        options: (name, value) pairs of further arguments of the module class, which become
+            attributes of the module.
+        constants: (name, value) pairs of attributes that no argument sets, but that the
+            module's `forward` reads.
         saves: what the backward keeps of the argument where there is a residual: "residual",
             from which it recomputes the argument, or "mask", the argument's sign in one
             bit, if the derivative depends on nothing else.
@@ -46,6 +49,7 @@ class Activation:
     parameter: str | None = None
     default: float = 0.0
     options: tuple[tuple[str, Any], ...] = ()
+    constants: tuple[tuple[str, Any], ...] = ()
     saves: str | None = "residual"
     aliases: tuple[str, ...] = ()
 
@@ -107,6 +111,7 @@ _TABLE = (
         nn.ReLU6,
         lambda z, _: F.relu6(z),
         lambda dy, z, _: _aten.hardtanh_backward(dy, z, 0.0, 6.0),
+        constants=(("min_val", 0.0), ("max_val", 6.0)),
     ),
     Activation(
         "elu",
@@ -134,21 +139,68 @@ _TABLE = (
 ACTIVATIONS = {row.name: row for row in _TABLE}
 ACT_LAYERS = {name: row for row in _TABLE for name in (row.name, *row.aliases)}
 
-_BY_MODULE: dict[type[nn.Module], list[Activation]] = {}
+
+def _stock_forward(module_class: type[nn.Module]) -> Callable | None:
+    """Returns PyTorch's own `forward` of a class, or None if somebody has replaced it."""
+    owner = next(base for base in module_class.__mro__ if "forward" in base.__dict__)
+    forward = module_class.forward
+    stock_name = (owner.__module__, f"{owner.__qualname__}.forward")
+    stock = (forward.__module__, forward.__qualname__) == stock_name
+    return forward if stock and not hasattr(forward, "__wrapped__") else None
+
+
+_Module, _STOCK_CALL = nn.Module, nn.Module.__call__
+# The stock `forward` of each class, and with each of its rows what attributes a module then has.
+_BY_MODULE: dict[type[nn.Module], tuple[Callable | None, list]] = {}
 for _row in _TABLE:
-    _BY_MODULE.setdefault(_row.module, []).append(_row)
+    _, _rows = _BY_MODULE.setdefault(_row.module, (_stock_forward(_row.module), []))
+    _rows.append((_row.name, _row.parameter, _row.options + _row.constants))
 
 
 def activation_of(module: nn.Module) -> tuple[str, float | None] | None:
-    """Returns name and parameter of the activation that a module computes.
+    """Returns name and parameter of the activation that a call of a module computes.
 
-    Returns None if the module computes none of the table's; a subclass may compute
-    anything.
+    Returns None unless the call would compute an activation of the table and do nothing
+    else: a subclass, a hook or a replaced `forward` may do anything. Hooks on all modules
+    are the caller's to look for, by `has_global_hooks`.
     """
-    for row in _BY_MODULE.get(type(module), ()):
-        if all([getattr(module, name) == value for name, value in row.options]):
-            return row.name, None if row.parameter is None else getattr(module, row.parameter)
+    module_class = type(module)
+    if module_class not in _BY_MODULE:
+        return None
+    stock_forward, rows = _BY_MODULE[module_class]
+    if (
+        getattr(module.forward, "__func__", None) is not stock_forward
+        or _Module.__call__ is not _STOCK_CALL
+        or has_hooks(module)
+    ):
+        return None
+    for name, parameter, attributes in rows:
+        for attribute, value in attributes:
+            if getattr(module, attribute) != value:
+                break
+        else:
+            return name, None if parameter is None else getattr(module, parameter)
     return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Says whether a call of a module runs hooks of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def has_global_hooks() -> bool:
+    """Says whether a call of any module runs hooks, as of `register_module_forward_hook`."""
+    return bool(
+        _modules._global_forward_hooks
+        or _modules._global_forward_pre_hooks
+        or _modules._global_backward_hooks
+        or _modules._global_backward_pre_hooks
+    )
 
 
 def saved_for(activation: str, residual: bool) -> str | None:

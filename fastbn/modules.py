@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch.nn as nn
 from torch import Tensor
+from torch.fx.proxy import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .activations import ACT_LAYERS, activation_of
+from .activations import ACT_LAYERS, activation_of, has_global_hooks
 from .functional import check_residual, tracked_batch_norm
+from .fx import record_call
+
+_NATIVE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# Name and parameter where there is no activation, and the types of layers that are none.
+_NONE = ("none", None)
+_NO_LAYERS = (nn.Identity, type(None))
+
+_NO_MODULE = "{} must be a module class or a function that returns a module, but got {}: {}"
+_TAKEN_FOR_A_NORM = (
+    "eps of a {0} was read, as tools do that fold or replace batch norms: they would drop its {1}."
+    " Give them what without_activation() returns, and let {1} follow."
+)
 
 
 class _Fused(_BatchNorm):
     """The `forward` of the drop-in modules; the other base class is one of `nn.BatchNorm*d`."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return record_call(self, input)
         self._check_input_dim(input)
         return tracked_batch_norm(input, *arguments_of(self))
 
@@ -55,7 +73,8 @@ def arguments_of(
         num_batches_tracked = module.num_batches_tracked
     if momentum is None and num_batches_tracked is None:
         momentum = 0.0
-    return mean, var, num_batches_tracked, weight, bias, training, momentum, module.eps
+    eps = module._eps if isinstance(module, _FusedAct) else module.eps
+    return mean, var, num_batches_tracked, weight, bias, training, momentum, eps
 
 
 class FusedBatchNorm1d(_Fused, nn.BatchNorm1d):
@@ -82,30 +101,18 @@ class FusedBatchNorm3d(_Fused, nn.BatchNorm3d):
     """
 
 
-def _hooks(module: nn.Module) -> dict:
-    """Returns some of a module's hooks, an empty dictionary if it has none."""
-    return (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
 def fused_activation(module: nn.Module) -> tuple[str, float | None] | None:
     """Returns name and parameter of the activation that the kernels compute for a module.
 
     Returns None if the module has something that the kernels can't compute: another
-    activation, a hook on the activation, or a drop layer. PyTorch then computes drop
-    layer, residual and activation after the kernels.
+    activation, a drop layer, or hooks that see the calls of either. PyTorch then computes
+    drop layer, residual and activation after the kernels.
     """
     layers = module._modules
     act, drop = layers.get("act"), layers.get("drop")
-    if drop is not None and (type(drop) is not nn.Identity or _hooks(drop)):
+    if has_global_hooks() or (drop is not None and activation_of(drop) != _NONE):
         return None
-    if act is None:
-        return "none", None
-    return None if _hooks(act) else activation_of(act)
+    return _NONE if act is None else activation_of(act)
 
 
 def _make_activation(
@@ -122,15 +129,24 @@ def _make_activation(
             )
         activation = ACT_LAYERS[layer]
         return activation.module(**{**dict(activation.options), **kwargs})
-    _check_class("act_layer", layer)
-    return layer(**kwargs)
+    return _make_layer("act_layer", layer, kwargs)
 
 
-def _check_class(name: str, layer: Any) -> None:
+def _make_layer(name: str, layer: Callable[..., nn.Module], kwargs: dict[str, Any]) -> nn.Module:
     if isinstance(layer, nn.Module) or not callable(layer):
         raise TypeError(
             f"{name} must be a module class, but got an instance of {type(layer).__name__}"
         )
+    try:
+        made = layer(**kwargs)
+    except TypeError as error:
+        if isinstance(layer, (FunctionType, BuiltinFunctionType)):
+            raise TypeError(_NO_MODULE.format(name, layer.__name__, error)) from error
+        raise
+    if not isinstance(made, nn.Module):
+        given = getattr(layer, "__name__", repr(layer))
+        raise TypeError(_NO_MODULE.format(name, given, f"it returned a {type(made).__name__}"))
+    return made
 
 
 class _FusedAct(_Fused):
@@ -154,20 +170,64 @@ class _FusedAct(_Fused):
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
-        if drop_layer is None:
-            drop_layer = nn.Identity
-        _check_class("drop_layer", drop_layer)
-        self.drop = drop_layer()
+        self.drop = (
+            nn.Identity() if drop_layer is None else _make_layer("drop_layer", drop_layer, {})
+        )
         self.act = _make_activation(act_layer if apply_act else None, act_kwargs or {})
 
+    @property
+    def eps(self) -> float:
+        """What is added to the variance.
+
+        A tool that folds or replaces a batch norm has to read `eps`, and hardly any other code
+        does. If the tool does not know this class, the activation is lost.
+        """
+        layers = [layer for layer in (self.drop, self.act) if type(layer) not in _NO_LAYERS]
+        reader = sys._getframe(1).f_globals.get("__name__", "")
+        # TorchScript reads every attribute.
+        if layers and not reader.startswith(("torch.jit.", "torch._jit_internal")):
+            lost = " and ".join(type(layer).__name__ for layer in layers)
+            message = _TAKEN_FOR_A_NORM.format(type(self).__name__, lost)
+            if reader.startswith(("torch.", "timm.")):
+                raise RuntimeError(message)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return self._eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._eps = value
+
+    def extra_repr(self) -> str:
+        return self.without_activation().extra_repr()
+
+    # TorchScript would compile the property.
+    __jit_unused_properties__ = ("eps",)
+
+    def without_activation(self) -> _BatchNorm:
+        """Returns the norm alone, an `nn.BatchNorm*d` that shares parameters and buffers.
+
+        Tools that fold or replace batch norms can take it. `drop`, the residual and `act` have
+        to follow it.
+        """
+        native = next(native for native in _NATIVE if isinstance(self, native))
+        norm = native(
+            self.num_features, self._eps, self.momentum, self.affine,
+            self.track_running_stats, device="meta",
+        )  # fmt: skip
+        norm._parameters.update(self._parameters)
+        norm._buffers.update(self._buffers)
+        return norm.train(self.training)
+
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(input, Proxy) or isinstance(residual, Proxy):
+            return record_call(self, input, *(() if residual is None else (residual,)))
+        self._check_input_dim(input)
         fused = fused_activation(self)
         if fused is not None:
-            self._check_input_dim(input)
             return tracked_batch_norm(input, *arguments_of(self), *fused, residual)
         if residual is not None:
             check_residual(input, residual)
-        output = super().forward(input)
+        output = tracked_batch_norm(input, *arguments_of(self))
         if self.drop is not None:
             output = self.drop(output)
         if residual is not None:

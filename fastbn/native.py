@@ -38,8 +38,8 @@ def batch_norm(
         F.batch_norm(input.detach(), *arguments)
         mean, var = (None, None) if training else (running_mean, running_var)
         return reference.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
-    # A compiler has no eager backward to mend.
-    if torch.compiler.is_compiling():
+    # A compiler has no eager backward to mend, and a trace shall hold PyTorch's operators alone.
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return F.batch_norm(input, *arguments)
     if torch.is_grad_enabled() and isinstance(input, Tensor):
         input = with_canonical_strides(input)

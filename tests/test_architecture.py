@@ -45,7 +45,8 @@ BELOW = {
         "runtime.support",
         "runtime.torch_ops",
     },
-    "modules": {"activations", "functional"},
+    "fx": {"activations"},
+    "modules": {"activations", "functional", "fx"},
     "explain": {
         "activations",
         "backend",

@@ -1,6 +1,9 @@
 """The forms with an activation: `bn(x)`, residual and activation in one module."""
 
 import copy
+import functools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -42,7 +45,7 @@ LAYERS = {
 @pytest.fixture(params=["auto", "torch"], autouse=True)
 def backend(request):
     with fastbn.use_backend(request.param):
-        yield
+        yield request.param
 
 
 def assert_same(ours, bn, function, x, residual=None):
@@ -139,20 +142,112 @@ def test_residual_of_another_shape(act, device):
     assert ours.num_batches_tracked == 0
 
 
-def test_backward_hooks_on_the_activation_are_called(device):
-    ours = FusedBatchNormAct2d(3, device=device)
-    seen = []
-    ours.act.register_full_backward_hook(lambda module, grads, outputs: seen.append(grads))
-    ours(torch.randn(4, 3, 5, 5, device=device)).sum().backward()
-    assert len(seen) == 1
+X = torch.tensor([-1.0, 2.0]).view(1, 1, 1, 2)
 
 
-def test_hooks_on_the_activation_are_called(device):
-    ours = FusedBatchNormAct2d(3, device=device)
+def on(module):
+    """A hook on all modules, which adds 10 to the output of one kind of them."""
+    return nn.modules.module.register_module_forward_hook(
+        lambda found, args, output: output + 10 if type(found) is module else None
+    )
+
+
+# What a call of the activation honours: what is done to a module of `act_layer`, and what it
+# then makes of the normalised values -1 and 2.
+CHANGES = {
+    "hook": (nn.ReLU, lambda act, patch: act.register_forward_hook(lambda *a: a[2] + 5), (5, 7)),
+    "hook before": (
+        nn.ReLU,
+        lambda act, patch: act.register_forward_pre_hook(lambda act, args: (-args[0],)),
+        (1, 0),
+    ),
+    "forward of the module": (
+        nn.ReLU,
+        lambda act, patch: setattr(act, "forward", lambda z: z.abs()),
+        (1, 2),
+    ),
+    "forward of the class": (
+        nn.ReLU,
+        lambda act, patch: patch.setattr(nn.ReLU, "forward", lambda act, z: 3 * z),
+        (-3, 6),
+    ),
+    "call of all modules": (
+        nn.ReLU,
+        lambda act, patch: patch.setattr(
+            nn.Module, "__call__", lambda m, *z: m.forward(*z) + (7 if m is act else 0)
+        ),
+        (7, 9),
+    ),
+    "limit of ReLU6": (nn.ReLU6, lambda act, patch: setattr(act, "max_val", 1.0), (0, 1)),
+    "slope": (nn.LeakyReLU, lambda act, patch: setattr(act, "negative_slope", 0.5), (-0.5, 2)),
+    "class": (nn.ReLU, lambda act, patch: setattr(act, "__class__", nn.Identity), (-1, 2)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_activation_is_what_a_call_of_its_module_computes(change, device, monkeypatch):
+    layer, apply, expected = CHANGES[change]
+    ours = FusedBatchNormAct2d(1, act_layer=layer, device=device).eval()
+    stock = ours(X.to(device)).flatten().tolist()
+    apply(ours.act, monkeypatch)
+    found = ours(X.to(device)).flatten().tolist()
+    assert found == pytest.approx(expected, rel=1e-4) != stock
+
+
+@pytest.mark.parametrize("layer", [nn.ReLU, nn.Identity])
+def test_hooks_on_all_modules_see_the_layers(layer, device):
+    """The activation, and the drop layer that is none."""
+    ours = FusedBatchNormAct2d(1, act_layer=layer, device=device).eval()
+    clean = ours(X.to(device))
+    handle = on(layer)
+    try:
+        # Identity stands twice: it is the drop layer too.
+        torch.testing.assert_close(ours(X.to(device)), clean + (10 if layer is nn.ReLU else 20))
+    finally:
+        handle.remove()
+    assert ours(X.to(device)).equal(clean)
+
+
+def test_backward_hooks_see_the_activation(device):
+    ours = FusedBatchNormAct2d(1, device=device).eval()
     seen = []
-    ours.act.register_forward_hook(lambda module, args, output: seen.append(output))
-    y = ours(torch.randn(4, 3, 5, 5, device=device))
-    assert seen[0] is y
+
+    def hook(module, grads, outputs):
+        seen.append(module)
+
+    handle = ours.act.register_full_backward_hook(hook)
+    x = X.to(device).requires_grad_()
+    ours(x).sum().backward()
+    assert seen == [ours.act]
+    handle.remove()
+    handle = nn.modules.module.register_module_full_backward_hook(hook)
+    try:
+        ours(x).sum().backward()
+    finally:
+        handle.remove()
+    assert seen.count(ours.act) == 2
+
+
+def test_compiled_module_sees_that_the_activation_changes(device):
+    ours = FusedBatchNormAct2d(1, device=device).eval()
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    assert compiled(X.to(device)).min() == 0
+    ours.act.forward = lambda z: z.abs()
+    torch.testing.assert_close(compiled(X.to(device)), X.to(device).abs(), rtol=1e-4, atol=0)
+
+
+def test_a_forward_replaced_before_the_import_is_no_stock_one(backend):
+    """The change comes first in a process of its own."""
+    if backend != "auto":
+        pytest.skip("the process has a backend of its own")
+    code = """
+import torch, torch.nn as nn
+stock = nn.ReLU.forward
+nn.ReLU.forward = lambda self, z: stock(self, z) + 1
+from fastbn import FusedBatchNormAct2d
+assert FusedBatchNormAct2d(1).eval()(-torch.ones(1, 1, 1, 1)) == 1
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_activation_with_parameters(device):
@@ -179,6 +274,21 @@ def test_drop_layer(device):
 def test_instance_for_a_layer(wrong, layer):
     with pytest.raises(TypeError, match=f"{layer} must be a module class, but got an instance of"):
         FusedBatchNormAct2d(3, **{layer: wrong})
+
+
+@pytest.mark.parametrize("layer", ["act_layer", "drop_layer"])
+@pytest.mark.parametrize("wrong", [F.relu, torch.relu, lambda: 3, int])
+def test_function_for_a_layer(wrong, layer):
+    with pytest.raises(TypeError, match=f"{layer} must be a module class or a function that re"):
+        FusedBatchNormAct2d(3, **{layer: wrong})
+
+
+def test_function_that_makes_a_layer(device):
+    made = functools.partial(nn.LeakyReLU, 0.3)
+    for layer in (made, lambda: made()):
+        ours = FusedBatchNormAct2d(3, act_layer=layer, device=device)
+        x = torch.randn(4, 3, 5, 5, device=device)
+        assert_same(ours, nn.BatchNorm2d(3).to(device), lambda z: F.leaky_relu(z, 0.3), x)
 
 
 def test_arguments_of_a_named_layer():

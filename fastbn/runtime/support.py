@@ -34,6 +34,9 @@ def bypass_reason() -> str | None:
     # The public `is_exporting()` would do, but in PyTorch 2.11 `torch.compile` takes it for True.
     if torch.compiler._is_exporting_flag:
         return "torch.export is at work"
+    # The exporter that works by `torch.jit.trace` knows PyTorch's operators alone.
+    if torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():
+        return "torch.onnx.export is at work"
     if transforms_active():
         return "torch.func or forward-mode AD is at work"
     return None
