@@ -65,7 +65,9 @@ class _Exact:
         def leaf(t: Tensor) -> Tensor:
             return t.detach()[_of(t, chunk)].to(torch.float64, copy=True).requires_grad_()
 
-        norm = self.norm = rival.norm
+        # The activation is computed here, apart.
+        norm = getattr(rival.norm, "without_activation", lambda: rival.norm)()
+        self.norm = norm
         self.chunk = chunk
         self.leaves = [leaf(t) for t in (*inputs.leaves, norm.weight, norm.bias)]
         x, *residual, weight, bias = self.leaves

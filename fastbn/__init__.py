@@ -11,6 +11,7 @@ from .modules import (
     FusedBatchNormAct2d,
     FusedBatchNormAct3d,
 )
+from .strategy import use_strategy
 
 __version__ = "0.1.0"
 
@@ -26,4 +27,5 @@ __all__ = [
     "get_backend",
     "set_backend",
     "use_backend",
+    "use_strategy",
 ]

@@ -12,6 +12,7 @@ from .activations import ACTIVATIONS, reads_bias, saved_for
 from .runtime import execution, plan_cache, support, torch_ops
 from .runtime.execution_plan import ExecutionPlan, plan_backward
 from .runtime.layout import memory_format, unpack_mask
+from .strategy import get_strategy
 
 
 class BatchNorm(torch.autograd.Function):
@@ -68,7 +69,7 @@ class BatchNorm(torch.autograd.Function):
         plan = None
         if forward_plan is not None and not plan_cache.must_use_dispatcher():
             # The forward's plan stands for all options but the gradients wanted.
-            key = (forward_plan, wanted)
+            key = (forward_plan, wanted, get_strategy())
             plan = plan_cache.lookup(key, tensors)
             if plan is None:
                 plan = plan_cache.insert(key, tensors, plan_backward, activation, wanted, format)

@@ -13,11 +13,11 @@ from .activations import saved_for
 from .backend import get_backend
 from .functional import as_float, check_residual
 from .kernels.plan import Plan, Schedule, make_plan
-from .kernels.tiling import Problem
 from .modules import _Fused, _FusedAct, arguments_of, fused_activation
 from .runtime import support
 from .runtime.device import device_facts
 from .runtime.layout import problem_of
+from .strategy import get_strategy
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Explanation:
         plan: all launch decisions, with the predicted time of both directions;
             None if PyTorch serves the call.
         after: what PyTorch does after the kernels: drop layer, residual, activation.
+        strategy: what `use_strategy` asks for; the plan says what each direction takes.
         device: name of the device that the plan is for.
         forward_bytes, backward_bytes: bytes of the tensors that each direction of a
             training step reads and writes. The forward of a call without gradients
@@ -44,6 +45,7 @@ class Explanation:
     reason: str
     plan: Plan | None = None
     after: tuple[str, ...] = ()
+    strategy: str = "auto"
     device: str | None = None
     forward_bytes: int | None = None
     backward_bytes: int | None = None
@@ -56,8 +58,8 @@ class Explanation:
         if self.plan is None:
             return f"PyTorch's own batch norm serves this call: {self.reason}."
         plan, problem = self.plan, self.plan.problem
-        forward = _in_words(plan.forward, problem, self.forward_bytes, self.forward_seconds)
-        backward = _in_words(plan.backward, problem, self.backward_bytes, self.backward_seconds)
+        forward = self._in_words(plan.forward, self.forward_bytes, self.forward_seconds)
+        backward = self._in_words(plan.backward, self.backward_bytes, self.backward_seconds)
         sizes = f"({problem.n}, {problem.c}, {problem.s})"
         return (
             f"Triton kernels serve this call: {self.reason}.\n"
@@ -66,23 +68,24 @@ class Explanation:
             + (f"\nAfter the kernels, in PyTorch: {', '.join(self.after)}." if self.after else "")
         )
 
-
-def _in_words(
-    schedule: Schedule, problem: Problem, bytes: int | None, seconds: float | None
-) -> str:
-    """Describes one direction of a plan in a sentence."""
-    launches = f"{schedule.launches} launch{'es' if schedule.launches > 1 else ''}"
-    access = f"{schedule.tile.access_bytes(problem.itemsize)}-byte accesses"
-    if schedule.tile.flat:
-        access += " to flattened planes"
-    assert bytes is not None  # where there is a plan
-    size = f"{bytes / 1e6:.2f} MB" if bytes >= 1e6 else f"{bytes / 1e3:.2f} kB"
-    cached = f", {schedule.cached_units:g} more from the cache" if schedule.cached_units else ""
-    time = "" if seconds is None else f", {seconds * 1e6:.1f} us at full bandwidth"
-    return (
-        f"{schedule.strategy}, {launches}, {access};"
-        f" {schedule.units:g} tensors read or written = {size}{time}{cached}."
-    )
+    def _in_words(self, schedule: Schedule, bytes: int | None, seconds: float | None) -> str:
+        """Describes one direction of the plan in a sentence."""
+        assert self.plan is not None
+        assert bytes is not None
+        problem, chosen = self.plan.problem, schedule.strategy
+        if problem.training and self.strategy not in ("auto", chosen):
+            chosen += f" (since {self.strategy} can't serve it)"
+        launches = f"{schedule.launches} launch{'es' if schedule.launches > 1 else ''}"
+        access = f"{schedule.tile.access_bytes(problem.itemsize)}-byte accesses"
+        if schedule.tile.flat:
+            access += " to flattened planes"
+        size = f"{bytes / 1e6:.2f} MB" if bytes >= 1e6 else f"{bytes / 1e3:.2f} kB"
+        cached = f", {schedule.cached_units:g} more from the cache" if schedule.cached_units else ""
+        time = "" if seconds is None else f", {seconds * 1e6:.1f} us at full bandwidth"
+        return (
+            f"{chosen}, {launches}, {access};"
+            f" {schedule.units:g} tensors read or written = {size}{time}{cached}."
+        )
 
 
 def _error(
@@ -173,7 +176,8 @@ def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = N
 
     saves = saved_for(activation, residual is not None)
     device = device_facts(input.device)
-    plan = make_plan(problem_of(input, training, residual is not None, saves), device)
+    strategy = get_strategy()
+    plan = make_plan(problem_of(input, training, residual is not None, saves), device, strategy)
     unit = plan.problem.tensor_bytes
     forward, backward = round(plan.forward.units * unit), round(plan.backward.units * unit)
 
@@ -181,6 +185,6 @@ def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = N
         return None if device.bandwidth is None else bytes / device.bandwidth
 
     return Explanation(
-        "triton", f"{device.name} runs them", plan, after, device.name,
+        "triton", f"{device.name} runs them", plan, after, strategy, device.name,
         forward, backward, seconds(forward), seconds(backward),
     )  # fmt: skip

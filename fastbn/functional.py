@@ -17,6 +17,7 @@ from .activations import ACTIVATIONS, reads_bias, saved_for
 from .backend import get_backend
 from .runtime import support
 from .runtime.support import HAS_TRITON
+from .strategy import get_strategy
 
 if HAS_TRITON:
     from .autograd import BatchNorm
@@ -212,8 +213,8 @@ def _cache_key(
     inference = torch.is_inference_mode_enabled()
     # Guards compare shapes too, but a network has many, and a dictionary finds one faster.
     shape = getattr(tensors[0], "shape", None)
-    cumulative = momentum is None
-    return bool(training), cumulative, activation, save_mask, inference, shape, *map(type, tensors)
+    options = (bool(training), momentum is None, activation, save_mask)
+    return *options, get_strategy(), inference, shape, *map(type, tensors)
 
 
 def check_residual(input: Tensor, residual: Tensor) -> None:

@@ -114,19 +114,27 @@ class Plan:
     backward: Schedule
 
 
-def make_plan(problem: Problem, device: Device) -> Plan:
+def make_plan(problem: Problem, device: Device, strategy: str = "auto") -> Plan:
     """Plans both directions of a problem on a device."""
     return Plan(
         problem,
-        make_schedule(problem, device, backward=False),
-        make_schedule(problem, device, backward=True),
+        make_schedule(problem, device, False, strategy),
+        make_schedule(problem, device, True, strategy),
     )
 
 
 @lru_cache(maxsize=4096)
-def make_schedule(problem: Problem, device: Device, backward: bool) -> Schedule:
-    """Plans one direction of a problem on a device."""
-    return choose(schedules(problem, device, backward))
+def make_schedule(
+    problem: Problem, device: Device, backward: bool, strategy: str = "auto"
+) -> Schedule:
+    """Plans one direction of a problem on a device.
+
+    A strategy other than "auto" is taken where it can serve, and two passes elsewhere.
+    """
+    found = schedules(problem, device, backward)
+    if strategy == "auto" or not problem.training:
+        return choose(found)
+    return found.get(strategy, found["two-pass"])
 
 
 def choose(found: dict[str, Schedule]) -> Schedule:

@@ -1,5 +1,6 @@
 """With a GPU the tests run on it; without one the kernels run in Triton's interpreter."""
 
+import contextlib
 import os
 import traceback
 from collections import Counter
@@ -97,26 +98,12 @@ def replan():
 
 
 @pytest.fixture
-def force_strategy(monkeypatch, replan):
-    """Makes the planner choose one strategy wherever it can serve."""
-    from fastbn.kernels import plan
+def force_strategy(replan):
+    """Makes the kernels take one strategy wherever it can serve."""
+    from fastbn import use_strategy
 
-    schedules = plan.schedules
-
-    def force(strategy):
-        make = getattr(plan, strategy.replace("-", "_"))
-
-        def forced(problem, device, backward):
-            if not problem.training:
-                return schedules(problem, device, backward)
-            if strategy == "resident" and not plan.resident_fits(problem):
-                return {"two-pass": plan.two_pass(problem, device, backward)}
-            return {strategy: make(problem, device, backward)}
-
-        monkeypatch.setattr(plan, "schedules", forced)
-        replan()
-
-    return force
+    with contextlib.ExitStack() as stack:
+        yield lambda strategy: stack.enter_context(use_strategy(strategy))
 
 
 @pytest.fixture

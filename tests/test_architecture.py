@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 BELOW = {
     "activations": set(),
     "backend": set(),
+    "strategy": set(),
     "reference": {"activations"},
     "runtime.__init__": set(),
     "runtime.support": {"backend"},
@@ -19,7 +20,13 @@ BELOW = {
     "runtime.device": {"kernels"},
     "runtime.workspace": set(),
     "runtime.launcher": {"runtime.device", "runtime.workspace"},
-    "runtime.execution_plan": {"kernels", "runtime.device", "runtime.launcher", "runtime.layout"},
+    "runtime.execution_plan": {
+        "kernels",
+        "runtime.device",
+        "runtime.launcher",
+        "runtime.layout",
+        "strategy",
+    },
     "runtime.execution": {"runtime.execution_plan", "runtime.workspace"},
     "runtime.plan_cache": {"runtime.execution_plan", "runtime.layout", "runtime.support"},
     "runtime.torch_ops": {"runtime.execution", "runtime.execution_plan", "runtime.layout"},
@@ -33,6 +40,7 @@ BELOW = {
         "runtime.plan_cache",
         "runtime.support",
         "runtime.torch_ops",
+        "strategy",
     },
     "functional": {
         "activations",
@@ -44,6 +52,7 @@ BELOW = {
         "runtime.plan_cache",
         "runtime.support",
         "runtime.torch_ops",
+        "strategy",
     },
     "fx": {"activations"},
     "modules": {"activations", "functional", "fx"},
@@ -56,8 +65,9 @@ BELOW = {
         "runtime.device",
         "runtime.layout",
         "runtime.support",
+        "strategy",
     },
-    "__init__": {"backend", "explain", "functional", "modules"},
+    "__init__": {"backend", "explain", "functional", "modules", "strategy"},
 }
 
 # Public names of fastbn that are modules too.
@@ -146,9 +156,8 @@ def test_one_way_to_the_kernels():
         assert ("runtime.execution" in found) == runs, path
 
 
-# Whoever forces a strategy drops the plans that were made without, and a case is
-# planned as a tensor of its sizes would be.
-EXCEPTIONS = {("forced", "fastbn.runtime.plan_cache"), ("plans", "fastbn.runtime.layout")}
+# A case is planned as a tensor of its sizes would be.
+EXCEPTIONS = {("plans", "fastbn.runtime.layout")}
 
 
 @pytest.mark.parametrize("folder", ["examples", "benchmarks"])

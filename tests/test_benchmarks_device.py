@@ -1,19 +1,17 @@
-"""benchmarks/: probes, the constants that follow from their times, and forced strategies."""
+"""benchmarks/: probes, and the constants that follow from their times."""
 
 from itertools import product
 
 import pytest
 import torch
 
-import fastbn
-from benchmarks.forced import STRATEGIES, forced
 from benchmarks.gpu import constants, probes
 from benchmarks.gpu.constants import Constants, Copy, Effort
 from benchmarks.plans import problem_of
 from benchmarks.shapes import cases
 from fastbn.kernels import plan
 from fastbn.kernels.device import H100, Device
-from fastbn.runtime.launcher import Launcher
+from fastbn.strategy import STRATEGIES
 
 from .test_benchmarks_cases import CPU
 
@@ -204,68 +202,3 @@ def test_strategies_are_all_that_there_are():
     problems = [problem_of(case) for case in cases(gpu=True, quick=False)]
     found = [plan.schedules(p, H100, backward) for p, backward in product(problems, (False, True))]
     assert {name for schedules in found for name in schedules} == set(STRATEGIES)
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """Names of the kernels launched so far."""
-    names, launch = [], Launcher.__call__
-
-    def spy(self, tensors, *floats):
-        names.append(self.kernel.fn.__name__)
-        return launch(self, tensors, *floats)
-
-    monkeypatch.setattr(Launcher, "__call__", spy)
-    return names
-
-
-KERNELS = {
-    "two-pass": ["bn_stats_fwd_kernel", "bn_apply_fwd_kernel"],
-    "resident": ["bn_resident_fwd_kernel"],
-    "ticketed": ["bn_ticketed_fwd_kernel"],
-}
-
-
-def test_forced(device, launched):
-    x = torch.randn(64, 16, device=device)
-
-    def strategies():
-        found = fastbn.explain(None, x).plan
-        return found.forward.strategy, found.backward.strategy
-
-    def kernels():
-        launched.clear()
-        fastbn.batch_norm(x, None, None, training=True)
-        return list(launched)
-
-    with fastbn.use_backend("triton"):
-        chosen, usual = strategies(), kernels()
-        for strategy in STRATEGIES:
-            with forced(strategy):
-                assert strategies() == (strategy, strategy)
-                assert kernels() == KERNELS[strategy]
-            assert (strategies(), kernels()) == (chosen, usual)
-
-
-def test_the_planner_is_restored_after_an_exception():
-    schedules, problem = plan.schedules, problem_of(cases(gpu=True, quick=True)[0])
-    usual = plan.make_plan(problem, H100)
-    other = next(name for name in STRATEGIES if name != usual.forward.strategy)
-
-    def fail():
-        with forced(other):
-            raise RuntimeError("from within")
-
-    with pytest.raises(RuntimeError, match="from within"):
-        fail()
-    assert plan.schedules is schedules
-    assert plan.make_plan(problem, H100) == usual
-
-
-def test_what_cannot_serve_is_not_forced():
-    """256 images don't fit a program's registers, and fixed statistics have one strategy."""
-    problem = problem_of(cases(gpu=True, quick=True)[0])
-    fixed = plan.Problem(8, 4, 1, 4, training=False)
-    usual = [plan.make_plan(p, H100) for p in (problem, fixed)]
-    with forced("resident"):
-        assert [plan.make_plan(p, H100) for p in (problem, fixed)] == usual

@@ -12,7 +12,6 @@ import torch
 
 import fastbn
 from benchmarks import measure, rivals, timing
-from benchmarks.forced import STRATEGIES
 from benchmarks.gpu import strategies
 from benchmarks.inputs import make_inputs
 from benchmarks.measure import Machine
@@ -20,6 +19,7 @@ from benchmarks.plans import problem_of
 from benchmarks.rivals import Rival
 from fastbn.kernels import plan
 from fastbn.runtime.device import device_facts
+from fastbn.strategy import STRATEGIES
 
 from .test_benchmarks_cases import CPU, TINY
 from .test_benchmarks_device import Recorded
@@ -216,7 +216,7 @@ def test_a_strategy_that_is_wrong_is_reported_and_the_rest_goes_on(strategies_of
     ]
 
 
-def test_nothing_is_timed_that_another_strategy_did(strategies_of_tiny, monkeypatch):
+def test_nothing_is_timed_that_another_strategy_did(strategies_of_tiny, monkeypatch, replan):
     """One that serves the backward alone, and one that serves nothing."""
     schedules = plan.schedules
 
@@ -228,5 +228,6 @@ def test_nothing_is_timed_that_another_strategy_did(strategies_of_tiny, monkeypa
         return found
 
     monkeypatch.setattr(plan, "schedules", some)
+    replan()
     served = [(one["forward"], one["backward"]) for one in strategies_of_tiny().of("strategy")]
     assert served == [("two-pass", None), ("two-pass", "two-pass"), ("two-pass", "ticketed")]

@@ -301,7 +301,7 @@ from unittest import mock
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 from benchmarks.gpu import compile_ahead, right
-from benchmarks.forced import forced
+import fastbn
 from benchmarks.host import no_launches
 from fastbn.kernels.device import H100
 from fastbn.runtime import execution_plan
@@ -339,7 +339,7 @@ with no_launches(), mock.patch.object(JITFunction, "run", run), mock.patch.objec
     for case in right.all_cases(True):
         arguments = oracle.make_arguments(case, torch.device("cpu"))
         for strategy in right.serving(arguments):
-            with forced(strategy):
+            with fastbn.use_strategy(strategy):
                 oracle.run_fastbn(arguments)
 assert len(seen) > 10, len(seen)
 print(len(seen), len(seen - ahead))

@@ -16,11 +16,12 @@ from unittest import mock
 import torch
 from triton.backends.compiler import GPUTarget
 
+import fastbn
 from fastbn.kernels.device import H100, Device
+from fastbn.strategy import STRATEGIES
 from tests import compile_kernels
 
 from ..command_line import in_one_line
-from ..forced import STRATEGIES, forced
 from ..rivals import COMPILED, RIVALS, no_compiler
 from ..shapes import Case
 from . import cases, right
@@ -133,7 +134,7 @@ def compile_launches(job: Launches, arch: int, device: Device) -> int:
 
     if job.strategy is None:
         return compile()
-    with forced(job.strategy):
+    with fastbn.use_strategy(job.strategy):
         return compile()
 
 

@@ -7,14 +7,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+import fastbn
 from fastbn.activations import saved_for
 from fastbn.kernels import plan
 from fastbn.runtime.device import device_facts
 from fastbn.runtime.layout import problem_of
+from fastbn.strategy import STRATEGIES
 from tests import gpu_checks, oracle
 from tests.oracle import Case
 
-from ..forced import STRATEGIES, forced
 from .cases import SHAPES
 from .step import Context
 
@@ -46,8 +47,8 @@ def run(context: Context) -> None:
 
         mend()
     if context.device.type == "cuda":
-        for strategy in ("two-pass", "ticketed", "resident"):
-            with forced(strategy):
+        for strategy in STRATEGIES:
+            with fastbn.use_strategy(strategy):
                 for check in (gpu_checks.graph_replays, gpu_checks.streams_agree):
                     part = f"{check.__name__}, {strategy}"
                     if context.attempt(part, check):
@@ -114,7 +115,7 @@ def _check(context: Context, case: Case) -> None:
     for strategy in serving(arguments):
 
         def work(strategy: str = strategy) -> None:
-            with forced(strategy):
+            with fastbn.use_strategy(strategy):
                 results = _call(arguments)
                 oracle.assert_right(results, arguments, expected)
                 _hold_bits(arguments, results, FEW_TIMES - 1)
@@ -128,7 +129,7 @@ def _repeat(context: Context, case: Case) -> None:
     arguments = oracle.make_arguments(case, context.device)
     times = FEW_TIMES if context.rehearse else TIMES
     for strategy in serving(arguments):
-        with forced(strategy):
+        with fastbn.use_strategy(strategy):
             _hold_bits(arguments, _call(arguments), times - 1)
         context.record("repeated", case=_name(case), strategy=strategy, times=times)
 

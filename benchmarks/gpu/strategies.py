@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 import fastbn
+from fastbn.strategy import STRATEGIES
 
-from ..forced import STRATEGIES, forced
 from ..inputs import Inputs, input_sets
 from ..measure import Machine, measure
 from ..rivals import fused
@@ -38,12 +38,12 @@ def run(context: Context) -> None:
 def measure_strategy(
     case: Case, strategy: str, sets: list[Inputs], machine: Machine, note: Callable[[str], None]
 ) -> Iterator[dict]:
-    """Checks and times fastbn with one strategy forced; nothing if it serves neither direction.
+    """Checks and times fastbn by one strategy; nothing if it serves neither direction.
 
     Without a GPU, which alone has graphs, it times ordinary calls.
 
     Yields:
-        A row's entries; "strategy", the forced one; "forward" and "backward",
+        A row's entries; "strategy", the one asked for; "forward" and "backward",
         what served them (where one strategy can't, another does; None if not
         run); "chosen", what the planner would have taken for the two directions;
         "predicted_us", of what served.
@@ -56,7 +56,7 @@ def measure_strategy(
         return fastbn.explain(fused(case, machine.device).norm, sets[0].x, sets[0].residual).plan
 
     choice = planned()
-    with forced(strategy):
+    with fastbn.use_strategy(strategy):
         plan = planned()
         if strategy not in (plan.forward.strategy, plan.backward.strategy):
             return

@@ -17,6 +17,7 @@ from ..kernels.plan import Schedule, make_schedule
 from ..kernels.resident import bn_resident_bwd_kernel, bn_resident_fwd_kernel
 from ..kernels.ticketed import bn_ticketed_bwd_kernel, bn_ticketed_fwd_kernel
 from ..kernels.tiling import Problem, Tile
+from ..strategy import get_strategy
 from .device import device_facts, limits_registers
 from .launcher import Launcher
 from .layout import mask_sizes, memory_format, problem_of, statistics_dtype
@@ -87,7 +88,7 @@ def plan_forward(
         activation: name of the activation.
         save_mask: the signs of the activation's argument are saved for the backward.
     """
-    options = (training, cumulative, activation, save_mask)
+    options = (training, cumulative, activation, save_mask, get_strategy())
     return _plan_forward(*_signature(tensors, tensors[0]), *options)
 
 
@@ -115,7 +116,8 @@ def plan_backward(
             f"saved statistics must be of {statistics_dtype(tensors[1].dtype)},"
             f" but hooks made them {statistics.dtype}"
         )
-    return _plan_backward(*_signature(tensors, tensors[1]), activation, wanted, format)
+    options = (activation, wanted, format, get_strategy())
+    return _plan_backward(*_signature(tensors, tensors[1]), *options)
 
 
 def clear() -> None:
@@ -135,13 +137,13 @@ def _signature(tensors: Sequence[Tensor | None], x: Tensor) -> tuple:
 def _plan_forward(
     shape: tuple[int, ...], stride: tuple[int, ...], device: torch.device,
     dtypes: tuple[torch.dtype | None, ...], training: bool, cumulative: bool, activation: str,
-    save_mask: bool,
+    save_mask: bool, strategy: str,
 ) -> ExecutionPlan:  # fmt: skip
     dtype, residual, *_ = dtypes
     assert dtype is not None
     x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
     problem = problem_of(x, training, residual is not None, "mask" if save_mask else None)
-    schedule = make_schedule(problem, device_facts(device), backward=False)
+    schedule = make_schedule(problem, device_facts(device), False, strategy)
     launcher = partial(_launcher, problem, device)
     reduce, tile = schedule.reduce, schedule.apply
     single_launch = first = second = None
@@ -182,7 +184,7 @@ def _plan_forward(
 def _plan_backward(
     shape: tuple[int, ...], stride: tuple[int, ...], device: torch.device,
     dtypes: tuple[torch.dtype | None, ...], activation: str, wanted: tuple[bool, ...],
-    format: torch.memory_format | None,
+    format: torch.memory_format | None, strategy: str,
 ) -> ExecutionPlan:  # fmt: skip
     _, dtype, residual, mask, *_, var = dtypes
     assert dtype is not None
@@ -192,7 +194,7 @@ def _plan_backward(
     if format is not None:
         x = x.contiguous(memory_format=format)
     problem = problem_of(x, training, saves is not None, saves)
-    schedule = make_schedule(problem, device_facts(device), backward=True)
+    schedule = make_schedule(problem, device_facts(device), True, strategy)
     launcher = partial(_launcher, problem, device)
     reduce, tile = schedule.reduce, schedule.apply
     single_launch = first = second = None

@@ -1,0 +1,48 @@
+"""The chosen strategy: how the kernels go over the data, where the planner shall not choose."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+STRATEGIES = ("two-pass", "ticketed", "resident")
+_NAMES = ("auto", *STRATEGIES)
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in _NAMES:
+        raise ValueError(f"{source} must be one of {', '.join(_NAMES)}, but got {name!r}")
+    return name
+
+
+_strategy = _checked(os.environ.get("FASTBN_STRATEGY", "auto"), "FASTBN_STRATEGY")
+
+
+def get_strategy() -> str:
+    """Returns the strategy in force, "auto" if the planner chooses."""
+    return _strategy
+
+
+@contextlib.contextmanager
+def use_strategy(name: str) -> Iterator[None]:
+    """Makes the kernels take one strategy for the length of a `with` block and in all threads.
+
+    It serves bug reports and benchmarks, since the planner's choice is predicted to be the
+    fastest. A call that the strategy can't serve takes two passes, and with fixed statistics
+    there is one strategy only; `explain` says which one runs.
+
+    Args:
+        name: "two-pass", "ticketed" or "resident", or "auto" for the planner's choice. The
+            environment variable FASTBN_STRATEGY says what holds outside of such blocks.
+
+    Raises:
+        ValueError: the name is another one; the strategy stays as it was.
+    """
+    global _strategy
+    before = _strategy
+    _strategy = _checked(name, "strategy")
+    try:
+        yield
+    finally:
+        _strategy = before
