@@ -65,4 +65,4 @@ DEVICES = (H100, H200, A100, L4, RTX_4090, B200, MI300X)
 
 # Triton's interpreter runs programs one after the other. A few programs exercise the
 # splits, and more would only cost time.
-INTERPRETER = Device("Triton interpreter", sm_count=1, l2_bytes=MIB)
+INTERPRETER = Device("Triton interpreter", sm_count=1, l2_bytes=4 * MIB)

@@ -239,7 +239,8 @@ def ticketed(problem: Problem, device: Device, backward: bool) -> Schedule:
 
 def _blocks_in_cache(problem: Problem, device: Device, backward: bool, tile: Tile) -> int:
     """Returns how many channel blocks a slice may have for the cache to hold two slices."""
-    block_bytes = tile.c * problem.n * problem.s * problem.itemsize * _reads(problem, backward)
+    channels = min(tile.c, problem.c)
+    block_bytes = channels * problem.n * problem.s * problem.itemsize * _reads(problem, backward)
     return int(device.l2_share * device.l2_bytes / (SLICES_IN_CACHE * block_bytes))
 
 

@@ -51,8 +51,8 @@ def _check_overflow(semantic, lhs, rhs, operation):
         return
     exact = _EXACT[operation.__name__](lhs.handle.data.astype(np.int64), rhs.handle.data)
     smallest = 0 if lhs.type.scalar.is_int_unsigned() else -(2 ** (bits - 1))
-    if exact.min() < smallest or exact.max() >= smallest + 2**bits:
-        raise OverflowError(f"an integer of {bits} bits overflows in {operation.__name__}")
+    inside = smallest <= exact.min() and exact.max() < smallest + 2**bits
+    assert inside, f"an integer of {bits} bits overflows in {operation.__name__}"
 
 
 _EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
