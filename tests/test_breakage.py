@@ -1,9 +1,7 @@
 """Broken on purpose: the tests must notice each time."""
 
-import os
+import multiprocessing
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -132,8 +130,30 @@ BREAKAGES = {
 }
 
 
+# Each copy is tested in a process of its own, forked from one that has imported all the rest.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "triton"])
+TEST = """
+import os, sys
+os.chdir({folder!r})
+sys.path.insert(0, {folder!r})
+output = os.open("output", os.O_CREAT | os.O_WRONLY)
+os.dup2(output, 1)
+os.dup2(output, 2)
+os.environ.pop("PYTEST_XDIST_WORKER", None)
+import pytest
+code = pytest.main(["-x", "-n", "0", "--tb", "native", "-p", "no:cacheprovider", {tests!r}])
+sys.stdout.flush()
+os._exit(code)
+"""
+
+
 def run(tmp_path, file, there, put, tests):
-    """Runs tests on a copy of the project in which a line was exchanged."""
+    """Tests a copy of the project in which a line was exchanged.
+
+    Returns the exit status, which is negative after a crash and None if the tests hang, and
+    what the tests printed.
+    """
     for name in ("kernels", "fastbn", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
@@ -143,29 +163,27 @@ def run(tmp_path, file, there, put, tests):
     source = path.read_text()
     assert source.count(there) == 1, "the line to break is gone: adapt this test"
     path.write_text(source.replace(there, put))
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    environment.pop("PYTEST_XDIST_WORKER", None)
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", tests],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LIMIT,
-    )  # fmt: skip
+    process = FORKS.Process(target=exec, args=(TEST.format(folder=str(tmp_path), tests=tests),))
+    process.start()
+    process.join(LIMIT)
+    status = process.exitcode
+    process.kill()
+    return status, (tmp_path / "output").read_text()
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_broken_copy_fails(breakage, tmp_path):
-    try:
-        done = run(tmp_path, *BREAKAGES[breakage])
-    except subprocess.TimeoutExpired:
+    status, output = run(tmp_path, *BREAKAGES[breakage])
+    if status is None:
         # Only by these do programs wait for each other.
         assert BREAKAGES[breakage][0] == "kernels/tickets.py"
-        return
     # A write out of bounds may end the whole process.
-    crashed = done.returncode < 0
-    assert crashed or done.returncode == 1, done.stdout
-    assert crashed or "AssertionError" in done.stdout
+    elif status >= 0:
+        assert status == 1, output
+        assert "AssertionError" in output
 
 
 def test_unmodified_copy_passes(tmp_path):
     line = "    offsets = (n * C + c) * S + s"
-    done = run(tmp_path, "kernels/addressing.py", line, line, "tests/test_addressing.py")
-    assert done.returncode == 0, done.stdout
+    status, output = run(tmp_path, "kernels/addressing.py", line, line, "tests/test_addressing.py")
+    assert status == 0, output

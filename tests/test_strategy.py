@@ -113,7 +113,9 @@ def test_it_ends_with_the_block_and_after_an_error():
     with pytest.raises(RuntimeError, match="from within"):
         fail()
     with (
-        pytest.raises(ValueError, match=r"strategy must be one of auto, two-pass, .* but got 'one'"),
+        pytest.raises(
+            ValueError, match=r"strategy must be one of auto, two-pass, .* but got 'one'"
+        ),
         fastbn.use_strategy("one"),
     ):
         pass
