@@ -21,7 +21,7 @@ from fastbn.runtime.layout import with_canonical_strides
 # mean rounds is luck), plus this many units in the last place of the channel's
 # largest value, or of the terms that cancel in it. In float64 the oracle itself
 # is rounded.
-FLOOR_ULPS = {torch.float64: 32, torch.float32: 6, torch.float16: 2, torch.bfloat16: 2}
+FLOOR_ULPS = {torch.float64: 32, torch.float32: 6, torch.float16: 0.5, torch.bfloat16: 0.5}
 EPSILON = {dtype: torch.finfo(dtype).eps for dtype in
            (torch.float64, torch.float32, torch.float16, torch.bfloat16)}  # fmt: skip
 
