@@ -5,13 +5,13 @@ import triton.language as tl
 
 
 @triton.jit
-def extents(C, S, ALIGN: tl.constexpr, FLAT: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Returns C and S, one of which is passed in units of ALIGN: C if S is 1 or FLAT, else S.
+def extents(C, S, ALIGN: tl.constexpr, ACCESS: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Returns C and S. C, if S is 1 or planes are flat, or else S is passed in units of ALIGN.
 
     The compiler then knows that the extent is a multiple of ALIGN and that rows start
     aligned, and so makes accesses up to 16 bytes wide.
     """
-    if BLOCK_S == 1 or FLAT:
+    if BLOCK_S == 1 or ACCESS == "flat":
         return C * ALIGN, S
     else:
         return C, S * ALIGN
@@ -68,11 +68,15 @@ def rearrange(x, columns, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_tile(
-    P, N, C, S, n0, c0, s0, FLAT: tl.constexpr, EVICTION: tl.constexpr,
+    P, N, C, S, n0, c0, s0, ACCESS: tl.constexpr, EVICTION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Loads the tile at (n0, c0, s0), zero outside the array; if FLAT, s0 is 0 and BLOCK_S >= S."""
-    if FLAT:
+    """Loads the tile at (n0, c0, s0), zero outside the array.
+
+    ACCESS says how: "whole" tiles divide the array and need no mask, "masked" ones may reach
+    over its edge, and "flat" ones hold whole planes, so that s0 is 0 and BLOCK_S >= S.
+    """
+    if ACCESS == "flat":
         WIDTH: tl.constexpr = BLOCK_C * BLOCK_S
         start, offsets, inside = flat_box(N, C, S, n0, c0, BLOCK_N, BLOCK_C, BLOCK_S)
         flat = tl.load(P + start + offsets, inside, other=0.0, eviction_policy=EVICTION)
@@ -80,19 +84,48 @@ def load_tile(
         padded = rearrange(flat, column // BLOCK_S * S + column % BLOCK_S, BLOCK_N, WIDTH)
         x = tl.reshape(padded, (BLOCK_N, BLOCK_C, BLOCK_S))
         return tl.where(tl.arange(0, BLOCK_S)[None, None, :] < S, x, 0.0)
+    start, offsets, inside = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
+    if ACCESS == "whole":
+        return tl.load(P + start + offsets, eviction_policy=EVICTION)
+    return tl.load(P + start + offsets, inside, other=0.0, eviction_policy=EVICTION)
+
+
+@triton.jit
+def load_values(
+    P, N, C, S, n0, c0, s0, ACCESS: tl.constexpr, EVICTION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Does what `load_tile` does, but leaves flattened planes as (BLOCK_N, columns, 1) blocks."""
+    if ACCESS == "flat":
+        start, offsets, inside = flat_box(N, C, S, n0, c0, BLOCK_N, BLOCK_C, BLOCK_S)
+        x = tl.load(P + start + offsets, inside, other=0.0, eviction_policy=EVICTION)
+        return tl.reshape(x, (BLOCK_N, BLOCK_C * BLOCK_S, 1))
     else:
-        start, offsets, inside = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
-        return tl.load(P + start + offsets, inside, other=0.0, eviction_policy=EVICTION)
+        return load_tile(P, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
+
+
+@triton.jit
+def values_inside(
+    N, C, S, n0, c0, s0, ACCESS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Says which elements of a block that `load_values` returns are inside the array."""
+    if ACCESS == "flat":
+        _, _, inside = flat_box(N, C, S, n0, c0, BLOCK_N, BLOCK_C, BLOCK_S)
+        return tl.reshape(inside, (BLOCK_N, BLOCK_C * BLOCK_S, 1))
+    else:
+        _, _, inside = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
+        return inside
 
 
 @triton.jit
 def store_tile(
-    P, x, N, C, S, n0, c0, s0, FLAT: tl.constexpr, EVICTION: tl.constexpr,
+    P, x, N, C, S, n0, c0, s0, ACCESS: tl.constexpr, EVICTION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Stores a tile where `load_tile` would load it."""
     x = x.to(P.dtype.element_ty)
-    if FLAT:
+    if ACCESS == "flat":
         WIDTH: tl.constexpr = BLOCK_C * BLOCK_S
         start, offsets, inside = flat_box(N, C, S, n0, c0, BLOCK_N, BLOCK_C, BLOCK_S)
         column = tl.arange(0, WIDTH)
@@ -102,7 +135,10 @@ def store_tile(
         tl.store(P + start + offsets, flat, inside, eviction_policy=EVICTION)
     else:
         start, offsets, inside = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
-        tl.store(P + start + offsets, x, inside, eviction_policy=EVICTION)
+        if ACCESS == "whole":
+            tl.store(P + start + offsets, x, eviction_policy=EVICTION)
+        else:
+            tl.store(P + start + offsets, x, inside, eviction_policy=EVICTION)
 
 
 @triton.jit
@@ -123,12 +159,32 @@ def tiles_of_block(N, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def position_in_block(tile, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Returns (n0, s0) of a channel block's tile; tiles are numbered in the order of memory."""
-    s_tiles = blocks_of(S, BLOCK_S)
-    n0 = tl.cast(tile // s_tiles, tl.int64) * BLOCK_N
-    s0 = tl.cast(tile % s_tiles, tl.int64) * BLOCK_S
-    return n0, s0
+def first_of_run(split, S, BLOCK_S: tl.constexpr):
+    """Returns along N and S the number of a channel block's tile, in the order of memory."""
+    if BLOCK_S == 1:
+        # S is 1 too, and a constant keeps the compiler's knowledge of alignment.
+        return split, 0
+    else:
+        s_tiles = blocks_of(S, BLOCK_S)
+        return split // s_tiles, split % s_tiles
+
+
+@triton.jit
+def next_of_run(n_tile, s_tile, n_step, s_step, S, BLOCK_S: tl.constexpr):
+    """Returns the tile that lies a step of tiles further on, without a division."""
+    if BLOCK_S == 1:
+        return n_tile + n_step, 0
+    else:
+        s_tiles = blocks_of(S, BLOCK_S)
+        s_tile += s_step
+        wraps = s_tile >= s_tiles
+        return n_tile + n_step + wraps.to(tl.int32), tl.where(wraps, s_tile - s_tiles, s_tile)
+
+
+@triton.jit
+def corner(n_tile, s_tile, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Returns (n0, s0), where a tile of these numbers begins."""
+    return tl.cast(n_tile, tl.int64) * BLOCK_N, tl.cast(s_tile, tl.int64) * BLOCK_S
 
 
 @triton.jit

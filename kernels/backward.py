@@ -15,11 +15,13 @@ import triton.language as tl
 from .addressing import (
     blocks_of,
     box,
+    corner,
     extents,
+    first_of_run,
     load_tile,
+    next_of_run,
     per_channel,
     position,
-    position_in_block,
     store_tile,
     tiles_of_block,
 )
@@ -39,22 +41,25 @@ from .tickets import last_to_arrive
 @triton.jit
 def load_gradient(
     DY, X, R, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
-    ACTIVATION: tl.constexpr, FLAT: tl.constexpr, EVICTION: tl.constexpr,
+    ACTIVATION: tl.constexpr, ACCESS: tl.constexpr, EVICTION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Loads a tile and returns g, the gradient before the activation, and x - mean."""
     acc: tl.constexpr = mean.dtype
-    dy = load_tile(DY, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S).to(acc)
-    x = load_tile(X, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S).to(acc)
+    dy = load_tile(DY, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S).to(acc)
+    x = load_tile(X, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S).to(acc)
     param = tl.full((), param, acc)
     if Mask is not None:
         start, offsets, inside = mask_box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
-        packed = tl.load(Mask + start + offsets, inside, other=0, eviction_policy=EVICTION)
+        if ACCESS == "whole":
+            packed = tl.load(Mask + start + offsets, eviction_policy=EVICTION)
+        else:
+            packed = tl.load(Mask + start + offsets, inside, other=0, eviction_policy=EVICTION)
         g = sign_backward(dy, unpack(packed, BLOCK_N, BLOCK_C, BLOCK_S), param, ACTIVATION)
     else:
         z = normalise(x, mean, scale, bias)
         if R is not None:
-            r = load_tile(R, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
+            r = load_tile(R, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
             z += r.to(acc)
         g = activation_backward(dy, z, param, ACTIVATION)
     return g, x - mean
@@ -95,22 +100,23 @@ def load_means(Sums, N, S, C, c0, acc: tl.constexpr, BLOCK_C: tl.constexpr, CACH
 @triton.jit
 def store_gradients(
     g, centred, rstd, scale, mean_g, mean_gx, DX, DR, N, C, S, n0, c0, s0,
-    FLAT: tl.constexpr, EVICTION: tl.constexpr,
+    ACCESS: tl.constexpr, EVICTION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Stores dx for batch statistics and the residual's gradient, each where it is wanted."""
     if DX is not None:
-        x_hat = centred * rstd
-        dx = scale * (g - mean_g - x_hat * (rstd * mean_gx))
-        store_tile(DX, dx, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
+        # scale * (g - mean_g - centred * rstd^2 * mean_gx), what is alike in a channel first
+        constant, slope = -scale * mean_g, -scale * (rstd * (rstd * mean_gx))
+        dx = tl.fma(centred, slope, tl.fma(g, scale, constant))
+        store_tile(DX, dx, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
     if DR is not None:
-        store_tile(DR, g, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
+        store_tile(DR, g, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
 
 
 @triton.jit
 def store_partial_sums(
     DY, X, R, Mask, Partials, DX, DR, mean, scale, bias, param, N, C, S, block, split, splits,
-    ACTIVATION: tl.constexpr, FLAT: tl.constexpr, EVICTION: tl.constexpr,
+    ACTIVATION: tl.constexpr, ACCESS: tl.constexpr, EVICTION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Stores sums of g and g * (x - mean) over every splits-th tile of a channel block.
@@ -123,22 +129,28 @@ def store_partial_sums(
     c = c0 + tl.arange(0, BLOCK_C)
     sum_g = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), acc)
     sum_gx = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), acc)
-    for tile in range(split, tiles_of_block(N, S, BLOCK_N, BLOCK_S), splits):
-        n0, s0 = position_in_block(tile, S, BLOCK_N, BLOCK_S)
+    n_tile, s_tile = first_of_run(split, S, BLOCK_S)
+    n_step, s_step = first_of_run(splits, S, BLOCK_S)
+    for _ in range(split, tiles_of_block(N, S, BLOCK_N, BLOCK_S), splits):
+        n0, s0 = corner(n_tile, s_tile, BLOCK_N, BLOCK_S)
+        n_tile, s_tile = next_of_run(n_tile, s_tile, n_step, s_step, S, BLOCK_S)
         g, centred = load_gradient(
             DY, X, R, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
-            ACTIVATION, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S,
+            ACTIVATION, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S,
         )  # fmt: skip
         if Partials is not None:
-            # Outside the array dy is 0, but where the mean is NaN, g is NaN there too.
-            _, _, inside = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
-            sum_g += tl.where(inside, g, 0.0)
-            sum_gx += tl.where(inside, g * centred, 0.0)
+            if ACCESS != "whole":
+                # Outside the array dy is 0, but where the mean is NaN, g is NaN there too.
+                _, _, inside = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
+                g = tl.where(inside, g, 0.0)
+                centred = tl.where(inside, centred, 0.0)
+            sum_g += g
+            sum_gx = tl.fma(g, centred, sum_gx)
         if DX is not None:
             dx = g * scale
-            store_tile(DX, dx, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
+            store_tile(DX, dx, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
         if DR is not None:
-            store_tile(DR, g, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
+            store_tile(DR, g, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
     if Partials is not None:
         tl.store(Partials + split * C + c, sum_rows(sum_g), c < C)
         tl.store(Partials + splits * C + split * C + c, sum_rows(sum_gx), c < C)
@@ -170,7 +182,7 @@ def bn_reduce_bwd_kernel(
     ALIGN: tl.constexpr,
     MERGE: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    FLAT: tl.constexpr,
+    ACCESS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -180,7 +192,7 @@ def bn_reduce_bwd_kernel(
     With fixed statistics the gradients of input and residual don't depend on the sums,
     so the same pass stores these gradients.
     """
-    C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
+    C, S = extents(C, S, ALIGN, ACCESS, BLOCK_S)
     acc = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
     blocks = blocks_of(C, BLOCK_C)
     block = tl.program_id(0) % blocks
@@ -190,7 +202,7 @@ def bn_reduce_bwd_kernel(
     scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
     store_partial_sums(
         DY, X, R, Mask, Partials, DX, DR, mean, scale, bias, param, N, C, S, block, split, splits,
-        ACTIVATION, FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S,
+        ACTIVATION, ACCESS, "", BLOCK_N, BLOCK_C, BLOCK_S,
     )  # fmt: skip
     if Sums is not None:  # noqa: SIM102, `and` would not be decided at compile time
         if last_to_arrive(Arrivals + block, splits):
@@ -215,13 +227,13 @@ def bn_apply_bwd_kernel(
     param: "fp64",
     ALIGN: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    FLAT: tl.constexpr,
+    ACCESS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Each program handles one tile, last tiles first: the sums left those in the cache."""
-    C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
+    C, S = extents(C, S, ALIGN, ACCESS, BLOCK_S)
     acc = Statistics.dtype.element_ty
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     n0, c0, s0 = position(tile, N, C, S, BLOCK_N, BLOCK_C, BLOCK_S)
@@ -229,12 +241,12 @@ def bn_apply_bwd_kernel(
     scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
     g, centred = load_gradient(
         DY, X, R, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
-        ACTIVATION, FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S,
+        ACTIVATION, ACCESS, "", BLOCK_N, BLOCK_C, BLOCK_S,
     )  # fmt: skip
     mean_g, mean_gx = mean, mean
     if DX is not None:
         mean_g, mean_gx = load_means(Sums, N, S, C, c0, acc, BLOCK_C, "")
     store_gradients(
         g, centred, rstd, scale, mean_g, mean_gx, DX, DR, N, C, S, n0, c0, s0,
-        FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S,
+        ACCESS, "", BLOCK_N, BLOCK_C, BLOCK_S,
     )  # fmt: skip

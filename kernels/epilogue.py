@@ -19,7 +19,7 @@ def normalise(x, mean, scale, bias):
     Folding the mean into the bias would save a subtraction and lose every
     digit where |mean| is much larger than the standard deviation.
     """
-    return (x - mean) * scale + bias
+    return tl.fma(x - mean, scale, bias)
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def expm1(z):
 def activate(z, param, ACTIVATION: tl.constexpr):
     """Returns the activation. Comparisons are written so that NaN stays NaN."""
     if ACTIVATION == "relu":
-        z = tl.where(z <= 0, 0.0, z)
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "leaky_relu":
         z = tl.where(z <= 0, z * param, z)
     elif ACTIVATION == "silu":

@@ -15,13 +15,16 @@ import triton.language as tl
 
 from .addressing import (
     blocks_of,
-    box,
+    corner,
     extents,
+    first_of_run,
     load_tile,
+    load_values,
+    next_of_run,
     position,
-    position_in_block,
     store_tile,
     tiles_of_block,
+    values_inside,
 )
 from .epilogue import (
     activate,
@@ -32,7 +35,13 @@ from .epilogue import (
     pack,
     scale_and_bias,
 )
-from .moments import merge, merge_partials, sample_mean, tile_moments
+from .moments import (
+    merge_partials,
+    moments_of_planes,
+    not_negative,
+    sum_rows,
+    typical_values,
+)
 from .tickets import last_to_arrive
 
 
@@ -79,40 +88,72 @@ def count_batch(NumBatchesTracked, first, Arrivals, readers, CUMULATIVE: tl.cons
 @triton.jit
 def store_partial_moments(
     X, Partials, N, C, S, block, split, splits, acc: tl.constexpr,
-    FLAT: tl.constexpr, EVICTION: tl.constexpr,
+    ACCESS: tl.constexpr, EVICTION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Stores moments of every splits-th tile of a channel block, about the mean that it returns."""
+    """Stores moments of every splits-th tile of a channel block, about the values that it returns.
+
+    Sums are taken element by element, about the mean of the run's first tile, and reduced at
+    the end of the run. Of K tiles the first is a fraction 1 / K, so whatever the data are, its
+    mean s satisfies count * (s - mean)^2 <= (K - 1) * m2: what cancels is at most K times what
+    remains. Flattened planes are reduced to columns first, and columns to channels.
+    """
     c0 = block * BLOCK_C
-    c = c0 + tl.arange(0, BLOCK_C)
-    in_block = c < C
-    SAMPLE_N: tl.constexpr = 16 if BLOCK_S == 1 else 1
-    SAMPLE_S: tl.constexpr = 1 if BLOCK_S == 1 else 16
-    shift = sample_mean(X, N, C, S, c0, acc, SAMPLE_N, BLOCK_C, SAMPLE_S)
+    n_tile, s_tile = first_of_run(split, S, BLOCK_S)
+    n_step, s_step = first_of_run(splits, S, BLOCK_S)
+    n0, s0 = corner(n_tile, s_tile, BLOCK_N, BLOCK_S)
+    x = load_values(X, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
+    about = typical_values(X, N, C, S, c0 + tl.arange(0, BLOCK_C), acc)
+    near = about
+    if ACCESS == "flat":
+        channels = tl.arange(0, BLOCK_C * BLOCK_S) // S
+        near = tl.gather(about, tl.minimum(channels, BLOCK_C - 1), 0)
+    # The mean of differences from such a value: no sum of values overflows, and a constant
+    # channel has no differences.
+    inside = values_inside(N, C, S, n0, c0, s0, ACCESS, BLOCK_N, BLOCK_C, BLOCK_S)
+    differences = tl.where(inside, x.to(acc) - near[None, :, None], 0.0)
+    length: tl.constexpr = 1 if ACCESS == "flat" else BLOCK_S
+    count = (tl.minimum(N - n0, BLOCK_N) * tl.minimum(S - s0, length)).to(acc)
+    size: tl.constexpr = BLOCK_N * length
+    shift = near + sum_rows(differences * (1.0 / size)) / (count / size)
 
     count = tl.cast(0, acc)
-    mean = tl.zeros((BLOCK_C,), acc)
-    m2 = tl.zeros((BLOCK_C,), acc)
-    for tile in range(split, tiles_of_block(N, S, BLOCK_N, BLOCK_S), splits):
-        n0, s0 = position_in_block(tile, S, BLOCK_N, BLOCK_S)
-        x = load_tile(X, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
-        x = x.to(acc) - shift[None, :, None]
-        _, _, inside = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
-        tile_count = (tl.minimum(N - n0, BLOCK_N) * tl.minimum(S - s0, BLOCK_S)).to(acc)
-        tile_mean, tile_m2 = tile_moments(x, inside, tile_count)
-        count, mean, m2 = merge(count, mean, m2, tile_count, tile_mean, tile_m2)
+    sums = tl.zeros_like(differences)
+    squares = tl.zeros_like(differences)
+    tiles = tiles_of_block(N, S, BLOCK_N, BLOCK_S)
+    for tile in range(split, tiles, splits):
+        away = x.to(acc) - shift[None, :, None]
+        if ACCESS != "whole":
+            inside = values_inside(N, C, S, n0, c0, s0, ACCESS, BLOCK_N, BLOCK_C, BLOCK_S)
+            away = tl.where(inside, away, 0.0)
+        sums += away
+        squares = tl.fma(away, away, squares)
+        count += (tl.minimum(N - n0, BLOCK_N) * tl.minimum(S - s0, length)).to(acc)
+        n_tile, s_tile = next_of_run(n_tile, s_tile, n_step, s_step, S, BLOCK_S)
+        n0, s0 = corner(n_tile, s_tile, BLOCK_N, BLOCK_S)
+        if tile + splits < tiles:
+            x = load_values(X, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
+    sums, squares = sum_rows(sums), sum_rows(squares)
+    mean = sums / count
+    m2 = not_negative(squares - sums * mean)
+    # The two are near each other, so their difference is exact.
+    mean += shift - near
+    if ACCESS == "flat":
+        mean, m2 = moments_of_planes(mean, m2, count, S, BLOCK_C, BLOCK_S)
+        count *= tl.cast(S, acc)
 
+    c = c0 + tl.arange(0, BLOCK_C)
     M2s = Partials + splits * C
     Counts = M2s + splits * C + block * splits
-    tl.store(Partials + split * C + c, mean, in_block)
-    tl.store(M2s + split * C + c, m2, in_block)
+    tl.store(Partials + split * C + c, mean, c < C)
+    tl.store(M2s + split * C + c, m2, c < C)
     tl.store(Counts + split, count)
-    return shift
+    return about
 
 
 @triton.jit
 def finish_statistics(
-    Partials, shift, Statistics, RunningMean, RunningVar, NumBatchesTracked, Arrivals, C, block,
+    Partials, about, Statistics, RunningMean, RunningVar, NumBatchesTracked, Arrivals, C, block,
     splits, momentum, eps, CUMULATIVE: tl.constexpr, MERGE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Merges the partial moments of a channel block and stores its statistics."""
@@ -124,7 +165,7 @@ def finish_statistics(
     count, mean, m2 = merge_partials(Partials, M2s, Counts, splits, C, c0, MERGE, BLOCK_C)
     factor = averaging_factor(momentum, NumBatchesTracked, CUMULATIVE, acc)
     store_statistics(
-        count, mean + shift, m2, Statistics, RunningMean, RunningVar, factor, eps, c, C
+        count, mean + about, m2, Statistics, RunningMean, RunningVar, factor, eps, c, C
     )
     blocks = blocks_of(C, BLOCK_C)
     count_batch(NumBatchesTracked, block == 0, Arrivals + blocks, blocks, CUMULATIVE)
@@ -133,20 +174,23 @@ def finish_statistics(
 @triton.jit
 def store_output(
     x, R, Y, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
-    ACTIVATION: tl.constexpr, FLAT: tl.constexpr, EVICTION: tl.constexpr,
+    ACTIVATION: tl.constexpr, ACCESS: tl.constexpr, EVICTION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Normalises a tile, adds the residual, and stores the activation and the packed signs."""
     z = normalise(x, mean, scale, bias)
     if R is not None:
-        r = load_tile(R, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
+        r = load_tile(R, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
         z += r.to(z.dtype)
     y = activate(z, tl.full((), param, z.dtype), ACTIVATION)
-    store_tile(Y, y, N, C, S, n0, c0, s0, FLAT, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
+    store_tile(Y, y, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
     if Mask is not None:
         packed = pack(is_positive(z, ACTIVATION), BLOCK_N, BLOCK_C, BLOCK_S)
         start, offsets, inside = mask_box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
-        tl.store(Mask + start + offsets, packed, inside, eviction_policy=EVICTION)
+        if ACCESS == "whole":
+            tl.store(Mask + start + offsets, packed, eviction_policy=EVICTION)
+        else:
+            tl.store(Mask + start + offsets, packed, inside, eviction_policy=EVICTION)
 
 
 @triton.jit
@@ -167,23 +211,23 @@ def bn_stats_fwd_kernel(
     ALIGN: tl.constexpr,
     MERGE: tl.constexpr,
     CUMULATIVE: tl.constexpr,
-    FLAT: tl.constexpr,
+    ACCESS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Program (split, channel block) takes the moments of every splits-th tile of the block."""
-    C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
+    C, S = extents(C, S, ALIGN, ACCESS, BLOCK_S)
     acc = Statistics.dtype.element_ty
     blocks = blocks_of(C, BLOCK_C)
     block = tl.program_id(0) % blocks
     split = tl.program_id(0) // blocks
-    shift = store_partial_moments(
-        X, Partials, N, C, S, block, split, splits, acc, FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S
+    about = store_partial_moments(
+        X, Partials, N, C, S, block, split, splits, acc, ACCESS, "", BLOCK_N, BLOCK_C, BLOCK_S
     )
     if last_to_arrive(Arrivals + block, splits):
         finish_statistics(
-            Partials, shift, Statistics, RunningMean, RunningVar, NumBatchesTracked, Arrivals, C,
+            Partials, about, Statistics, RunningMean, RunningVar, NumBatchesTracked, Arrivals, C,
             block, splits, momentum, eps, CUMULATIVE, MERGE, BLOCK_C,
         )  # fmt: skip
 
@@ -205,20 +249,20 @@ def bn_apply_fwd_kernel(
     param: "fp64",
     ALIGN: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    FLAT: tl.constexpr,
+    ACCESS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Each program handles one tile, last tiles first: the statistics left those in the cache."""
-    C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
+    C, S = extents(C, S, ALIGN, ACCESS, BLOCK_S)
     acc = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     n0, c0, s0 = position(tile, N, C, S, BLOCK_N, BLOCK_C, BLOCK_S)
     mean, rstd = mean_and_rstd(Statistics, Var, eps, c0, C, acc, BLOCK_C, "")
     scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
-    x = load_tile(X, N, C, S, n0, c0, s0, FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S).to(acc)
+    x = load_tile(X, N, C, S, n0, c0, s0, ACCESS, "", BLOCK_N, BLOCK_C, BLOCK_S).to(acc)
     store_output(
         x, R, Y, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
-        ACTIVATION, FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S,
+        ACTIVATION, ACCESS, "", BLOCK_N, BLOCK_C, BLOCK_S,
     )  # fmt: skip

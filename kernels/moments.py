@@ -19,49 +19,34 @@ def tile_moments(x, mask, count):
 
 
 @triton.jit
-def sample_mean(
-    X, N, C, S, c0, acc: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """Returns a trimmed mean of a few values at the start of each channel.
+def typical_values(X, N, C, S, c, acc: tl.constexpr):
+    """Loads for each channel of a block the median of its first, middle and last value.
 
-    It is the same in every program. Moments are taken about it, and the nearer it lies
-    to the mean, the fewer digits cancel. Among three values or more the smallest and the
-    largest, which may be outliers, don't count. None of M values lies more than sqrt(M)
-    standard deviations from the mean (Samuelson), so even a bad sample leaves digits.
+    It is the same in every program, and partial means are stored about it: they lose no digits
+    if it is anywhere near the other values, and of three values one may be an outlier.
     """
-    n = tl.arange(0, BLOCK_N)[:, None, None]
-    c = tl.arange(0, BLOCK_C)[None, :, None]
-    s = tl.arange(0, BLOCK_S)[None, None, :]
-    few = (n < N) & (s < S)
-    # Offsets take 64 bits, because these rows are no tile whose reach the planner has limited.
-    offsets = (n.to(tl.int64) * C + c0 + c) * S + s
-    x = tl.load(X + offsets, few & (c < C - c0), other=0.0).to(acc)
-    # Sum sixteenths, which are exact except for denormals: where the mean doesn't overflow,
-    # neither does their sum.
-    x *= 0.0625
-    smallest = tl.min(tl.min(tl.where(few, x, float("inf")), axis=2), axis=0)
-    largest = tl.max(tl.max(tl.where(few, x, float("-inf")), axis=2), axis=0)
-    count = tl.minimum(N, BLOCK_N) * tl.minimum(S, BLOCK_S)
-    trimmed = tl.where(count > 2, smallest + largest, 0.0)
-    sixteenths = (count - tl.where(count > 2, 2, 0)).to(acc) * 0.0625
-    mean = (sum_rows(x) - trimmed) / sixteenths
-    if BLOCK_C == 1:
-        # Go by way of a scalar: to bring a vector into the tile's layout, Triton 3.6 would
-        # store it to shared memory a thousand times.
-        mean = tl.full((1,), tl.sum(mean, axis=0), acc)
-    return mean
+    inside = c < C
+    at = tl.cast(c, tl.int64) * S
+    row = tl.cast(C, tl.int64) * S
+    first = tl.load(X + at, inside, other=0.0).to(acc)
+    middle = tl.load(X + (N // 2) * row + at + S // 2, inside, other=0.0).to(acc)
+    last = tl.load(X + (N - 1) * row + at + (S - 1), inside, other=0.0).to(acc)
+    lower, upper = tl.minimum(first, last), tl.maximum(first, last)
+    return tl.maximum(lower, tl.minimum(upper, middle))
 
 
 @triton.jit
-def merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
-    """Returns the moments of two sets' union (Chan, Golub and LeVeque, 1983, eq. 2.1)."""
-    count = count_a + count_b
-    delta = mean_b - mean_a
-    mean = mean_a + delta * (count_b / count)
-    # Multiply in this order, so that no square overflows where count_a is 0.
-    m2 = m2_a + m2_b + delta * (delta * (count_a * (count_b / count)))
-    return count, mean, m2
+def moments_of_planes(means, m2s, count, S, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Merges the moments of flattened planes' columns, which have equal counts, to channels."""
+    WIDTH: tl.constexpr = BLOCK_C * BLOCK_S
+    column = tl.arange(0, WIDTH)
+    order = tl.minimum(column // BLOCK_S * S + column % BLOCK_S, WIDTH - 1)
+    inside = tl.arange(0, BLOCK_S)[None, :] < S
+    means = tl.reshape(tl.gather(means, order, 0), (BLOCK_C, BLOCK_S))
+    m2s = tl.reshape(tl.gather(m2s, order, 0), (BLOCK_C, BLOCK_S))
+    mean = tl.sum(tl.where(inside, means, 0.0), axis=1) / S.to(means.dtype)
+    centred = tl.where(inside, means - mean[:, None], 0.0)
+    return mean, tl.sum(tl.where(inside, m2s, 0.0) + count * (centred * centred), axis=1)
 
 
 @triton.jit
@@ -78,36 +63,52 @@ def load_partials(P, first, splits, C, c0, MERGE: tl.constexpr, BLOCK_C: tl.cons
 @triton.jit
 def sum_partials(P, splits, C, c0, MERGE: tl.constexpr, BLOCK_C: tl.constexpr):
     """Returns the column sums of a (splits, C) table."""
-    total = tl.zeros((BLOCK_C,), P.dtype.element_ty)
+    total = tl.zeros((MERGE, BLOCK_C), P.dtype.element_ty)
     for first in range(0, splits, MERGE):
         part, _ = load_partials(P, first, splits, C, c0, MERGE, BLOCK_C)
-        total += tl.sum(part, axis=0)
-    return total
+        total += part
+    return tl.sum(total, axis=0)
 
 
 @triton.jit
 def merge_partials(Means, M2s, Counts, splits, C, c0, MERGE: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Merges many sets at once by Chan's formula.
+    """Merges many sets at once (Chan, Golub and LeVeque, 1983), about the mean of the first ones.
 
-    mean = sum(count_i * mean_i) / count
-    m2   = sum(m2_i + count_i * (mean_i - mean)^2)
+    With d_i = mean_i - about, and sums over all sets:
+
+    mean = about + sum(count_i * d_i) / count
+    m2   = sum(m2_i) + sum(count_i * d_i^2) - sum(count_i * d_i)^2 / count
+
+    The first MERGE of so many sets are at least a fraction MERGE / splits of all values, so
+    whatever the data are, sum(count_i * d_i^2) is at most splits / MERGE times m2 and cancels
+    no more digits than that.
     """
-    count = tl.sum(tl.zeros((MERGE,), Means.dtype.element_ty), axis=0)
-    weighted = tl.zeros((BLOCK_C,), Means.dtype.element_ty)
+    rows = tl.arange(0, MERGE)
+    counts = tl.load(Counts + rows, rows < splits, other=0.0, cache_modifier=".cg")
+    means, _ = load_partials(Means, 0, splits, C, c0, MERGE, BLOCK_C)
+    shares = counts / tl.sum(counts, axis=0)
+    about = tl.sum(shares[:, None] * means, axis=0)
+    count = tl.zeros((MERGE,), Means.dtype.element_ty)
+    weighted = tl.zeros((MERGE, BLOCK_C), Means.dtype.element_ty)
+    squares = tl.zeros((MERGE, BLOCK_C), Means.dtype.element_ty)
+    m2 = tl.zeros((MERGE, BLOCK_C), Means.dtype.element_ty)
     for first in range(0, splits, MERGE):
-        row = first + tl.arange(0, MERGE)
+        row = first + rows
         counts = tl.load(Counts + row, row < splits, other=0.0, cache_modifier=".cg")
         means, _ = load_partials(Means, first, splits, C, c0, MERGE, BLOCK_C)
-        count += tl.sum(counts, axis=0)
-        weighted += tl.sum(counts[:, None] * means, axis=0)
-    mean = weighted / count
-    m2 = tl.zeros((BLOCK_C,), Means.dtype.element_ty)
-    for first in range(0, splits, MERGE):
-        row = first + tl.arange(0, MERGE)
-        counts = tl.load(Counts + row, row < splits, other=0.0, cache_modifier=".cg")
-        means, _ = load_partials(Means, first, splits, C, c0, MERGE, BLOCK_C)
-        m2s, mask = load_partials(M2s, first, splits, C, c0, MERGE, BLOCK_C)
-        centred = tl.where(mask, means - mean[None, :], 0.0)
-        # No term overflows where m2 doesn't, since each set has values and no term exceeds m2.
-        m2 += tl.sum(m2s + counts[:, None] * centred * centred, axis=0)
-    return count, mean, m2
+        m2s, _ = load_partials(M2s, first, splits, C, c0, MERGE, BLOCK_C)
+        away = means - about[None, :]
+        count += counts
+        weighted += counts[:, None] * away
+        squares = tl.fma(counts[:, None] * away, away, squares)
+        m2 += m2s
+    total = tl.sum(count, axis=0)
+    sum_away = tl.sum(weighted, axis=0)
+    between = tl.sum(squares, axis=0) - sum_away * (sum_away / total)
+    return total, about + sum_away / total, tl.sum(m2, axis=0) + not_negative(between)
+
+
+@triton.jit
+def not_negative(x):
+    """Returns x, or 0 for what rounding has left below it; NaN stays NaN."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)

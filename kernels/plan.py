@@ -233,7 +233,7 @@ def ticketed(problem: Problem, device: Device, backward: bool) -> Schedule:
     seconds = device.launch + max(memory, cache, counters) + 4 * waits * device.latency
     return _schedule(
         "ticketed", problem, device, backward, units, seconds,
-        reduce=_pass(tile, splits), slice_blocks=slice_blocks, cached_units=again,
+        reduce=_pass(problem, tile, splits), slice_blocks=slice_blocks, cached_units=again,
     )  # fmt: skip
 
 
@@ -271,15 +271,17 @@ def _filling_pass(problem: Problem, device: Device, reads: int) -> Pass:
     splits = min(tiles, wanted, _max_splits(problem))
     # Make shares even: of 600 tiles, 300 programs with two each need no more time than
     # 528 programs of which some have two.
-    return _pass(tile, -(-tiles // -(-tiles // splits)))
+    return _pass(problem, tile, -(-tiles // -(-tiles // splits)))
 
 
 def _max_splits(problem: Problem) -> int:
     return max(1, min(MAX_SPLITS, MAX_PARTIALS // problem.c))
 
 
-def _pass(tile: Tile, splits: int) -> Pass:
-    return Pass(tile, splits, merge=min(power_of_2(splits), max(1, MERGE_ELEMENTS // tile.c)))
+def _pass(problem: Problem, tile: Tile, splits: int) -> Pass:
+    # Sums of float64 take twice as many registers.
+    rows = MERGE_ELEMENTS * 4 // (max(4, problem.itemsize) * tile.c)
+    return Pass(tile, splits, merge=min(power_of_2(splits), max(1, rows)))
 
 
 def _bandwidth(device: Device) -> float:

@@ -36,20 +36,20 @@ def bn_resident_fwd_kernel(
     ALIGN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CUMULATIVE: tl.constexpr,
-    FLAT: tl.constexpr,
+    ACCESS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Program i handles channel block i, all of whose values are one tile."""
-    C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
+    C, S = extents(C, S, ALIGN, ACCESS, BLOCK_S)
     acc = Statistics.dtype.element_ty
     c0 = tl.program_id(0) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
     factor = averaging_factor(momentum, NumBatchesTracked, CUMULATIVE, acc)
 
     _, _, inside = box(N, C, S, 0, c0, 0, BLOCK_N, BLOCK_C, BLOCK_S)
-    x = load_tile(X, N, C, S, 0, c0, 0, FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S).to(acc)
+    x = load_tile(X, N, C, S, 0, c0, 0, ACCESS, "", BLOCK_N, BLOCK_C, BLOCK_S).to(acc)
     count = (tl.cast(N, tl.int64) * S).to(acc)
     # The first mean is rounded; the mean of the differences from it corrects that.
     about = sum_rows(x * (1.0 / count))
@@ -59,7 +59,7 @@ def bn_resident_fwd_kernel(
     scale, bias = scale_and_bias(W, B, rstd[None, :, None], c0, C, BLOCK_C)
     store_output(
         x, R, Y, Mask, mean[None, :, None], scale, bias, param, N, C, S, 0, c0, 0,
-        ACTIVATION, FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S,
+        ACTIVATION, ACCESS, "", BLOCK_N, BLOCK_C, BLOCK_S,
     )  # fmt: skip
     count_batch(NumBatchesTracked, c0 == 0, Arrivals, tl.num_programs(0), CUMULATIVE)
 
@@ -83,20 +83,20 @@ def bn_resident_bwd_kernel(
     param: "fp64",
     ALIGN: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    FLAT: tl.constexpr,
+    ACCESS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Program i handles channel block i, all of whose values are one tile."""
-    C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
+    C, S = extents(C, S, ALIGN, ACCESS, BLOCK_S)
     acc = Statistics.dtype.element_ty
     c0 = tl.program_id(0) * BLOCK_C
     mean, rstd = mean_and_rstd(Statistics, None, 0.0, c0, C, acc, BLOCK_C, "")
     scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
     g, centred = load_gradient(
         DY, X, R, Mask, mean, scale, bias, param, N, C, S, 0, c0, 0,
-        ACTIVATION, FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S,
+        ACTIVATION, ACCESS, "", BLOCK_N, BLOCK_C, BLOCK_S,
     )  # fmt: skip
     _, _, inside = box(N, C, S, 0, c0, 0, BLOCK_N, BLOCK_C, BLOCK_S)
     sum_g = sum_rows(tl.where(inside, g, 0.0))
@@ -106,5 +106,5 @@ def bn_resident_bwd_kernel(
     mean_g, mean_gx = sum_g[None, :, None] / count, sum_gx[None, :, None] / count
     store_gradients(
         g, centred, rstd, scale, mean_g, mean_gx, DX, DR, N, C, S, 0, c0, 0,
-        FLAT, "", BLOCK_N, BLOCK_C, BLOCK_S,
+        ACCESS, "", BLOCK_N, BLOCK_C, BLOCK_S,
     )  # fmt: skip

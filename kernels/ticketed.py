@@ -9,7 +9,15 @@ and tiles in their last use are loaded to leave it first.
 import triton
 import triton.language as tl
 
-from .addressing import blocks_of, extents, load_tile, position_in_block, tiles_of_block
+from .addressing import (
+    blocks_of,
+    corner,
+    extents,
+    first_of_run,
+    load_tile,
+    next_of_run,
+    tiles_of_block,
+)
 from .backward import (
     finish_sums,
     load_gradient,
@@ -49,13 +57,13 @@ def bn_ticketed_fwd_kernel(
     MERGE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CUMULATIVE: tl.constexpr,
-    FLAT: tl.constexpr,
+    ACCESS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Each program serves one ticket: it reduces or applies every splits-th tile of a block."""
-    C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
+    C, S = extents(C, S, ALIGN, ACCESS, BLOCK_S)
     acc = Statistics.dtype.element_ty
     blocks = blocks_of(C, BLOCK_C)
     ticket, generation = draw_ticket(Tickets)
@@ -67,23 +75,26 @@ def bn_ticketed_fwd_kernel(
             wait_for_flag(Tickets + 1 + block, generation)
             mean, rstd = mean_and_rstd(Statistics, None, 0.0, c0, C, acc, BLOCK_C, ".cg")
             scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
-            for tile in range(split, tiles_of_block(N, S, BLOCK_N, BLOCK_S), splits):
-                n0, s0 = position_in_block(tile, S, BLOCK_N, BLOCK_S)
+            n_tile, s_tile = first_of_run(split, S, BLOCK_S)
+            n_step, s_step = first_of_run(splits, S, BLOCK_S)
+            for _ in range(split, tiles_of_block(N, S, BLOCK_N, BLOCK_S), splits):
+                n0, s0 = corner(n_tile, s_tile, BLOCK_N, BLOCK_S)
+                n_tile, s_tile = next_of_run(n_tile, s_tile, n_step, s_step, S, BLOCK_S)
                 x = load_tile(
-                    X, N, C, S, n0, c0, s0, FLAT, "evict_first", BLOCK_N, BLOCK_C, BLOCK_S
+                    X, N, C, S, n0, c0, s0, ACCESS, "evict_first", BLOCK_N, BLOCK_C, BLOCK_S
                 )
                 store_output(
                     x.to(acc), R, Y, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
-                    ACTIVATION, FLAT, "evict_first", BLOCK_N, BLOCK_C, BLOCK_S,
+                    ACTIVATION, ACCESS, "evict_first", BLOCK_N, BLOCK_C, BLOCK_S,
                 )  # fmt: skip
         else:
-            shift = store_partial_moments(
+            about = store_partial_moments(
                 X, Partials, N, C, S, block, split, splits, acc,
-                FLAT, "evict_last", BLOCK_N, BLOCK_C, BLOCK_S,
+                ACCESS, "evict_last", BLOCK_N, BLOCK_C, BLOCK_S,
             )  # fmt: skip
             if last_to_arrive(Arrivals + block, splits):
                 finish_statistics(
-                    Partials, shift, Statistics, RunningMean, RunningVar, NumBatchesTracked,
+                    Partials, about, Statistics, RunningMean, RunningVar, NumBatchesTracked,
                     Arrivals, C, block, splits, momentum, eps, CUMULATIVE, MERGE, BLOCK_C,
                 )  # fmt: skip
                 raise_flag(Tickets + 1 + block, generation)
@@ -115,13 +126,13 @@ def bn_ticketed_bwd_kernel(
     ALIGN: tl.constexpr,
     MERGE: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    FLAT: tl.constexpr,
+    ACCESS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Each program serves one ticket: it sums or applies every splits-th tile of a block."""
-    C, S = extents(C, S, ALIGN, FLAT, BLOCK_S)
+    C, S = extents(C, S, ALIGN, ACCESS, BLOCK_S)
     acc = Statistics.dtype.element_ty
     blocks = blocks_of(C, BLOCK_C)
     ticket, generation = draw_ticket(Tickets)
@@ -134,20 +145,23 @@ def bn_ticketed_bwd_kernel(
         if applies:
             wait_for_flag(Tickets + 1 + block, generation)
             mean_g, mean_gx = load_means(Sums, N, S, C, c0, acc, BLOCK_C, ".cg")
-            for tile in range(split, tiles_of_block(N, S, BLOCK_N, BLOCK_S), splits):
-                n0, s0 = position_in_block(tile, S, BLOCK_N, BLOCK_S)
+            n_tile, s_tile = first_of_run(split, S, BLOCK_S)
+            n_step, s_step = first_of_run(splits, S, BLOCK_S)
+            for _ in range(split, tiles_of_block(N, S, BLOCK_N, BLOCK_S), splits):
+                n0, s0 = corner(n_tile, s_tile, BLOCK_N, BLOCK_S)
+                n_tile, s_tile = next_of_run(n_tile, s_tile, n_step, s_step, S, BLOCK_S)
                 g, centred = load_gradient(
                     DY, X, R, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
-                    ACTIVATION, FLAT, "evict_first", BLOCK_N, BLOCK_C, BLOCK_S,
+                    ACTIVATION, ACCESS, "evict_first", BLOCK_N, BLOCK_C, BLOCK_S,
                 )  # fmt: skip
                 store_gradients(
                     g, centred, rstd, scale, mean_g, mean_gx, DX, DR, N, C, S, n0, c0, s0,
-                    FLAT, "evict_first", BLOCK_N, BLOCK_C, BLOCK_S,
+                    ACCESS, "evict_first", BLOCK_N, BLOCK_C, BLOCK_S,
                 )  # fmt: skip
         else:
             store_partial_sums(
                 DY, X, R, Mask, Partials, None, None, mean, scale, bias, param, N, C, S,
-                block, split, splits, ACTIVATION, FLAT, "evict_last",
+                block, split, splits, ACTIVATION, ACCESS, "evict_last",
                 BLOCK_N, BLOCK_C, BLOCK_S,
             )  # fmt: skip
             if last_to_arrive(Arrivals + block, splits):

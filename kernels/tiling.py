@@ -116,6 +116,11 @@ class Tile:
         """Returns how many tiles cover the problem along each axis."""
         return (-(-problem.n // self.n), -(-problem.c // self.c), -(-problem.s // self.s))
 
+    def access(self, problem: Problem) -> str:
+        """Says how kernels access tiles: "whole" if tiles divide the problem, "masked", "flat"."""
+        divides = not (problem.n % self.n or problem.c % self.c or problem.s % self.s)
+        return "flat" if self.flat else "whole" if divides else "masked"
+
     def programs(self, problem: Problem) -> int:
         """Returns how many programs cover the problem with one tile each."""
         return prod(self.grid(problem))

@@ -170,7 +170,7 @@ def few() -> list[Case]:
         kinds = {
             (
                 launcher.kernel.fn.__name__,
-                launcher.constants["FLAT"],
+                launcher.constants["ACCESS"],
                 launcher.constants["BLOCK_S"] == 1,
                 case.residual,
             )
@@ -200,7 +200,7 @@ def compile_case(case: Case, target_name: str) -> list[dict]:
                 # What a thread moves of one tensor's tile, and how wide it can be moved.
                 "thread_bytes": tile * itemsize // threads,
                 "access_bytes": min(16, arguments["ALIGN"] * itemsize, tile * itemsize // threads),
-                "flat": arguments["FLAT"],
+                "flat": arguments["ACCESS"] == "flat",
                 "contracted": kernel.metadata.enable_fp_fusion,
                 **_resources(kernel),
             }

@@ -160,9 +160,33 @@ def test_hostile_scales(dtype, mean, std, channels_last, device):
 
 @pytest.mark.usefixtures("tiny_tiles")
 def test_first_value_far_from_the_others(device):
-    """The moments are taken about a mean of a few values: an outlier there must not matter."""
+    """Moments are taken about the first tile's mean: an outlier there must not matter."""
     arguments = make_arguments(Case((4, 5, 8, 8), mean=100.0), device)
     arguments.input[0, :, 0, 0] = torch.tensor([0.0, -1e4, 1e5, 1e-30, 3e4])
+    compare(arguments)
+
+
+def sorted_images(x):
+    x += 50.0 * torch.arange(len(x), device=x.device)[:, None, None, None]
+
+
+def one_image_apart(x):
+    x[0] += 3000.0
+
+
+def sample_apart(x):
+    """The values by which partial means are stored stand for the others badly."""
+    x += 3000.0
+    x[0, :, 0, 0] = x[12, :, 0, 0] = x[12, :, 4, 0] = x[-1, :, -1, -1] = 0.0
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+@pytest.mark.parametrize("change", [sorted_images, one_image_apart, sample_apart])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+def test_tiles_unlike_one_another(channels_last, change, device):
+    """Moments are taken about one tile's mean, and merged about that of a few programs."""
+    arguments = make_arguments(Case((24, 3, 8, 8), channels_last=channels_last), device)
+    change(arguments.input)
     compare(arguments)
 
 
@@ -172,8 +196,8 @@ def test_first_value_far_from_the_others(device):
 def test_outliers_among_very_many_values(outliers, limit, channels_last, device, strategy):
     """Errors of the ordinary values, which the outliers' size would hide in other tests.
 
-    The outliers come first, where the value about which moments are taken is
-    found: one is left out there, and many mislead it.
+    The outliers come first, where the value about which partial means are stored is
+    found: of three values one may be an outlier, and many mislead the first tile's mean.
     """
     if strategy == "resident":
         pytest.skip("so many values never stay in registers")

@@ -9,8 +9,8 @@ is up to the GPU, and plausible if little is read in between; two passes don't
 count on it.
 
 Counted apart is what plans leave out: parameters, statistics, partial results,
-counters, and the sample, of up to 16 values a channel, that each program which
-computes moments reads before its tiles.
+counters, and the sample, of three values a channel, that each program which
+computes moments reads beside its tiles.
 
 Programs run one after the other, in the order of tickets; on a GPU those that run
 at the same time are as many tickets further apart.
@@ -139,9 +139,7 @@ class Traffic:
         """Bytes of the sample: once for each program that computes moments."""
         if self.direction == "backward" or self.schedule.strategy in ("resident", "fixed-stats"):
             return 0
-        problem = self.problem
-        values = problem.c * min(16, problem.n if problem.s == 1 else problem.s)
-        return self.schedule.reduce.splits * values * problem.itemsize
+        return self.schedule.reduce.splits * 3 * self.problem.c * self.problem.itemsize
 
     @property
     def other(self) -> float:

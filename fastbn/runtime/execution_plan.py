@@ -239,8 +239,8 @@ def _launcher(
     n, c, s = problem.n, problem.c, problem.s
     # The aligned extent is passed in units of its alignment: `addressing.extents` says why.
     extents = (n, c // tile.align, s) if s == 1 or tile.flat else (n, c, s // tile.align)
-    constants |= {"ALIGN": tile.align, "FLAT": tile.flat, "num_warps": tile.warps, **_OPTIONS}
-    constants |= {"BLOCK_N": tile.n, "BLOCK_C": tile.c, "BLOCK_S": tile.s}
+    constants |= {"ALIGN": tile.align, "ACCESS": tile.access(problem), "num_warps": tile.warps}
+    constants |= {"BLOCK_N": tile.n, "BLOCK_C": tile.c, "BLOCK_S": tile.s, **_OPTIONS}
     if limits_registers(device):
         constants["maxnreg"] = tile.registers
     return Launcher(kernel, device, programs, (*extents, *integers), constants)
