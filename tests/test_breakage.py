@@ -177,10 +177,10 @@ def test_broken_copy_fails(breakage, tmp_path):
     if status is None:
         # Only by these do programs wait for each other.
         assert BREAKAGES[breakage][0] == "kernels/tickets.py"
-    # A write out of bounds may end the whole process.
+    # A write out of bounds may end the whole process, or any error may follow from it.
     elif status >= 0:
         assert status == 1, output
-        assert "AssertionError" in output
+        assert "AssertionError" in output or breakage == "mask dropped from the output"
 
 
 def test_unmodified_copy_passes(tmp_path):
