@@ -9,13 +9,14 @@ from collections.abc import Iterator
 BACKENDS = ("auto", "triton", "torch")
 
 
-def _checked(name: str, source: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, but got {name!r}")
+def one_of(choices: tuple[str, ...], name: str, source: str) -> str:
+    """Returns a name, or raises an error that says where it comes from if it is no choice."""
+    if name not in choices:
+        raise ValueError(f"{source} must be one of {', '.join(choices)}, but got {name!r}")
     return name
 
 
-_backend = _checked(os.environ.get("FASTBN_BACKEND", "auto"), "FASTBN_BACKEND")
+_backend = one_of(BACKENDS, os.environ.get("FASTBN_BACKEND", "auto"), "FASTBN_BACKEND")
 
 
 def get_backend() -> str:
@@ -37,7 +38,7 @@ def set_backend(name: str) -> None:
         ValueError: the name is another one; the backend stays as it was.
     """
     global _backend
-    _backend = _checked(name, "backend")
+    _backend = one_of(BACKENDS, name, "backend")
 
 
 @contextlib.contextmanager

@@ -6,17 +6,12 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+from .backend import one_of
+
 STRATEGIES = ("two-pass", "ticketed", "resident")
 _NAMES = ("auto", *STRATEGIES)
 
-
-def _checked(name: str, source: str) -> str:
-    if name not in _NAMES:
-        raise ValueError(f"{source} must be one of {', '.join(_NAMES)}, but got {name!r}")
-    return name
-
-
-_strategy = _checked(os.environ.get("FASTBN_STRATEGY", "auto"), "FASTBN_STRATEGY")
+_strategy = one_of(_NAMES, os.environ.get("FASTBN_STRATEGY", "auto"), "FASTBN_STRATEGY")
 
 
 def get_strategy() -> str:
@@ -41,7 +36,7 @@ def use_strategy(name: str) -> Iterator[None]:
     """
     global _strategy
     before = _strategy
-    _strategy = _checked(name, "strategy")
+    _strategy = one_of(_NAMES, name, "strategy")
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 BELOW = {
     "activations": set(),
     "backend": set(),
-    "strategy": set(),
+    "strategy": {"backend"},
     "reference": {"activations"},
     "runtime.__init__": set(),
     "runtime.support": {"backend"},
