@@ -36,9 +36,9 @@ from .epilogue import (
     scale_and_bias,
 )
 from .moments import (
+    about_the_mean,
     merge_partials,
     moments_of_planes,
-    not_negative,
     sum_rows,
     typical_values,
 )
@@ -135,7 +135,7 @@ def store_partial_moments(
             x = load_values(X, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
     sums, squares = sum_rows(sums), sum_rows(squares)
     mean = sums / count
-    m2 = not_negative(squares - sums * mean)
+    m2 = about_the_mean(squares, sums, mean)
     # The two are near each other, so their difference is exact.
     mean += shift - near
     if ACCESS == "flat":

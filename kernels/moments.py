@@ -19,6 +19,17 @@ def tile_moments(x, mask, count):
 
 
 @triton.jit
+def about_the_mean(squares, total, mean):
+    """Returns the sum of squares about the mean, from sums about another value.
+
+    Rounding may leave less than 0 where the squares are nearly all the mean's. Where they
+    overflow, the result is infinite, as the variance is in PyTorch; NaN stays NaN.
+    """
+    centred = tl.maximum(squares - total * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(squares == float("inf"), squares, centred)
+
+
+@triton.jit
 def typical_values(X, N, C, S, c, acc: tl.constexpr):
     """Loads for each channel of a block the median of its first, middle and last value.
 
@@ -104,11 +115,5 @@ def merge_partials(Means, M2s, Counts, splits, C, c0, MERGE: tl.constexpr, BLOCK
         m2 += m2s
     total = tl.sum(count, axis=0)
     sum_away = tl.sum(weighted, axis=0)
-    between = tl.sum(squares, axis=0) - sum_away * (sum_away / total)
-    return total, about + sum_away / total, tl.sum(m2, axis=0) + not_negative(between)
-
-
-@triton.jit
-def not_negative(x):
-    """Returns x, or 0 for what rounding has left below it; NaN stays NaN."""
-    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    between = about_the_mean(tl.sum(squares, axis=0), sum_away, sum_away / total)
+    return total, about + sum_away / total, tl.sum(m2, axis=0) + between

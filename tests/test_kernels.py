@@ -224,9 +224,30 @@ def test_huge_constant_channels(channels_last, device):
     constants = 1e30 * (1 + torch.rand(64, device=device))
     format = torch.channels_last if channels_last else torch.contiguous_format
     x = constants[:, None, None].expand(4, 64, 8, 8).contiguous(memory_format=format)
+    mean, var = torch.zeros(64, device=device), torch.ones(64, device=device)
     with fastbn.use_backend("triton"):
-        y = fastbn.batch_norm(x, None, None, training=True)
+        y = fastbn.batch_norm(x, mean, var, training=True)
     assert (y.abs() < 10).all()
+    # An infinite variance would make any output 0.
+    assert var.isfinite().all()
+    torch.testing.assert_close(mean, 0.1 * constants)
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("images", [slice(None), slice(12, None), slice(0, 1)], ids=str)
+def test_a_variance_that_overflows_is_infinite_as_in_pytorch(images, channels_last, device):
+    """Where all values, half of the images or one are so large that their squares overflow."""
+    x = make_arguments(Case((24, 3, 8, 8), channels_last=channels_last), device).input
+    x[images] *= 1e20
+    found, expected = (torch.zeros(3, device=device) for _ in range(2))
+    var = torch.ones(3, device=device)
+    with fastbn.use_backend("triton"):
+        y = fastbn.batch_norm(x, found, var, training=True)
+    assert y.equal(F.batch_norm(x, expected, torch.ones_like(var), training=True))
+    assert y.eq(0).all()
+    assert var.isinf().all()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e14)
 
 
 @pytest.mark.usefixtures("tiny_tiles")
