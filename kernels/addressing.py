@@ -159,19 +159,22 @@ def tiles_of_block(N, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def first_of_run(split, S, BLOCK_S: tl.constexpr):
-    """Returns along N and S the number of a channel block's tile, in the order of memory."""
+def tile_numbers(tile, S, BLOCK_S: tl.constexpr):
+    """Splits the number of a channel block's tile into its numbers along N and along S.
+
+    A number of tiles to advance by is split in the same way.
+    """
     if BLOCK_S == 1:
-        # S is 1 too, and a constant keeps the compiler's knowledge of alignment.
-        return split, 0
+        # S is 1 too. With the constant 0 the compiler still knows how rows are aligned.
+        return tile, 0
     else:
         s_tiles = blocks_of(S, BLOCK_S)
-        return split // s_tiles, split % s_tiles
+        return tile // s_tiles, tile % s_tiles
 
 
 @triton.jit
-def next_of_run(n_tile, s_tile, n_step, s_step, S, BLOCK_S: tl.constexpr):
-    """Returns the tile that lies a step of tiles further on, without a division."""
+def advance(n_tile, s_tile, n_step, s_step, S, BLOCK_S: tl.constexpr):
+    """Returns the numbers of the tile that lies a step further on, without a division."""
     if BLOCK_S == 1:
         return n_tile + n_step, 0
     else:

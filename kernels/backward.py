@@ -13,16 +13,16 @@ import triton
 import triton.language as tl
 
 from .addressing import (
+    advance,
     blocks_of,
     box,
     corner,
     extents,
-    first_of_run,
     load_tile,
-    next_of_run,
     per_channel,
     position,
     store_tile,
+    tile_numbers,
     tiles_of_block,
 )
 from .epilogue import (
@@ -129,11 +129,11 @@ def store_partial_sums(
     c = c0 + tl.arange(0, BLOCK_C)
     sum_g = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), acc)
     sum_gx = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), acc)
-    n_tile, s_tile = first_of_run(split, S, BLOCK_S)
-    n_step, s_step = first_of_run(splits, S, BLOCK_S)
+    n_tile, s_tile = tile_numbers(split, S, BLOCK_S)
+    n_step, s_step = tile_numbers(splits, S, BLOCK_S)
     for _ in range(split, tiles_of_block(N, S, BLOCK_N, BLOCK_S), splits):
         n0, s0 = corner(n_tile, s_tile, BLOCK_N, BLOCK_S)
-        n_tile, s_tile = next_of_run(n_tile, s_tile, n_step, s_step, S, BLOCK_S)
+        n_tile, s_tile = advance(n_tile, s_tile, n_step, s_step, S, BLOCK_S)
         g, centred = load_gradient(
             DY, X, R, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
             ACTIVATION, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S,

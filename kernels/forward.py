@@ -14,15 +14,15 @@ import triton
 import triton.language as tl
 
 from .addressing import (
+    advance,
     blocks_of,
     corner,
     extents,
-    first_of_run,
     load_tile,
     load_values,
-    next_of_run,
     position,
     store_tile,
+    tile_numbers,
     tiles_of_block,
     values_inside,
 )
@@ -99,8 +99,8 @@ def store_partial_moments(
     remains. Flattened planes are reduced to columns first, and columns to channels.
     """
     c0 = block * BLOCK_C
-    n_tile, s_tile = first_of_run(split, S, BLOCK_S)
-    n_step, s_step = first_of_run(splits, S, BLOCK_S)
+    n_tile, s_tile = tile_numbers(split, S, BLOCK_S)
+    n_step, s_step = tile_numbers(splits, S, BLOCK_S)
     n0, s0 = corner(n_tile, s_tile, BLOCK_N, BLOCK_S)
     x = load_values(X, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
     about = typical_values(X, N, C, S, c0 + tl.arange(0, BLOCK_C), acc)
@@ -108,10 +108,12 @@ def store_partial_moments(
     if ACCESS == "flat":
         channels = tl.arange(0, BLOCK_C * BLOCK_S) // S
         near = tl.gather(about, tl.minimum(channels, BLOCK_C - 1), 0)
-    # The mean of differences from such a value: no sum of values overflows, and a constant
-    # channel has no differences.
-    inside = values_inside(N, C, S, n0, c0, s0, ACCESS, BLOCK_N, BLOCK_C, BLOCK_S)
-    differences = tl.where(inside, x.to(acc) - near[None, :, None], 0.0)
+    # Take the mean of differences from such a value: sums of large values might overflow, and a
+    # constant channel has no differences.
+    differences = x.to(acc) - near[None, :, None]
+    if ACCESS != "whole":
+        inside = values_inside(N, C, S, n0, c0, s0, ACCESS, BLOCK_N, BLOCK_C, BLOCK_S)
+        differences = tl.where(inside, differences, 0.0)
     length: tl.constexpr = 1 if ACCESS == "flat" else BLOCK_S
     count = (tl.minimum(N - n0, BLOCK_N) * tl.minimum(S - s0, length)).to(acc)
     size: tl.constexpr = BLOCK_N * length
@@ -129,14 +131,15 @@ def store_partial_moments(
         sums += away
         squares = tl.fma(away, away, squares)
         count += (tl.minimum(N - n0, BLOCK_N) * tl.minimum(S - s0, length)).to(acc)
-        n_tile, s_tile = next_of_run(n_tile, s_tile, n_step, s_step, S, BLOCK_S)
+        n_tile, s_tile = advance(n_tile, s_tile, n_step, s_step, S, BLOCK_S)
         n0, s0 = corner(n_tile, s_tile, BLOCK_N, BLOCK_S)
         if tile + splits < tiles:
             x = load_values(X, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
     sums, squares = sum_rows(sums), sum_rows(squares)
     mean = sums / count
     m2 = about_the_mean(squares, sums, mean)
-    # The two are near each other, so their difference is exact.
+    # From here on means are differences from `near`. It lies close to `shift`, so that little is
+    # rounded.
     mean += shift - near
     if ACCESS == "flat":
         mean, m2 = moments_of_planes(mean, m2, count, S, BLOCK_C, BLOCK_S)

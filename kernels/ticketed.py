@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 
 from .addressing import (
+    advance,
     blocks_of,
     corner,
     extents,
-    first_of_run,
     load_tile,
-    next_of_run,
+    tile_numbers,
     tiles_of_block,
 )
 from .backward import (
@@ -75,11 +75,11 @@ def bn_ticketed_fwd_kernel(
             wait_for_flag(Tickets + 1 + block, generation)
             mean, rstd = mean_and_rstd(Statistics, None, 0.0, c0, C, acc, BLOCK_C, ".cg")
             scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
-            n_tile, s_tile = first_of_run(split, S, BLOCK_S)
-            n_step, s_step = first_of_run(splits, S, BLOCK_S)
+            n_tile, s_tile = tile_numbers(split, S, BLOCK_S)
+            n_step, s_step = tile_numbers(splits, S, BLOCK_S)
             for _ in range(split, tiles_of_block(N, S, BLOCK_N, BLOCK_S), splits):
                 n0, s0 = corner(n_tile, s_tile, BLOCK_N, BLOCK_S)
-                n_tile, s_tile = next_of_run(n_tile, s_tile, n_step, s_step, S, BLOCK_S)
+                n_tile, s_tile = advance(n_tile, s_tile, n_step, s_step, S, BLOCK_S)
                 x = load_tile(
                     X, N, C, S, n0, c0, s0, ACCESS, "evict_first", BLOCK_N, BLOCK_C, BLOCK_S
                 )
@@ -145,11 +145,11 @@ def bn_ticketed_bwd_kernel(
         if applies:
             wait_for_flag(Tickets + 1 + block, generation)
             mean_g, mean_gx = load_means(Sums, N, S, C, c0, acc, BLOCK_C, ".cg")
-            n_tile, s_tile = first_of_run(split, S, BLOCK_S)
-            n_step, s_step = first_of_run(splits, S, BLOCK_S)
+            n_tile, s_tile = tile_numbers(split, S, BLOCK_S)
+            n_step, s_step = tile_numbers(splits, S, BLOCK_S)
             for _ in range(split, tiles_of_block(N, S, BLOCK_N, BLOCK_S), splits):
                 n0, s0 = corner(n_tile, s_tile, BLOCK_N, BLOCK_S)
-                n_tile, s_tile = next_of_run(n_tile, s_tile, n_step, s_step, S, BLOCK_S)
+                n_tile, s_tile = advance(n_tile, s_tile, n_step, s_step, S, BLOCK_S)
                 g, centred = load_gradient(
                     DY, X, R, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
                     ACTIVATION, ACCESS, "evict_first", BLOCK_N, BLOCK_C, BLOCK_S,
