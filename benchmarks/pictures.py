@@ -86,7 +86,7 @@ class Work:
 
 
 # A launch small enough to be seen whole.
-PROGRAMS, SLICES, SLICE_BLOCKS, SPLITS = 8, 4, 2, 6
+PROGRAMS, SLICES, SLICE_GROUPS, SPLITS = 8, 4, 2, 6
 
 # A ticket to apply reads from the cache and writes to memory.
 APPLY_SECONDS = 0.8
@@ -97,17 +97,17 @@ def timeline() -> list[Work]:
     free = [0.03 * program for program in range(PROGRAMS)]
     reduced: dict[int, float] = {}
     found = []
-    for ticket in range(2 * SLICES * SLICE_BLOCKS * SPLITS):
-        applies, block, _ = work_of.fn(ticket, SLICES, SLICE_BLOCKS, SPLITS)
+    for ticket in range(2 * SLICES * SLICE_GROUPS * SPLITS):
+        applies, group, _, _ = work_of.fn(ticket, SLICES, SLICE_GROUPS, 1, SPLITS)
         program = min(range(PROGRAMS), key=free.__getitem__)
         drawn = free[program]
-        start = max(drawn, reduced[block]) if applies else drawn
+        start = max(drawn, reduced[group]) if applies else drawn
         # Memory does not serve all programs alike.
         end = start + (APPLY_SECONDS if applies else 1.0) * (1 + 0.02 * (ticket * 7 % 5))
         if not applies:
-            reduced[block] = max(end, reduced.get(block, 0.0))
+            reduced[group] = max(end, reduced.get(group, 0.0))
         free[program] = end
-        found.append(Work(program, bool(applies), int(block) // SLICE_BLOCKS, drawn, start, end))
+        found.append(Work(program, bool(applies), int(group) // SLICE_GROUPS, drawn, start, end))
     return found
 
 

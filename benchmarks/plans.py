@@ -58,19 +58,17 @@ def device_plan(case: Case, device: Device) -> dict:
 
 
 def in_brief(schedule: Schedule, problem: Problem) -> str:
-    """One direction of a plan in a line: strategy, tile, programs and slices, units, time."""
-    tile = schedule.tile
-    what = f"{schedule.strategy:8} {tile.n}x{tile.c}x{tile.s}"
+    """One direction of a plan in a line: strategy, tile, runs and slices, units, time."""
+    work = schedule.apply if schedule.strategy == "resident" else schedule.reduce
+    tile = work.tile
+    what = f"{schedule.strategy:8} {tile.n}x{tile.q} {tile.layout}"
     if schedule.strategy != "resident":
-        what += f" /{schedule.reduce.splits}"
+        what += f" *{work.length} /{work.splits}"
     if schedule.strategy == "ticketed":
-        blocks = tile.grid(problem)[1]
-        slices = -(-blocks // schedule.slice_blocks)
+        slices = -(-work.groups(problem) // schedule.slice_groups)
         what += f" {slices} slice{'s' * (slices > 1)}"
-    if tile.flat:
-        what += " flat"
     return (
-        f"{what:38} {tile.access_bytes(problem.itemsize):2} B {schedule.units:5.3g} units"
+        f"{what:44} {tile.access_bytes(problem.itemsize):2} B {schedule.units:5.3g} units"
         f" {schedule.seconds * 1e6:7.1f} us"
     )
 
@@ -93,10 +91,10 @@ def main() -> int:
     print(
         f"Predicted, not measured, for {device.name}, from left to right:\n"
         "  strategy\n"
-        "  NxCxS      tile of one program, of an input seen as (N, C, S)\n"
-        "  /n         programs that share a channel block\n"
+        "  NxQ        tile, of an input seen as N rows and Q columns, and how tiles lie\n"
+        "  *n         tiles of a run\n"
+        "  /n         runs that share a column of tiles\n"
         "  n slices   that a ticketed launch goes through, one after the other\n"
-        "  flat       small planes are read as one piece of memory\n"
         "  n B        bytes of one memory access\n"
         "  n units    of traffic: a tensor read or written once\n"
         "  n us       time\n"

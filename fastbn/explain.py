@@ -77,8 +77,6 @@ class Explanation:
             chosen += f" (since {self.strategy} can't serve it)"
         launches = f"{schedule.launches} launch{'es' if schedule.launches > 1 else ''}"
         access = f"{schedule.tile.access_bytes(problem.itemsize)}-byte accesses"
-        if schedule.tile.flat:
-            access += " to flattened planes"
         size = f"{bytes / 1e6:.2f} MB" if bytes >= 1e6 else f"{bytes / 1e3:.2f} kB"
         cached = f", {schedule.cached_units:g} more from the cache" if schedule.cached_units else ""
         time = "" if seconds is None else f", {seconds * 1e6:.1f} us at full bandwidth"

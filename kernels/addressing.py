@@ -1,20 +1,92 @@
-"""Address arithmetic, which says where a tile of the (N, C, S) array lies in memory."""
+"""Address arithmetic, which says where tiles lie in memory and to which channels they belong.
+
+The input is an array of N rows and Q = C * S columns. Column q belongs to channel q // S, and
+a group of channels to one counter. A program handles a run of tiles of one group. TILE.layout
+says how tiles lie:
+
+    "channels"  S is 1, so that each column is a channel. A run goes down the rows.
+    "columns"   Channels lie side by side, and a tile may begin and end in the middle of a
+                plane. A run goes down the rows.
+    "planes"    A tile has pieces of planes of one channel. A run goes along the planes.
+
+Only the last tile of a run, or all tiles of the last columns of a group, may reach over the
+edge of the array. Those are masked, and the other ones, which come first, need no mask.
+
+What is alike in a channel is a block that broadcasts against a tile: a value for each column,
+or in the layout "planes" a single one.
+"""
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
+# Triton shall not compile anew for sizes that are 1 or a multiple of 16.
+SIZES = ("N", "C", "S", "Q", "width", "length", "splits", "slice_groups")
+
+
+class Sizes(NamedTuple):
+    """Sizes of the input.
+
+    Attributes:
+        N: number of rows.
+        C: number of channels.
+        S: number of columns of a channel.
+        Q: number of columns.
+        width: number of columns of a group of channels.
+        length: number of tiles of a run, at most.
+        splits: number of runs that share a column of tiles, or a plane.
+    """
+
+    N: tl.tensor
+    C: tl.tensor
+    S: tl.tensor
+    Q: tl.tensor
+    width: tl.tensor
+    length: tl.tensor
+    splits: tl.tensor
+
+
+class Run(NamedTuple):
+    """A program's run of tiles.
+
+    Attributes:
+        group: number of the group of channels.
+        split: number of the run among those that share a channel.
+        tile: number of the column of tiles in the group; 0 in the layout "planes".
+        first_row: the first row.
+        first_column: the first column; in the layout "planes" it counts from the beginning of
+            the plane.
+        start: where the run begins in memory.
+        rows, columns: how many rows and columns are inside the array.
+        tiles: number of tiles.
+        whole: how many of them, the first ones, are inside the array.
+        step: from one tile to the next in memory.
+        offsets: of a tile's elements from its start.
+    """
+
+    group: tl.tensor
+    split: tl.tensor
+    tile: tl.tensor
+    first_row: tl.tensor
+    first_column: tl.tensor
+    start: tl.tensor
+    rows: tl.tensor
+    columns: tl.tensor
+    tiles: tl.tensor
+    whole: tl.tensor
+    step: tl.tensor
+    offsets: tl.tensor
+
 
 @triton.jit
-def extents(C, S, ALIGN: tl.constexpr, ACCESS: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Returns C and S. C, if S is 1 or planes are flat, or else S is passed in units of ALIGN.
+def sizes_of(N, C, S, Q, width, length, splits, TILE: tl.constexpr):
+    """Returns the sizes. Q and width are passed in units of TILE.align.
 
-    The compiler then knows that the extent is a multiple of ALIGN and that rows start
-    aligned, and so makes accesses up to 16 bytes wide.
+    The compiler then knows that they are multiples of it, and so makes accesses up to 16 bytes
+    wide.
     """
-    if BLOCK_S == 1 or ACCESS == "flat":
-        return C * ALIGN, S
-    else:
-        return C, S * ALIGN
+    return Sizes(N, C, S, Q * TILE.align, width * TILE.align, length, splits)
 
 
 @triton.jit
@@ -24,178 +96,148 @@ def blocks_of(extent, BLOCK):
 
 
 @triton.jit
-def box(N, C, S, n0, c0, s0, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Locates the tile whose first element is (n0, c0, s0).
-
-    Returns the start of the tile as a 64-bit scalar, the offsets from the start as a
-    (BLOCK_N, BLOCK_C, BLOCK_S) block of 32 bits, and the mask of the elements inside the
-    array. The planner makes tiles small enough for 32 bits.
-    """
-    start = (tl.cast(n0, tl.int64) * C + c0) * S + s0
-    n = tl.arange(0, BLOCK_N)[:, None, None]
-    c = tl.arange(0, BLOCK_C)[None, :, None]
-    s = tl.arange(0, BLOCK_S)[None, None, :]
-    offsets = (n * C + c) * S + s
-    mask = (n < N - n0) & (c < C - c0) & (s < S - s0)
-    return start, offsets, mask
+def tiles_of_group(sizes, TILE: tl.constexpr):
+    """Returns how many runs lie side by side in a group of channels."""
+    return blocks_of(sizes.width, TILE.q) if TILE.layout == "columns" else 1
 
 
 @triton.jit
-def flat_box(N, C, S, n0, c0, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Locates whole planes as they lie in memory, with neighbouring channels back to back.
+def groups_of(sizes):
+    """Returns how many groups the channels have."""
+    return blocks_of(sizes.Q, sizes.width)
 
-    Returns what `box` returns, but offsets and mask are (BLOCK_N, BLOCK_C * BLOCK_S)
-    blocks, of which no more than BLOCK_C * S columns are inside.
-    """
-    start = (tl.cast(n0, tl.int64) * C + c0) * S
+
+@triton.jit
+def share_of(program, sizes, TILE: tl.constexpr):
+    """Returns group, column of tiles and split of a program; neighbours lie side by side."""
+    tiles = tiles_of_group(sizes, TILE)
+    abreast = groups_of(sizes) * tiles
+    column = program % abreast
+    return column // tiles, column % tiles, program // abreast
+
+
+@triton.jit
+def find_run(group, tile, split, sizes, TILE: tl.constexpr):
+    """Returns the run that a split has of a group's column of tiles."""
+    BLOCK_N: tl.constexpr = TILE.n
+    BLOCK_Q: tl.constexpr = TILE.q
+    q = tl.arange(0, BLOCK_Q)[None, :]
+    offsets = tl.arange(0, BLOCK_N)[:, None] * sizes.Q + q
+    if TILE.layout == "planes":
+        pieces = blocks_of(blocks_of(sizes.S, BLOCK_Q), sizes.length)
+        row = tl.cast(split // pieces, tl.int64) * BLOCK_N
+        first = tl.cast(split % pieces, tl.int64) * sizes.length * BLOCK_Q
+        rows, columns = sizes.N - row, sizes.width - first
+        tiles = tl.minimum(sizes.length, blocks_of(columns, BLOCK_Q)).to(tl.int32)
+        whole = tl.minimum(tiles, columns // BLOCK_Q).to(tl.int32)
+        whole = tl.where(rows < BLOCK_N, 0, whole)
+        start = row * sizes.Q + tl.cast(group, tl.int64) * sizes.width + first
+        step = tl.cast(BLOCK_Q, tl.int64)
+    else:
+        row = tl.cast(split, tl.int64) * sizes.length * BLOCK_N
+        first = tl.cast(group, tl.int64) * sizes.width + tile * BLOCK_Q
+        rows = sizes.N - row
+        columns = tl.minimum(sizes.Q - first, sizes.width - tile * BLOCK_Q)
+        tiles = tl.minimum(sizes.length, blocks_of(rows, BLOCK_N)).to(tl.int32)
+        whole = tl.minimum(tiles, rows // BLOCK_N).to(tl.int32)
+        whole = tl.where(columns < BLOCK_Q, 0, whole)
+        start = row * sizes.Q + first
+        step = tl.cast(sizes.Q, tl.int64) * BLOCK_N
+    return Run(group, split, tile, row, first, start, rows, columns, tiles, whole, step, offsets)
+
+
+@triton.jit
+def inside(run, i, TILE: tl.constexpr):
+    """Says which elements of the run's i-th tile are inside the array."""
+    BLOCK_N: tl.constexpr = TILE.n
+    BLOCK_Q: tl.constexpr = TILE.q
+    q = tl.arange(0, BLOCK_Q)[None, :]
     n = tl.arange(0, BLOCK_N)[:, None]
-    column = tl.arange(0, BLOCK_C * BLOCK_S)[None, :]
-    mask = (n < N - n0) & (column < tl.minimum(BLOCK_C, C - c0) * S)
-    return start, n * C * S + column, mask
-
-
-@triton.jit
-def rearrange(x, columns, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr):
-    """Reorders each row of a (BLOCK_N, WIDTH) block: column columns[j] becomes column j.
-
-    The block is gathered as one vector. To gather within single rows, Triton would shuffle
-    between threads, 32 steps for each value; through shared memory it takes one step.
-    """
-    rows = tl.arange(0, BLOCK_N)[:, None] * WIDTH
-    index = tl.reshape(rows + columns[None, :], (BLOCK_N * WIDTH,))
-    return tl.gather(tl.reshape(x, (BLOCK_N * WIDTH,)), index, 0)
-
-
-@triton.jit
-def load_tile(
-    P, N, C, S, n0, c0, s0, ACCESS: tl.constexpr, EVICTION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """Loads the tile at (n0, c0, s0), zero outside the array.
-
-    ACCESS says how: "whole" tiles divide the array and need no mask, "masked" ones may reach
-    over its edge, and "flat" ones hold whole planes, so that s0 is 0 and BLOCK_S >= S.
-    """
-    if ACCESS == "flat":
-        WIDTH: tl.constexpr = BLOCK_C * BLOCK_S
-        start, offsets, inside = flat_box(N, C, S, n0, c0, BLOCK_N, BLOCK_C, BLOCK_S)
-        flat = tl.load(P + start + offsets, inside, other=0.0, eviction_policy=EVICTION)
-        column = tl.arange(0, WIDTH)
-        padded = rearrange(flat, column // BLOCK_S * S + column % BLOCK_S, BLOCK_N, WIDTH)
-        x = tl.reshape(padded, (BLOCK_N, BLOCK_C, BLOCK_S))
-        return tl.where(tl.arange(0, BLOCK_S)[None, None, :] < S, x, 0.0)
-    start, offsets, inside = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
-    if ACCESS == "whole":
-        return tl.load(P + start + offsets, eviction_policy=EVICTION)
-    return tl.load(P + start + offsets, inside, other=0.0, eviction_policy=EVICTION)
-
-
-@triton.jit
-def load_values(
-    P, N, C, S, n0, c0, s0, ACCESS: tl.constexpr, EVICTION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """Does what `load_tile` does, but leaves flattened planes as (BLOCK_N, columns, 1) blocks."""
-    if ACCESS == "flat":
-        start, offsets, inside = flat_box(N, C, S, n0, c0, BLOCK_N, BLOCK_C, BLOCK_S)
-        x = tl.load(P + start + offsets, inside, other=0.0, eviction_policy=EVICTION)
-        return tl.reshape(x, (BLOCK_N, BLOCK_C * BLOCK_S, 1))
+    if TILE.layout == "planes":
+        return (n < run.rows) & (q < run.columns - i * BLOCK_Q)
     else:
-        return load_tile(P, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
+        return (n < run.rows - i * BLOCK_N) & (q < run.columns)
 
 
 @triton.jit
-def values_inside(
-    N, C, S, n0, c0, s0, ACCESS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """Says which elements of a block that `load_values` returns are inside the array."""
-    if ACCESS == "flat":
-        _, _, inside = flat_box(N, C, S, n0, c0, BLOCK_N, BLOCK_C, BLOCK_S)
-        return tl.reshape(inside, (BLOCK_N, BLOCK_C * BLOCK_S, 1))
+def values_of(run, tiles, TILE: tl.constexpr):
+    """Returns how many values the first tiles of a run have in a column, or in a plane."""
+    if TILE.layout == "planes":
+        rows = tl.minimum(run.rows, TILE.n)
+        return rows * tl.minimum(run.columns, tl.cast(tiles, tl.int64) * TILE.q)
     else:
-        _, _, inside = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
-        return inside
+        return tl.minimum(run.rows, tl.cast(tiles, tl.int64) * TILE.n)
 
 
 @triton.jit
-def store_tile(
-    P, x, N, C, S, n0, c0, s0, ACCESS: tl.constexpr, EVICTION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+def load_tile(P, run, i, MASKED: tl.constexpr, EVICTION: tl.constexpr, TILE: tl.constexpr):
+    """Loads the run's i-th tile, zero outside the array."""
+    at = P + (run.start + i * run.step) + run.offsets
+    if MASKED:
+        return tl.load(at, inside(run, i, TILE), other=0.0, eviction_policy=EVICTION)
+    else:
+        return tl.load(at, eviction_policy=EVICTION)
+
+
+@triton.jit
+def load_whole(P, run, i, EVICTION: tl.constexpr, TILE: tl.constexpr):
+    """Loads the run's i-th tile, if it is one that needs no mask; else nothing is loaded.
+
+    The load has one predicate for all elements, and no branch, over which the compiler would
+    move nothing.
+    """
+    at = P + (run.start + i * run.step) + run.offsets
+    return tl.load(at, tl.full(at.shape, i < run.whole, tl.int1), eviction_policy=EVICTION)
+
+
+@triton.jit
+def store_tile(P, x, run, i, MASKED: tl.constexpr, EVICTION: tl.constexpr, TILE: tl.constexpr):
     """Stores a tile where `load_tile` would load it."""
+    at = P + (run.start + i * run.step) + run.offsets
     x = x.to(P.dtype.element_ty)
-    if ACCESS == "flat":
-        WIDTH: tl.constexpr = BLOCK_C * BLOCK_S
-        start, offsets, inside = flat_box(N, C, S, n0, c0, BLOCK_N, BLOCK_C, BLOCK_S)
-        column = tl.arange(0, WIDTH)
-        source = tl.minimum(column // S * BLOCK_S + column % S, WIDTH - 1)
-        flat = rearrange(x, source, BLOCK_N, WIDTH)
-        flat = tl.reshape(flat, (BLOCK_N, WIDTH))
-        tl.store(P + start + offsets, flat, inside, eviction_policy=EVICTION)
+    if MASKED:
+        tl.store(at, x, inside(run, i, TILE), eviction_policy=EVICTION)
     else:
-        start, offsets, inside = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
-        if ACCESS == "whole":
-            tl.store(P + start + offsets, x, eviction_policy=EVICTION)
-        else:
-            tl.store(P + start + offsets, x, inside, eviction_policy=EVICTION)
+        tl.store(at, x, eviction_policy=EVICTION)
 
 
 @triton.jit
-def position(tile, N, C, S, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Returns a tile's first element (n0, c0, s0); tiles are numbered in the order of memory."""
-    s_tiles = blocks_of(S, BLOCK_S)
-    c_tiles = blocks_of(C, BLOCK_C)
-    n0 = tl.cast(tile // (s_tiles * c_tiles), tl.int64) * BLOCK_N
-    c0 = tile // s_tiles % c_tiles * BLOCK_C
-    s0 = tl.cast(tile % s_tiles, tl.int64) * BLOCK_S
-    return n0, c0, s0
+def centre(x, about, run, i, TILE: tl.constexpr):
+    """Returns x - about of the run's i-th tile, zero outside the array."""
+    return tl.where(inside(run, i, TILE), x.to(about.dtype) - about, 0.0)
 
 
 @triton.jit
-def tiles_of_block(N, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Returns how many tiles a channel block has."""
-    return blocks_of(N, BLOCK_N) * blocks_of(S, BLOCK_S)
+def plane_of(columns, S):
+    """Returns columns // S, as quickly as a multiplication.
 
-
-@triton.jit
-def tile_numbers(tile, S, BLOCK_S: tl.constexpr):
-    """Splits the number of a channel block's tile into its numbers along N and along S.
-
-    A number of tiles to advance by is split in the same way.
+    A group has so few columns that half a column is more than the rounding error.
     """
-    if BLOCK_S == 1:
-        # S is 1 too. With the constant 0 the compiler still knows how rows are aligned.
-        return tile, 0
+    return ((columns.to(tl.float32) + 0.5) * (1.0 / S)).to(tl.int32)
+
+
+@triton.jit
+def channels_of(run, sizes, TILE: tl.constexpr):
+    """Returns the channels of a run's columns, as a block that broadcasts against a tile.
+
+    Columns outside the array are given channels that exist.
+    """
+    BLOCK_Q: tl.constexpr = TILE.q
+    q = tl.arange(0, BLOCK_Q)[None, :]
+    if TILE.layout == "planes":
+        return tl.full((1, 1), run.group, tl.int32)
+    elif TILE.layout == "channels":
+        return tl.minimum(run.group * sizes.width + q, sizes.C - 1)
     else:
-        s_tiles = blocks_of(S, BLOCK_S)
-        return tile // s_tiles, tile % s_tiles
+        first = run.group * (sizes.width // sizes.S)
+        return tl.minimum(first + plane_of(run.tile * BLOCK_Q + q, sizes.S), sizes.C - 1)
 
 
 @triton.jit
-def advance(n_tile, s_tile, n_step, s_step, S, BLOCK_S: tl.constexpr):
-    """Returns the numbers of the tile that lies a step further on, without a division."""
-    if BLOCK_S == 1:
-        return n_tile + n_step, 0
-    else:
-        s_tiles = blocks_of(S, BLOCK_S)
-        s_tile += s_step
-        wraps = s_tile >= s_tiles
-        return n_tile + n_step + wraps.to(tl.int32), tl.where(wraps, s_tile - s_tiles, s_tile)
-
-
-@triton.jit
-def corner(n_tile, s_tile, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Returns (n0, s0), where a tile of these numbers begins."""
-    return tl.cast(n_tile, tl.int64) * BLOCK_N, tl.cast(s_tile, tl.int64) * BLOCK_S
-
-
-@triton.jit
-def per_channel(P, c0, C, acc: tl.constexpr, BLOCK_C: tl.constexpr, CACHE: tl.constexpr):
-    """Loads one value a channel, shaped to broadcast against a tile.
+def per_channel(P, channels, acc: tl.constexpr, CACHE: tl.constexpr):
+    """Loads one value a channel.
 
     With CACHE ".cg" the load passes by the first-level cache, as it must for values that
     other multiprocessors stored in this launch.
     """
-    c = c0 + tl.arange(0, BLOCK_C)
-    return tl.load(P + c, c < C, other=0.0, cache_modifier=CACHE).to(acc)[None, :, None]
+    return tl.load(P + channels, cache_modifier=CACHE).to(acc)

@@ -13,150 +13,184 @@ import triton
 import triton.language as tl
 
 from .addressing import (
-    advance,
-    blocks_of,
-    box,
-    corner,
-    extents,
+    SIZES,
+    centre,
+    channels_of,
+    find_run,
     load_tile,
     per_channel,
-    position,
+    share_of,
+    sizes_of,
     store_tile,
-    tile_numbers,
-    tiles_of_block,
+    tiles_of_group,
 )
 from .epilogue import (
     activation_backward,
-    mask_box,
-    mean_and_rstd,
+    affine_of,
+    load_mask,
     normalise,
-    scale_and_bias,
     sign_backward,
     unpack,
 )
-from .moments import sum_partials, sum_rows
+from .moments import rows_of, store_sums, sum_partials, sum_rows
 from .tickets import last_to_arrive
 
 
 @triton.jit
-def load_gradient(
-    DY, X, R, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
-    ACTIVATION: tl.constexpr, ACCESS: tl.constexpr, EVICTION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+def gradient_of(
+    dy, centred, R, Mask, affine, param, run, i, sizes, ACTIVATION: tl.constexpr,
+    MASKED: tl.constexpr, EVICTION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Loads a tile and returns g, the gradient before the activation, and x - mean."""
-    acc: tl.constexpr = mean.dtype
-    dy = load_tile(DY, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S).to(acc)
-    x = load_tile(X, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S).to(acc)
+    """Returns g, the gradient before the activation, of a tile's dy and x - mean.
+
+    Outside the array both are 0, and so is g, if the bias is finite.
+    """
+    acc: tl.constexpr = affine.mean.dtype
     param = tl.full((), param, acc)
     if Mask is not None:
-        start, offsets, inside = mask_box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
-        if ACCESS == "whole":
-            packed = tl.load(Mask + start + offsets, eviction_policy=EVICTION)
-        else:
-            packed = tl.load(Mask + start + offsets, inside, other=0, eviction_policy=EVICTION)
-        g = sign_backward(dy, unpack(packed, BLOCK_N, BLOCK_C, BLOCK_S), param, ACTIVATION)
+        packed = load_mask(Mask, run, i, sizes, MASKED, EVICTION, TILE)
+        return sign_backward(dy, unpack(packed, TILE), param, ACTIVATION)
     else:
-        z = normalise(x, mean, scale, bias)
+        z = normalise(centred, affine)
         if R is not None:
-            r = load_tile(R, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
-            z += r.to(acc)
-        g = activation_backward(dy, z, param, ACTIVATION)
-    return g, x - mean
+            z += load_tile(R, run, i, MASKED, EVICTION, TILE).to(acc)
+        return activation_backward(dy, z, param, ACTIVATION)
 
 
 @triton.jit
-def store_parameter_gradients(sum_g, sum_gx, rstd, DW, DB, c0, C, BLOCK_C: tl.constexpr):
+def store_parameter_gradients(sum_g, sum_gx, rstd, DW, DB, c, exists):
     """Stores db = sum(g) and dw = rstd * sum(g * (x - mean)), each where it is wanted."""
-    c = c0 + tl.arange(0, BLOCK_C)
     if DB is not None:
-        tl.store(DB + c, sum_g.to(DB.dtype.element_ty), c < C)
+        tl.store(DB + c, sum_g.to(DB.dtype.element_ty), exists)
     if DW is not None:
-        dw = sum_gx * tl.reshape(rstd, (BLOCK_C,))
-        tl.store(DW + c, dw.to(DW.dtype.element_ty), c < C)
+        tl.store(DW + c, (sum_gx * rstd).to(DW.dtype.element_ty), exists)
 
 
 @triton.jit
 def finish_sums(
-    Partials, Sums, rstd, DW, DB, C, c0, splits, MERGE: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Adds up the partial sums of a channel block and stores sums and parameter gradients."""
-    c = c0 + tl.arange(0, BLOCK_C)
-    sum_g = sum_partials(Partials, splits, C, c0, MERGE, BLOCK_C)
-    sum_gx = sum_partials(Partials + splits * C, splits, C, c0, MERGE, BLOCK_C)
-    tl.store(Sums + c, sum_g, c < C)
-    tl.store(Sums + C + c, sum_gx, c < C)
-    store_parameter_gradients(sum_g, sum_gx, rstd, DW, DB, c0, C, BLOCK_C)
+    Partials, Sums, Statistics, Var, DW, DB, eps, group, sizes, acc: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Adds up the partial sums of a group of channels; stores sums and parameter gradients."""
+    WIDTH: tl.constexpr = TILE.merge_channels
+    first = group * (sizes.width // sizes.S)
+    end = tl.minimum(first + sizes.width // sizes.S, sizes.C)
+    for some in range(first, end, WIDTH):
+        c = some + tl.arange(0, WIDTH)[None, :]
+        channels = tl.minimum(c, sizes.C - 1)
+        rstd = affine_of(Statistics, Var, None, None, eps, channels, sizes.C, acc, "").rstd
+        sum_g = sum_partials(Partials, first, end, c, sizes, acc, TILE)
+        Products = Partials + rows_of(sizes, TILE) * sizes.C
+        sum_gx = sum_partials(Products, first, end, c, sizes, acc, TILE)
+        tl.store(Sums + c, sum_g, c < end)
+        tl.store(Sums + sizes.C + c, sum_gx, c < end)
+        store_parameter_gradients(sum_g, sum_gx, rstd, DW, DB, c, c < end)
 
 
 @triton.jit
-def load_means(Sums, N, S, C, c0, acc: tl.constexpr, BLOCK_C: tl.constexpr, CACHE: tl.constexpr):
-    """Loads the sums of a channel block and returns the means of g and of g * (x - mean)."""
-    count = (tl.cast(N, tl.int64) * S).to(acc)
-    sum_g = per_channel(Sums, c0, C, acc, BLOCK_C, CACHE)
-    return sum_g / count, per_channel(Sums + C, c0, C, acc, BLOCK_C, CACHE) / count
+def coefficients(sum_g, sum_gx, affine, sizes):
+    """Returns a and b of dx = scale * g + a + b * (x - mean), which are alike in a channel."""
+    count = (tl.cast(sizes.N, tl.int64) * sizes.S).to(sum_g.dtype)
+    constant = -affine.scale * (sum_g / count)
+    return constant, -affine.scale * (affine.rstd * (affine.rstd * (sum_gx / count)))
+
+
+@triton.jit
+def load_coefficients(Sums, affine, channels, sizes, CACHE: tl.constexpr):
+    """Loads the sums of channels and returns their `coefficients`."""
+    acc: tl.constexpr = affine.mean.dtype
+    sum_g = per_channel(Sums, channels, acc, CACHE)
+    return coefficients(sum_g, per_channel(Sums + sizes.C, channels, acc, CACHE), affine, sizes)
 
 
 @triton.jit
 def store_gradients(
-    g, centred, rstd, scale, mean_g, mean_gx, DX, DR, N, C, S, n0, c0, s0,
-    ACCESS: tl.constexpr, EVICTION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    g, centred, affine, constant, slope, DX, DR, run, i, MASKED: tl.constexpr,
+    EVICTION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Stores dx for batch statistics and the residual's gradient, each where it is wanted."""
     if DX is not None:
-        # scale * (g - mean_g - centred * rstd^2 * mean_gx), what is alike in a channel first
-        constant, slope = -scale * mean_g, -scale * (rstd * (rstd * mean_gx))
-        dx = tl.fma(centred, slope, tl.fma(g, scale, constant))
-        store_tile(DX, dx, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
+        dx = tl.fma(centred, slope, tl.fma(g, affine.scale, constant))
+        store_tile(DX, dx, run, i, MASKED, EVICTION, TILE)
     if DR is not None:
-        store_tile(DR, g, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
+        store_tile(DR, g, run, i, MASKED, EVICTION, TILE)
 
 
 @triton.jit
-def store_partial_sums(
-    DY, X, R, Mask, Partials, DX, DR, mean, scale, bias, param, N, C, S, block, split, splits,
-    ACTIVATION: tl.constexpr, ACCESS: tl.constexpr, EVICTION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+def apply_run_backward(
+    DY, X, R, Mask, affine, constant, slope, param, DX, DR, run, sizes,
+    ACTIVATION: tl.constexpr, EVICTION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Stores sums of g and g * (x - mean) over every splits-th tile of a channel block.
+    """Computes dx and the residual's gradient of a run."""
+    acc: tl.constexpr = affine.mean.dtype
+    for i in range(0, run.whole):
+        dy = load_tile(DY, run, i, False, EVICTION, TILE).to(acc)
+        centred = load_tile(X, run, i, False, EVICTION, TILE).to(acc) - affine.mean
+        g = gradient_of(
+            dy, centred, R, Mask, affine, param, run, i, sizes, ACTIVATION, False, EVICTION, TILE
+        )
+        store_gradients(g, centred, affine, constant, slope, DX, DR, run, i, False, EVICTION, TILE)
+    for i in range(run.whole, run.tiles):
+        dy = load_tile(DY, run, i, True, EVICTION, TILE).to(acc)
+        centred = centre(load_tile(X, run, i, True, EVICTION, TILE), affine.mean, run, i, TILE)
+        g = gradient_of(
+            dy, centred, R, Mask, affine, param, run, i, sizes, ACTIVATION, True, EVICTION, TILE
+        )
+        store_gradients(g, centred, affine, constant, slope, DX, DR, run, i, True, EVICTION, TILE)
+
+
+@triton.jit
+def add_sums(
+    dy, centred, R, Mask, DX, DR, affine, param, run, i, sizes, sums, products,
+    ACTIVATION: tl.constexpr, MASKED: tl.constexpr, EVICTION: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Adds g and g * (x - mean) element by element.
 
     DX and DR, which fixed statistics decide at once, are stored on the way. Pointers that are
     None are not stored to.
     """
-    acc: tl.constexpr = mean.dtype
-    c0 = block * BLOCK_C
-    c = c0 + tl.arange(0, BLOCK_C)
-    sum_g = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), acc)
-    sum_gx = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), acc)
-    n_tile, s_tile = tile_numbers(split, S, BLOCK_S)
-    n_step, s_step = tile_numbers(splits, S, BLOCK_S)
-    for _ in range(split, tiles_of_block(N, S, BLOCK_N, BLOCK_S), splits):
-        n0, s0 = corner(n_tile, s_tile, BLOCK_N, BLOCK_S)
-        n_tile, s_tile = advance(n_tile, s_tile, n_step, s_step, S, BLOCK_S)
-        g, centred = load_gradient(
-            DY, X, R, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
-            ACTIVATION, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S,
-        )  # fmt: skip
-        if Partials is not None:
-            if ACCESS != "whole":
-                # Outside the array dy is 0, but where the mean is NaN, g is NaN there too.
-                _, _, inside = box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
-                g = tl.where(inside, g, 0.0)
-                centred = tl.where(inside, centred, 0.0)
-            sum_g += g
-            sum_gx = tl.fma(g, centred, sum_gx)
-        if DX is not None:
-            dx = g * scale
-            store_tile(DX, dx, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
-        if DR is not None:
-            store_tile(DR, g, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
-    if Partials is not None:
-        tl.store(Partials + split * C + c, sum_rows(sum_g), c < C)
-        tl.store(Partials + splits * C + split * C + c, sum_rows(sum_gx), c < C)
+    g = gradient_of(
+        dy, centred, R, Mask, affine, param, run, i, sizes, ACTIVATION, MASKED, EVICTION, TILE
+    )
+    if DX is not None:
+        store_tile(DX, g * affine.scale, run, i, MASKED, EVICTION, TILE)
+    if DR is not None:
+        store_tile(DR, g, run, i, MASKED, EVICTION, TILE)
+    return sums + g, tl.fma(g, centred, products)
 
 
 @triton.jit
+def store_partial_sums(
+    DY, X, R, Mask, Partials, DX, DR, affine, channels, param, run, sizes,
+    ACTIVATION: tl.constexpr, EVICTION: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Stores a run's sums of g and of g * (x - mean)."""
+    BLOCK_N: tl.constexpr = TILE.n
+    BLOCK_Q: tl.constexpr = TILE.q
+    acc: tl.constexpr = affine.mean.dtype
+    sums = tl.zeros((BLOCK_N, BLOCK_Q), acc)
+    products = tl.zeros((BLOCK_N, BLOCK_Q), acc)
+    for i in range(0, run.whole):
+        dy = load_tile(DY, run, i, False, EVICTION, TILE).to(acc)
+        centred = load_tile(X, run, i, False, EVICTION, TILE).to(acc) - affine.mean
+        sums, products = add_sums(
+            dy, centred, R, Mask, DX, DR, affine, param, run, i, sizes, sums, products,
+            ACTIVATION, False, EVICTION, TILE,
+        )  # fmt: skip
+    for i in range(run.whole, run.tiles):
+        dy = load_tile(DY, run, i, True, EVICTION, TILE).to(acc)
+        centred = centre(load_tile(X, run, i, True, EVICTION, TILE), affine.mean, run, i, TILE)
+        sums, products = add_sums(
+            dy, centred, R, Mask, DX, DR, affine, param, run, i, sizes, sums, products,
+            ACTIVATION, True, EVICTION, TILE,
+        )  # fmt: skip
+    if Partials is not None:
+        sums, products = sum_rows(sums, TILE), sum_rows(products, TILE)
+        Products = Partials + rows_of(sizes, TILE) * sizes.C
+        store_sums(Partials, Products, sums, products, channels, run, sizes, TILE)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def bn_reduce_bwd_kernel(
     DY,  # pointer to the output's gradient
     X,  # pointer to the input
@@ -171,45 +205,41 @@ def bn_reduce_bwd_kernel(
     Sums,  # pointer to (2, C): sum(g), sum(g * (x - mean)); None: no sums wanted at all
     DX,  # pointer to the input's gradient with fixed statistics, or None
     DR,  # pointer to the residual's gradient with fixed statistics, or None
-    Partials,  # pointer to (2, splits, C) sums, or None
-    Arrivals,  # pointer to a zero for each channel block
+    Partials,  # pointer to a (2, rows, C) table of sums, or None
+    Arrivals,  # pointer to a zero for each group of channels
     N,
     C,
     S,
+    Q,
+    width,
+    length,
     splits,
     eps: "fp64",
     param: "fp64",
-    ALIGN: tl.constexpr,
-    MERGE: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    ACCESS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Program (split, channel block) sums over every splits-th tile of the block.
+    """Each program takes the sums of a run; the last one of a group adds up the group's.
 
     With fixed statistics the gradients of input and residual don't depend on the sums,
     so the same pass stores these gradients.
     """
-    C, S = extents(C, S, ALIGN, ACCESS, BLOCK_S)
+    sizes = sizes_of(N, C, S, Q, width, length, splits, TILE)
     acc = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
-    blocks = blocks_of(C, BLOCK_C)
-    block = tl.program_id(0) % blocks
-    split = tl.program_id(0) // blocks
-    c0 = block * BLOCK_C
-    mean, rstd = mean_and_rstd(Statistics, Var, eps, c0, C, acc, BLOCK_C, "")
-    scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
+    group, tile, split = share_of(tl.program_id(0), sizes, TILE)
+    run = find_run(group, tile, split, sizes, TILE)
+    channels = channels_of(run, sizes, TILE)
+    affine = affine_of(Statistics, Var, W, B, eps, channels, C, acc, "")
     store_partial_sums(
-        DY, X, R, Mask, Partials, DX, DR, mean, scale, bias, param, N, C, S, block, split, splits,
-        ACTIVATION, ACCESS, "", BLOCK_N, BLOCK_C, BLOCK_S,
+        DY, X, R, Mask, Partials, DX, DR, affine, channels, param, run, sizes,
+        ACTIVATION, "", TILE,
     )  # fmt: skip
     if Sums is not None:  # noqa: SIM102, `and` would not be decided at compile time
-        if last_to_arrive(Arrivals + block, splits):
-            finish_sums(Partials, Sums, rstd, DW, DB, C, c0, splits, MERGE, BLOCK_C)
+        if last_to_arrive(Arrivals + group, splits * tiles_of_group(sizes, TILE)):
+            finish_sums(Partials, Sums, Statistics, Var, DW, DB, eps, group, sizes, acc, TILE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def bn_apply_bwd_kernel(
     DY,  # pointer to the output's gradient
     X,  # pointer to the input
@@ -224,29 +254,24 @@ def bn_apply_bwd_kernel(
     N,
     C,
     S,
+    Q,
+    width,
+    length,
     param: "fp64",
-    ALIGN: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    ACCESS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Each program handles one tile, last tiles first: the sums left those in the cache."""
-    C, S = extents(C, S, ALIGN, ACCESS, BLOCK_S)
+    """Each program computes a run, last runs first: the sums left those in the cache."""
+    sizes = sizes_of(N, C, S, Q, width, length, 1, TILE)
     acc = Statistics.dtype.element_ty
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    n0, c0, s0 = position(tile, N, C, S, BLOCK_N, BLOCK_C, BLOCK_S)
-    mean, rstd = mean_and_rstd(Statistics, None, 0.0, c0, C, acc, BLOCK_C, "")
-    scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
-    g, centred = load_gradient(
-        DY, X, R, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
-        ACTIVATION, ACCESS, "", BLOCK_N, BLOCK_C, BLOCK_S,
-    )  # fmt: skip
-    mean_g, mean_gx = mean, mean
+    group, tile, split = share_of(tl.num_programs(0) - 1 - tl.program_id(0), sizes, TILE)
+    run = find_run(group, tile, split, sizes, TILE)
+    channels = channels_of(run, sizes, TILE)
+    affine = affine_of(Statistics, None, W, B, 0.0, channels, C, acc, "")
+    constant, slope = affine.mean, affine.mean
     if DX is not None:
-        mean_g, mean_gx = load_means(Sums, N, S, C, c0, acc, BLOCK_C, "")
-    store_gradients(
-        g, centred, rstd, scale, mean_g, mean_gx, DX, DR, N, C, S, n0, c0, s0,
-        ACCESS, "", BLOCK_N, BLOCK_C, BLOCK_S,
+        constant, slope = load_coefficients(Sums, affine, channels, sizes, "")
+    apply_run_backward(
+        DY, X, R, Mask, affine, constant, slope, param, DX, DR, run, sizes,
+        ACTIVATION, "", TILE,
     )  # fmt: skip

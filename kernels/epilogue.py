@@ -1,9 +1,11 @@
 """The epilogue: normalisation, activation, its derivative, and packed signs."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .addressing import blocks_of, box, per_channel
+from .addressing import blocks_of, per_channel
 from .tiling import MASK_BITS
 
 _BITS = tl.constexpr(MASK_BITS)
@@ -12,39 +14,53 @@ _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 _GELU_CUBIC = tl.constexpr(0.044715)
 
 
+class Affine(NamedTuple):
+    """What turns an input into the activation's argument, as blocks of one value a channel.
+
+    Attributes:
+        mean: mean.
+        rstd: 1 / sqrt(var + eps).
+        scale: rstd * weight.
+        bias: bias.
+    """
+
+    mean: tl.tensor
+    rstd: tl.tensor
+    scale: tl.tensor
+    bias: tl.tensor
+
+
 @triton.jit
-def normalise(x, mean, scale, bias):
-    """Returns (x - mean) * (rstd * weight) + bias, in forward and backward alike.
+def normalise(centred, affine):
+    """Returns (x - mean) * (rstd * weight) + bias of x - mean, in forward and backward alike.
 
     Folding the mean into the bias would save a subtraction and lose every
     digit where |mean| is much larger than the standard deviation.
     """
-    return tl.fma(x - mean, scale, bias)
+    return tl.fma(centred, affine.scale, affine.bias)
 
 
 @triton.jit
-def mean_and_rstd(
-    Statistics, Var, eps, c0, C, acc: tl.constexpr, BLOCK_C: tl.constexpr, CACHE: tl.constexpr
-):
-    """Loads a batch's mean and rstd, or a fixed mean and var with rstd = 1 / sqrt(var + eps)."""
-    mean = per_channel(Statistics, c0, C, acc, BLOCK_C, CACHE)
-    if Var is None:
-        rstd = per_channel(Statistics + C, c0, C, acc, BLOCK_C, CACHE)
-    else:
-        rstd = 1.0 / tl.sqrt(per_channel(Var, c0, C, acc, BLOCK_C, CACHE) + tl.full((), eps, acc))
-    return mean, rstd
-
-
-@triton.jit
-def scale_and_bias(W, B, rstd, c0, C, BLOCK_C: tl.constexpr):
-    """Returns rstd * weight and bias; a pointer that is None stands for 1 or 0."""
+def scaled(mean, rstd, W, B, channels):
+    """Returns the `Affine` of statistics; a pointer to parameters that is None means 1 or 0."""
     scale = rstd
     bias = tl.zeros_like(rstd)
     if W is not None:
-        scale *= per_channel(W, c0, C, rstd.dtype, BLOCK_C, "")
+        scale = rstd * per_channel(W, channels, rstd.dtype, "")
     if B is not None:
-        bias += per_channel(B, c0, C, rstd.dtype, BLOCK_C, "")
-    return scale, bias
+        bias = per_channel(B, channels, rstd.dtype, "")
+    return Affine(mean, rstd, scale, bias)
+
+
+@triton.jit
+def affine_of(Statistics, Var, W, B, eps, channels, C, acc: tl.constexpr, CACHE: tl.constexpr):
+    """Loads an `Affine`: of a batch's mean and rstd, or of a fixed mean and variance."""
+    mean = per_channel(Statistics, channels, acc, CACHE)
+    if Var is None:
+        rstd = per_channel(Statistics + C, channels, acc, CACHE)
+    else:
+        rstd = 1.0 / tl.sqrt(per_channel(Var, channels, acc, CACHE) + tl.full((), eps, acc))
+    return scaled(mean, rstd, W, B, channels)
 
 
 @triton.jit
@@ -166,34 +182,65 @@ def is_positive(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def pack(positive, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Packs a tile of booleans, eight neighbours along the contiguous axis to a byte."""
-    bits = tl.reshape(positive.to(tl.int32), (BLOCK_N * BLOCK_C * BLOCK_S // _BITS, _BITS))
+def pack(positive, TILE: tl.constexpr):
+    """Packs a tile of booleans, eight neighbouring columns to a byte."""
+    BLOCK_N: tl.constexpr = TILE.n
+    BYTES: tl.constexpr = TILE.q // _BITS
+    bits = tl.reshape(positive.to(tl.int32), (BLOCK_N * BYTES, _BITS))
     packed = tl.sum(bits << tl.arange(0, _BITS)[None, :], axis=1).to(tl.uint8)
-    if BLOCK_S == 1:
-        return tl.reshape(packed, (BLOCK_N, BLOCK_C // _BITS, 1))
-    else:
-        return tl.reshape(packed, (BLOCK_N, BLOCK_C, BLOCK_S // _BITS))
+    return tl.reshape(packed, (BLOCK_N, BYTES))
 
 
 @triton.jit
-def unpack(packed, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+def unpack(packed, TILE: tl.constexpr):
     """Undoes `pack`."""
-    column = tl.reshape(packed.to(tl.int32), (BLOCK_N * BLOCK_C * BLOCK_S // _BITS, 1))
+    BLOCK_N: tl.constexpr = TILE.n
+    BLOCK_Q: tl.constexpr = TILE.q
+    column = tl.reshape(packed.to(tl.int32), (BLOCK_N * BLOCK_Q // _BITS, 1))
     bits = (column >> tl.arange(0, _BITS)[None, :]) & 1
-    return tl.reshape(bits, (BLOCK_N, BLOCK_C, BLOCK_S)) != 0
+    return tl.reshape(bits, (BLOCK_N, BLOCK_Q)) != 0
 
 
 @triton.jit
-def mask_box(
-    N, C, S, n0, c0, s0, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr
-):
-    """Returns the `box` of the packed mask's bytes that belong to a tile of the input."""
-    if BLOCK_S == 1:
-        return box(
-            N, blocks_of(C, _BITS), 1, n0, c0 // _BITS, s0, BLOCK_N, BLOCK_C // _BITS, BLOCK_S
-        )
+def mask_at(run, i, sizes, TILE: tl.constexpr):
+    """Returns where the packed signs of the run's i-th tile lie, and which are inside the array.
+
+    A row of the input, or in the layout "planes" a plane, begins with a new byte.
+    """
+    BLOCK_N: tl.constexpr = TILE.n
+    BYTES: tl.constexpr = TILE.q // _BITS
+    n, byte = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BYTES)[None, :]
+    if TILE.layout == "planes":
+        plane = blocks_of(sizes.S, _BITS)
+        row = sizes.C * plane
+        start = run.first_row * row + run.group * plane + run.first_column // _BITS + i * BYTES
+        rows, columns = run.rows, run.columns - i * TILE.q
     else:
-        return box(
-            N, C, blocks_of(S, _BITS), n0, c0, s0 // _BITS, BLOCK_N, BLOCK_C, BLOCK_S // _BITS
-        )
+        row = blocks_of(sizes.Q, _BITS)
+        start = (run.first_row + i * BLOCK_N) * row + run.first_column // _BITS
+        rows, columns = run.rows - i * BLOCK_N, run.columns
+    return start + (n * row + byte), (n < rows) & (byte < blocks_of(columns, _BITS))
+
+
+@triton.jit
+def load_mask(
+    Mask, run, i, sizes, MASKED: tl.constexpr, EVICTION: tl.constexpr, TILE: tl.constexpr
+):
+    """Loads the packed signs of the run's i-th tile."""
+    at, inside = mask_at(run, i, sizes, TILE)
+    if MASKED:
+        return tl.load(Mask + at, inside, other=0, eviction_policy=EVICTION)
+    else:
+        return tl.load(Mask + at, eviction_policy=EVICTION)
+
+
+@triton.jit
+def store_mask(
+    Mask, packed, run, i, sizes, MASKED: tl.constexpr, EVICTION: tl.constexpr, TILE: tl.constexpr
+):
+    """Stores the packed signs of the run's i-th tile."""
+    at, inside = mask_at(run, i, sizes, TILE)
+    if MASKED:
+        tl.store(Mask + at, packed, inside, eviction_policy=EVICTION)
+    else:
+        tl.store(Mask + at, packed, eviction_policy=EVICTION)

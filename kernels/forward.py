@@ -14,31 +14,25 @@ import triton
 import triton.language as tl
 
 from .addressing import (
-    advance,
-    blocks_of,
-    corner,
-    extents,
+    SIZES,
+    centre,
+    channels_of,
+    find_run,
+    groups_of,
     load_tile,
-    load_values,
-    position,
+    load_whole,
+    share_of,
+    sizes_of,
     store_tile,
-    tile_numbers,
-    tiles_of_block,
-    values_inside,
+    tiles_of_group,
+    values_of,
 )
-from .epilogue import (
-    activate,
-    is_positive,
-    mask_box,
-    mean_and_rstd,
-    normalise,
-    pack,
-    scale_and_bias,
-)
+from .epilogue import activate, affine_of, is_positive, normalise, pack, store_mask
 from .moments import (
     about_the_mean,
     merge_partials,
-    moments_of_planes,
+    rows_of,
+    store_moments,
     sum_rows,
     typical_values,
 )
@@ -63,15 +57,17 @@ def averaging_factor(momentum, NumBatchesTracked, CUMULATIVE: tl.constexpr, acc:
 
 
 @triton.jit
-def store_statistics(count, mean, m2, Statistics, RunningMean, RunningVar, factor, eps, c, C):
-    """Writes a channel block's statistics, updates the running ones, and returns rstd."""
+def store_statistics(
+    count, mean, m2, Statistics, RunningMean, RunningVar, factor, eps, c, exists, C
+):
+    """Writes statistics of channels, updates the running ones, and returns rstd."""
     rstd = 1.0 / tl.sqrt(m2 / count + tl.full((), eps, mean.dtype))
-    tl.store(Statistics + c, mean, c < C)
-    tl.store(Statistics + C + c, rstd, c < C)
+    tl.store(Statistics + c, mean, exists)
+    tl.store(Statistics + C + c, rstd, exists)
     if RunningMean is not None:
-        update_running(RunningMean, mean, factor, c, c < C)
+        update_running(RunningMean, mean, factor, c, exists)
     if RunningVar is not None:
-        update_running(RunningVar, m2 / (count - 1.0), factor, c, c < C)
+        update_running(RunningVar, m2 / (count - 1.0), factor, c, exists)
     return rstd
 
 
@@ -87,155 +83,151 @@ def count_batch(NumBatchesTracked, first, Arrivals, readers, CUMULATIVE: tl.cons
 
 @triton.jit
 def store_partial_moments(
-    X, Partials, N, C, S, block, split, splits, acc: tl.constexpr,
-    ACCESS: tl.constexpr, EVICTION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """Stores moments of every splits-th tile of a channel block, about the values that it returns.
+    X, Partials, run, sizes, acc: tl.constexpr, EVICTION: tl.constexpr, TILE: tl.constexpr
+):
+    """Stores a run's moments, with means as differences from the channels' typical values.
 
     Sums are taken element by element, about the mean of the run's first tile, and reduced at
     the end of the run. Of K tiles the first is a fraction 1 / K, so whatever the data are, its
     mean s satisfies count * (s - mean)^2 <= (K - 1) * m2: what cancels is at most K times what
-    remains. Flattened planes are reduced to columns first, and columns to channels.
+    remains.
     """
-    c0 = block * BLOCK_C
-    n_tile, s_tile = tile_numbers(split, S, BLOCK_S)
-    n_step, s_step = tile_numbers(splits, S, BLOCK_S)
-    n0, s0 = corner(n_tile, s_tile, BLOCK_N, BLOCK_S)
-    x = load_values(X, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
-    about = typical_values(X, N, C, S, c0 + tl.arange(0, BLOCK_C), acc)
-    near = about
-    if ACCESS == "flat":
-        channels = tl.arange(0, BLOCK_C * BLOCK_S) // S
-        near = tl.gather(about, tl.minimum(channels, BLOCK_C - 1), 0)
+    BLOCK_N: tl.constexpr = TILE.n
+    BLOCK_Q: tl.constexpr = TILE.q
+    x = load_tile(X, run, 0, True, EVICTION, TILE)
+    channels = channels_of(run, sizes, TILE)
+    near = typical_values(X, channels, sizes, acc)
     # Take the mean of differences from such a value: sums of large values might overflow, and a
     # constant channel has no differences.
-    differences = x.to(acc) - near[None, :, None]
-    if ACCESS != "whole":
-        inside = values_inside(N, C, S, n0, c0, s0, ACCESS, BLOCK_N, BLOCK_C, BLOCK_S)
-        differences = tl.where(inside, differences, 0.0)
-    length: tl.constexpr = 1 if ACCESS == "flat" else BLOCK_S
-    count = (tl.minimum(N - n0, BLOCK_N) * tl.minimum(S - s0, length)).to(acc)
-    size: tl.constexpr = BLOCK_N * length
-    shift = near + sum_rows(differences * (1.0 / size)) / (count / size)
+    differences = centre(x, near, run, 0, TILE)
+    size: tl.constexpr = BLOCK_N * BLOCK_Q if TILE.layout == "planes" else BLOCK_N
+    count = values_of(run, 1, TILE).to(acc)
+    shift = near + sum_rows(differences * (1.0 / size), TILE) / (count / size)
 
-    count = tl.cast(0, acc)
-    sums = tl.zeros_like(differences)
-    squares = tl.zeros_like(differences)
-    tiles = tiles_of_block(N, S, BLOCK_N, BLOCK_S)
-    for tile in range(split, tiles, splits):
-        away = x.to(acc) - shift[None, :, None]
-        if ACCESS != "whole":
-            inside = values_inside(N, C, S, n0, c0, s0, ACCESS, BLOCK_N, BLOCK_C, BLOCK_S)
-            away = tl.where(inside, away, 0.0)
+    # The first tile is in registers: it is added here if it is masked, else in the first loop.
+    sums = tl.where(run.whole > 0, 0.0, centre(x, shift, run, 0, TILE))
+    squares = sums * sums
+    following = x.to(acc) - shift
+    for i in range(0, run.whole):
+        away = following
+        following = load_whole(X, run, i + 1, EVICTION, TILE).to(acc) - shift
         sums += away
         squares = tl.fma(away, away, squares)
-        count += (tl.minimum(N - n0, BLOCK_N) * tl.minimum(S - s0, length)).to(acc)
-        n_tile, s_tile = advance(n_tile, s_tile, n_step, s_step, S, BLOCK_S)
-        n0, s0 = corner(n_tile, s_tile, BLOCK_N, BLOCK_S)
-        if tile + splits < tiles:
-            x = load_values(X, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
-    sums, squares = sum_rows(sums), sum_rows(squares)
+    for i in range(tl.maximum(run.whole, 1), run.tiles):
+        away = centre(load_tile(X, run, i, True, EVICTION, TILE), shift, run, i, TILE)
+        sums += away
+        squares = tl.fma(away, away, squares)
+    sums, squares = sum_rows(sums, TILE), sum_rows(squares, TILE)
+    count = values_of(run, run.tiles, TILE).to(acc)
     mean = sums / count
     m2 = about_the_mean(squares, sums, mean)
     # From here on means are differences from `near`. It lies close to `shift`, so that little is
     # rounded.
     mean += shift - near
-    if ACCESS == "flat":
-        mean, m2 = moments_of_planes(mean, m2, count, S, BLOCK_C, BLOCK_S)
-        count *= tl.cast(S, acc)
 
-    c = c0 + tl.arange(0, BLOCK_C)
-    M2s = Partials + splits * C
-    Counts = M2s + splits * C + block * splits
-    tl.store(Partials + split * C + c, mean, c < C)
-    tl.store(M2s + split * C + c, m2, c < C)
-    tl.store(Counts + split, count)
-    return about
+    M2s = Partials + rows_of(sizes, TILE) * sizes.C
+    store_moments(Partials, M2s, mean, m2, count, channels, run, sizes, TILE)
 
 
 @triton.jit
 def finish_statistics(
-    Partials, about, Statistics, RunningMean, RunningVar, NumBatchesTracked, Arrivals, C, block,
-    splits, momentum, eps, CUMULATIVE: tl.constexpr, MERGE: tl.constexpr, BLOCK_C: tl.constexpr,
+    X, Partials, Statistics, RunningMean, RunningVar, NumBatchesTracked, Arrivals, group,
+    groups, momentum, eps, sizes, CUMULATIVE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Merges the partial moments of a channel block and stores its statistics."""
+    """Merges the partial moments of a group of channels and stores its statistics."""
     acc: tl.constexpr = Statistics.dtype.element_ty
-    c0 = block * BLOCK_C
-    c = c0 + tl.arange(0, BLOCK_C)
-    M2s = Partials + splits * C
-    Counts = M2s + splits * C + block * splits
-    count, mean, m2 = merge_partials(Partials, M2s, Counts, splits, C, c0, MERGE, BLOCK_C)
+    WIDTH: tl.constexpr = TILE.merge_channels
     factor = averaging_factor(momentum, NumBatchesTracked, CUMULATIVE, acc)
-    store_statistics(
-        count, mean + about, m2, Statistics, RunningMean, RunningVar, factor, eps, c, C
-    )
-    blocks = blocks_of(C, BLOCK_C)
-    count_batch(NumBatchesTracked, block == 0, Arrivals + blocks, blocks, CUMULATIVE)
+    first = group * (sizes.width // sizes.S)
+    end = tl.minimum(first + sizes.width // sizes.S, sizes.C)
+    for some in range(first, end, WIDTH):
+        c = some + tl.arange(0, WIDTH)[None, :]
+        near = typical_values(X, tl.minimum(c, sizes.C - 1), sizes, acc)
+        count, mean, m2 = merge_partials(
+            Partials, Partials + rows_of(sizes, TILE) * sizes.C, first, end, c, sizes, acc, TILE
+        )
+        store_statistics(
+            count, mean + near, m2, Statistics, RunningMean, RunningVar, factor, eps, c, c < end,
+            sizes.C,
+        )  # fmt: skip
+    count_batch(NumBatchesTracked, group == 0, Arrivals + groups, groups, CUMULATIVE)
 
 
 @triton.jit
 def store_output(
-    x, R, Y, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
-    ACTIVATION: tl.constexpr, ACCESS: tl.constexpr, EVICTION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    centred, R, Y, Mask, affine, param, run, i, sizes,
+    ACTIVATION: tl.constexpr, MASKED: tl.constexpr, EVICTION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Normalises a tile, adds the residual, and stores the activation and the packed signs."""
-    z = normalise(x, mean, scale, bias)
+    z = normalise(centred, affine)
     if R is not None:
-        r = load_tile(R, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
-        z += r.to(z.dtype)
+        z += load_tile(R, run, i, MASKED, EVICTION, TILE).to(z.dtype)
     y = activate(z, tl.full((), param, z.dtype), ACTIVATION)
-    store_tile(Y, y, N, C, S, n0, c0, s0, ACCESS, EVICTION, BLOCK_N, BLOCK_C, BLOCK_S)
+    store_tile(Y, y, run, i, MASKED, EVICTION, TILE)
     if Mask is not None:
-        packed = pack(is_positive(z, ACTIVATION), BLOCK_N, BLOCK_C, BLOCK_S)
-        start, offsets, inside = mask_box(N, C, S, n0, c0, s0, BLOCK_N, BLOCK_C, BLOCK_S)
-        if ACCESS == "whole":
-            tl.store(Mask + start + offsets, packed, eviction_policy=EVICTION)
-        else:
-            tl.store(Mask + start + offsets, packed, inside, eviction_policy=EVICTION)
+        packed = pack(is_positive(z, ACTIVATION), TILE)
+        store_mask(Mask, packed, run, i, sizes, MASKED, EVICTION, TILE)
 
 
 @triton.jit
+def apply_run(
+    x, X, R, Y, Mask, affine, param, run, sizes, ACTIVATION: tl.constexpr, EVICTION: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Computes the output of a run, of whose input the first tile is given, if it is whole.
+
+    The next tile's load is on its way while a tile is computed.
+    """
+    acc: tl.constexpr = affine.mean.dtype
+    following = x.to(acc) - affine.mean
+    for i in range(0, run.whole):
+        centred = following
+        following = load_whole(X, run, i + 1, EVICTION, TILE).to(acc) - affine.mean
+        store_output(
+            centred, R, Y, Mask, affine, param, run, i, sizes, ACTIVATION, False, EVICTION, TILE
+        )
+    for i in range(run.whole, run.tiles):
+        centred = centre(load_tile(X, run, i, True, EVICTION, TILE), affine.mean, run, i, TILE)
+        store_output(
+            centred, R, Y, Mask, affine, param, run, i, sizes, ACTIVATION, True, EVICTION, TILE
+        )
+
+
+@triton.jit(do_not_specialize=SIZES)
 def bn_stats_fwd_kernel(
     X,  # pointer to the input
     Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps), written
     RunningMean,  # pointer to the running mean, updated, or None
     RunningVar,  # pointer to the running variance, updated, or None
     NumBatchesTracked,  # pointer to num_batches_tracked, incremented, or None
-    Partials,  # pointer to (2, splits, C) means and sums of squares, then (blocks, splits) counts
-    Arrivals,  # pointer to a zero for each channel block, and one more
+    Partials,  # pointer to a (2, rows, C) table of means and sums of squares
+    Arrivals,  # pointer to a zero for each group of channels, and one more
     N,
     C,
     S,
+    Q,
+    width,
+    length,
     splits,
     momentum: "fp64",
     eps: "fp64",
-    ALIGN: tl.constexpr,
-    MERGE: tl.constexpr,
     CUMULATIVE: tl.constexpr,
-    ACCESS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Program (split, channel block) takes the moments of every splits-th tile of the block."""
-    C, S = extents(C, S, ALIGN, ACCESS, BLOCK_S)
+    """Each program takes the moments of a run; the last one of a group merges the group's."""
+    sizes = sizes_of(N, C, S, Q, width, length, splits, TILE)
     acc = Statistics.dtype.element_ty
-    blocks = blocks_of(C, BLOCK_C)
-    block = tl.program_id(0) % blocks
-    split = tl.program_id(0) // blocks
-    about = store_partial_moments(
-        X, Partials, N, C, S, block, split, splits, acc, ACCESS, "", BLOCK_N, BLOCK_C, BLOCK_S
-    )
-    if last_to_arrive(Arrivals + block, splits):
+    group, tile, split = share_of(tl.program_id(0), sizes, TILE)
+    run = find_run(group, tile, split, sizes, TILE)
+    store_partial_moments(X, Partials, run, sizes, acc, "", TILE)
+    if last_to_arrive(Arrivals + group, splits * tiles_of_group(sizes, TILE)):
         finish_statistics(
-            Partials, about, Statistics, RunningMean, RunningVar, NumBatchesTracked, Arrivals, C,
-            block, splits, momentum, eps, CUMULATIVE, MERGE, BLOCK_C,
+            X, Partials, Statistics, RunningMean, RunningVar, NumBatchesTracked, Arrivals,
+            group, groups_of(sizes), momentum, eps, sizes, CUMULATIVE, TILE,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def bn_apply_fwd_kernel(
     X,  # pointer to the input
     R,  # pointer to the residual, or None
@@ -248,24 +240,19 @@ def bn_apply_fwd_kernel(
     N,
     C,
     S,
+    Q,
+    width,
+    length,
     eps: "fp64",
     param: "fp64",
-    ALIGN: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    ACCESS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Each program handles one tile, last tiles first: the statistics left those in the cache."""
-    C, S = extents(C, S, ALIGN, ACCESS, BLOCK_S)
+    """Each program computes a run, last runs first: the statistics left those in the cache."""
+    sizes = sizes_of(N, C, S, Q, width, length, 1, TILE)
     acc = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    n0, c0, s0 = position(tile, N, C, S, BLOCK_N, BLOCK_C, BLOCK_S)
-    mean, rstd = mean_and_rstd(Statistics, Var, eps, c0, C, acc, BLOCK_C, "")
-    scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
-    x = load_tile(X, N, C, S, n0, c0, s0, ACCESS, "", BLOCK_N, BLOCK_C, BLOCK_S).to(acc)
-    store_output(
-        x, R, Y, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
-        ACTIVATION, ACCESS, "", BLOCK_N, BLOCK_C, BLOCK_S,
-    )  # fmt: skip
+    group, tile, split = share_of(tl.num_programs(0) - 1 - tl.program_id(0), sizes, TILE)
+    run = find_run(group, tile, split, sizes, TILE)
+    x = load_whole(X, run, 0, "", TILE)
+    affine = affine_of(Statistics, Var, W, B, eps, channels_of(run, sizes, TILE), C, acc, "")
+    apply_run(x, X, R, Y, Mask, affine, param, run, sizes, ACTIVATION, "", TILE)

@@ -1,88 +1,167 @@
-"""Mean and variance, and sums over programs, combined in a fixed order."""
+"""Mean and variance, and sums over programs, combined in a fixed order.
+
+A run leaves one row of partial results for each of its channels. A row number says which run,
+and in the layout "columns" also which of the tiles that a channel's plane is cut into.
+"""
 
 import triton
 import triton.language as tl
 
+from .addressing import blocks_of, per_channel
+
+# In the layout "columns" so many channels are summed up at a time.
+_CHANNELS = tl.constexpr(8)
+
 
 @triton.jit
-def sum_rows(x):
-    """Sums a (BLOCK_N, BLOCK_C, BLOCK_S) tile to its channels."""
-    return tl.sum(tl.sum(x, axis=2), axis=0)
-
-
-@triton.jit
-def tile_moments(x, mask, count):
-    """Returns mean and centred sum of squares of a tile, by two passes over registers."""
-    mean = sum_rows(tl.where(mask, x, 0.0)) / count
-    centred = tl.where(mask, x - mean[None, :, None], 0.0)
-    return mean, sum_rows(centred * centred)
+def sum_rows(x, TILE: tl.constexpr):
+    """Sums a tile to its columns, or in the layout "planes" to its channel."""
+    total = tl.sum(x, axis=0, keep_dims=True)
+    if TILE.layout == "planes":
+        total = tl.sum(total, axis=1, keep_dims=True)
+    return total
 
 
 @triton.jit
 def about_the_mean(squares, total, mean):
     """Returns the sum of squares about the mean, from sums about another value.
 
-    Rounding may leave less than 0 where the squares are nearly all the mean's. Where they
-    overflow, the result is infinite, as the variance is in PyTorch; NaN stays NaN.
+    Rounding may leave less than 0 where the squares are nearly all the mean's. Where only the
+    squares overflow, the result is infinite, as the variance is in PyTorch; of an infinite
+    total it is NaN.
     """
     centred = tl.maximum(squares - total * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.where(squares == float("inf"), squares, centred)
+    overflows = (squares == float("inf")) & (tl.abs(total) < float("inf"))
+    return tl.where(overflows, squares, centred)
 
 
 @triton.jit
-def typical_values(X, N, C, S, c, acc: tl.constexpr):
-    """Loads for each channel of a block the median of its first, middle and last value.
+def typical_values(X, channels, sizes, acc: tl.constexpr):
+    """Loads for each channel the median of its first, middle and last value.
 
     It is the same in every program, and partial means are stored about it: they lose no digits
     if it is anywhere near the other values, and of three values one may be an outlier.
     """
-    inside = c < C
-    at = tl.cast(c, tl.int64) * S
-    row = tl.cast(C, tl.int64) * S
-    first = tl.load(X + at, inside, other=0.0).to(acc)
-    middle = tl.load(X + (N // 2) * row + at + S // 2, inside, other=0.0).to(acc)
-    last = tl.load(X + (N - 1) * row + at + (S - 1), inside, other=0.0).to(acc)
+    at = tl.cast(channels, tl.int64) * sizes.S
+    row = tl.cast(sizes.Q, tl.int64)
+    first = per_channel(X, at, acc, "")
+    middle = per_channel(X, (sizes.N // 2) * row + at + sizes.S // 2, acc, "")
+    last = per_channel(X, (sizes.N - 1) * row + at + (sizes.S - 1), acc, "")
     lower, upper = tl.minimum(first, last), tl.maximum(first, last)
     return tl.maximum(lower, tl.minimum(upper, middle))
 
 
 @triton.jit
-def moments_of_planes(means, m2s, count, S, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Merges the moments of flattened planes' columns, which have equal counts, to channels."""
-    WIDTH: tl.constexpr = BLOCK_C * BLOCK_S
-    column = tl.arange(0, WIDTH)
-    order = tl.minimum(column // BLOCK_S * S + column % BLOCK_S, WIDTH - 1)
-    inside = tl.arange(0, BLOCK_S)[None, :] < S
-    means = tl.reshape(tl.gather(means, order, 0), (BLOCK_C, BLOCK_S))
-    m2s = tl.reshape(tl.gather(m2s, order, 0), (BLOCK_C, BLOCK_S))
-    mean = tl.sum(tl.where(inside, means, 0.0), axis=1) / S.to(means.dtype)
-    centred = tl.where(inside, means - mean[:, None], 0.0)
-    return mean, tl.sum(tl.where(inside, m2s, 0.0) + count * (centred * centred), axis=1)
+def pieces_of_plane(sizes, TILE: tl.constexpr):
+    """Returns into how many tiles of the layout "columns" a plane may be cut, at most."""
+    return (sizes.S + TILE.q - 2) // TILE.q + 1 if TILE.layout == "columns" else 1
 
 
 @triton.jit
-def load_partials(P, first, splits, C, c0, MERGE: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Loads MERGE rows of a (splits, C) table of partial results; returns them and their mask."""
-    row = first + tl.arange(0, MERGE)[:, None]
-    c = c0 + tl.arange(0, BLOCK_C)[None, :]
-    mask = (row < splits) & (c < C)
-    # The load passes by the first-level cache, which may hold older values than other
-    # multiprocessors have stored.
-    return tl.load(P + row * C + c, mask, other=0.0, cache_modifier=".cg"), mask
+def columns_of_piece(piece, channel, sizes, TILE: tl.constexpr):
+    """Returns how many columns a piece of a channel's plane has: 0 if there is no such piece."""
+    first = channel * sizes.S
+    begin = (first // TILE.q + piece) * TILE.q
+    end = tl.minimum(first + sizes.S, begin + TILE.q)
+    return tl.maximum(end - tl.maximum(first, begin), 0)
 
 
 @triton.jit
-def sum_partials(P, splits, C, c0, MERGE: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Returns the column sums of a (splits, C) table."""
-    total = tl.zeros((MERGE, BLOCK_C), P.dtype.element_ty)
-    for first in range(0, splits, MERGE):
-        part, _ = load_partials(P, first, splits, C, c0, MERGE, BLOCK_C)
-        total += part
-    return tl.sum(total, axis=0)
+def rows_of(sizes, TILE: tl.constexpr):
+    """Returns how many rows a table of partial results has."""
+    return sizes.splits * pieces_of_plane(sizes, TILE)
 
 
 @triton.jit
-def merge_partials(Means, M2s, Counts, splits, C, c0, MERGE: tl.constexpr, BLOCK_C: tl.constexpr):
+def channels_of_columns(run, sizes, TILE: tl.constexpr):
+    """Returns the first and the last channel of a tile in the layout "columns", in their group."""
+    first = run.tile * TILE.q
+    last = first + tl.minimum(run.columns, TILE.q).to(tl.int32) - 1
+    return first // sizes.S, last // sizes.S
+
+
+@triton.jit
+def columns_of_channels(run, first, sizes, TILE: tl.constexpr):
+    """Returns of some channels of a tile, from one on, which columns are theirs and how many,
+    and where their partial results are stored: in the row of the split and the plane's piece.
+    """
+    BLOCK_Q: tl.constexpr = TILE.q
+    begin = run.tile * BLOCK_Q
+    c = first + tl.arange(0, _CHANNELS)[:, None]
+    low = tl.maximum(c * sizes.S - begin, 0)
+    high = tl.minimum((c + 1) * sizes.S - begin, tl.minimum(run.columns, BLOCK_Q).to(tl.int32))
+    q = tl.arange(0, BLOCK_Q)[None, :]
+    row = run.split * pieces_of_plane(sizes, TILE) + run.tile - c * sizes.S // BLOCK_Q
+    at = row * sizes.C + run.group * (sizes.width // sizes.S) + c
+    return (q >= low) & (q < high), high - low, at
+
+
+@triton.jit
+def store_moments(Means, M2s, mean, m2, count, channels, run, sizes, TILE: tl.constexpr):
+    """Stores a run's moments, of columns with `count` values each merged to channels."""
+    if TILE.layout == "columns":
+        first, last = channels_of_columns(run, sizes, TILE)
+        for some in range(first, last + 1, _CHANNELS):
+            own, columns, at = columns_of_channels(run, some, sizes, TILE)
+            mean_c = tl.sum(tl.where(own, mean, 0.0), axis=1, keep_dims=True) / columns
+            away = mean - mean_c
+            m2_c = tl.sum(tl.where(own, m2 + count * away * away, 0.0), axis=1, keep_dims=True)
+            tl.store(Means + at, mean_c, columns > 0)
+            tl.store(M2s + at, m2_c, columns > 0)
+    else:
+        at = run.split * sizes.C + channels
+        tl.store(Means + at, mean, exist(run, mean))
+        tl.store(M2s + at, m2, exist(run, mean))
+
+
+@triton.jit
+def store_sums(P, Products, sums, products, channels, run, sizes, TILE: tl.constexpr):
+    """Stores two sums of a run, those of columns added up to channels."""
+    if TILE.layout == "columns":
+        first, last = channels_of_columns(run, sizes, TILE)
+        for some in range(first, last + 1, _CHANNELS):
+            own, columns, at = columns_of_channels(run, some, sizes, TILE)
+            total = tl.sum(tl.where(own, sums, 0.0), axis=1, keep_dims=True)
+            tl.store(P + at, total, columns > 0)
+            total = tl.sum(tl.where(own, products, 0.0), axis=1, keep_dims=True)
+            tl.store(Products + at, total, columns > 0)
+    else:
+        at = run.split * sizes.C + channels
+        tl.store(P + at, sums, exist(run, sums))
+        tl.store(Products + at, products, exist(run, sums))
+
+
+@triton.jit
+def exist(run, values):
+    """Says which of a run's values, one a column or a single one, belong to existing channels."""
+    return tl.arange(0, values.shape[1])[None, :] < run.columns
+
+
+@triton.jit
+def values_of_split(split, sizes, TILE: tl.constexpr):
+    """Returns how many values the run of a split has in a column, or in a plane."""
+    if TILE.layout == "planes":
+        pieces = blocks_of(blocks_of(sizes.S, TILE.q), sizes.length)
+        rows = tl.minimum(sizes.N - tl.cast(split // pieces, tl.int64) * TILE.n, TILE.n)
+        first = tl.cast(split % pieces, tl.int64) * sizes.length * TILE.q
+        return rows * tl.minimum(sizes.S - first, tl.cast(sizes.length, tl.int64) * TILE.q)
+    else:
+        first = tl.cast(split, tl.int64) * sizes.length * TILE.n
+        return tl.minimum(sizes.N - first, tl.cast(sizes.length, tl.int64) * TILE.n)
+
+
+@triton.jit
+def values_of_row(row, channel, sizes, acc: tl.constexpr, TILE: tl.constexpr):
+    """Returns how many values a row of partial results has of a channel: 0 if it was not stored."""
+    pieces = pieces_of_plane(sizes, TILE)
+    count = values_of_split(row // pieces, sizes, TILE).to(acc)
+    if TILE.layout == "columns":
+        count = count * columns_of_piece(row % pieces, channel, sizes, TILE).to(acc)
+    return count
+
+
+@triton.jit
+def merge_partials(Means, M2s, first, end, c, sizes, acc: tl.constexpr, TILE: tl.constexpr):
     """Merges many sets at once (Chan, Golub and LeVeque, 1983), about the mean of the first ones.
 
     With d_i = mean_i - about, and sums over all sets:
@@ -90,30 +169,57 @@ def merge_partials(Means, M2s, Counts, splits, C, c0, MERGE: tl.constexpr, BLOCK
     mean = about + sum(count_i * d_i) / count
     m2   = sum(m2_i) + sum(count_i * d_i^2) - sum(count_i * d_i)^2 / count
 
-    The first MERGE of so many sets are at least a fraction MERGE / splits of all values, so
-    whatever the data are, sum(count_i * d_i^2) is at most splits / MERGE times m2 and cancels
+    The first MERGE of so many sets are at least a fraction MERGE / rows of all values, so
+    whatever the data are, sum(count_i * d_i^2) is at most rows / MERGE times m2 and cancels
     no more digits than that.
     """
-    rows = tl.arange(0, MERGE)
-    counts = tl.load(Counts + rows, rows < splits, other=0.0, cache_modifier=".cg")
-    means, _ = load_partials(Means, 0, splits, C, c0, MERGE, BLOCK_C)
-    shares = counts / tl.sum(counts, axis=0)
-    about = tl.sum(shares[:, None] * means, axis=0)
-    count = tl.zeros((MERGE,), Means.dtype.element_ty)
-    weighted = tl.zeros((MERGE, BLOCK_C), Means.dtype.element_ty)
-    squares = tl.zeros((MERGE, BLOCK_C), Means.dtype.element_ty)
-    m2 = tl.zeros((MERGE, BLOCK_C), Means.dtype.element_ty)
-    for first in range(0, splits, MERGE):
-        row = first + rows
-        counts = tl.load(Counts + row, row < splits, other=0.0, cache_modifier=".cg")
-        means, _ = load_partials(Means, first, splits, C, c0, MERGE, BLOCK_C)
-        m2s, _ = load_partials(M2s, first, splits, C, c0, MERGE, BLOCK_C)
-        away = means - about[None, :]
-        count += counts
-        weighted += counts[:, None] * away
-        squares = tl.fma(counts[:, None] * away, away, squares)
-        m2 += m2s
-    total = tl.sum(count, axis=0)
-    sum_away = tl.sum(weighted, axis=0)
-    between = about_the_mean(tl.sum(squares, axis=0), sum_away, sum_away / total)
-    return total, about + sum_away / total, tl.sum(m2, axis=0) + between
+    MERGE: tl.constexpr = TILE.merge_rows
+    WIDTH: tl.constexpr = TILE.merge_channels
+    local, rows = c - first, rows_of(sizes, TILE)
+    row = tl.arange(0, MERGE)[:, None]
+    counts = tl.where(row < rows, values_of_row(row, local, sizes, acc, TILE), 0.0)
+    means = load_partials(Means, row, c, (counts > 0) & (c < end), sizes)
+    shares = counts / tl.sum(counts, axis=0, keep_dims=True)
+    about = tl.sum(shares * means, axis=0, keep_dims=True)
+    weighted = tl.zeros((MERGE, WIDTH), acc)
+    squares = tl.zeros((MERGE, WIDTH), acc)
+    m2 = tl.zeros((MERGE, WIDTH), acc)
+    for some in range(0, rows, MERGE):
+        row = some + tl.arange(0, MERGE)[:, None]
+        counts = tl.where(row < rows, values_of_row(row, local, sizes, acc, TILE), 0.0)
+        stored = (counts > 0) & (c < end)
+        away = load_partials(Means, row, c, stored, sizes) - about
+        weighted += counts * away
+        squares = tl.fma(counts * away, away, squares)
+        m2 += load_partials(M2s, row, c, stored, sizes)
+    count = (tl.cast(sizes.N, tl.int64) * sizes.S).to(acc)
+    sum_away = tl.sum(weighted, axis=0, keep_dims=True)
+    squares = tl.sum(squares, axis=0, keep_dims=True)
+    between = about_the_mean(squares, sum_away, sum_away / count)
+    return count, about + sum_away / count, tl.sum(m2, axis=0, keep_dims=True) + between
+
+
+@triton.jit
+def sum_partials(P, first, end, c, sizes, acc: tl.constexpr, TILE: tl.constexpr):
+    """Returns for each channel the sum of its partial results."""
+    MERGE: tl.constexpr = TILE.merge_rows
+    WIDTH: tl.constexpr = TILE.merge_channels
+    total, rows = tl.zeros((MERGE, WIDTH), acc), rows_of(sizes, TILE)
+    for some in range(0, rows, MERGE):
+        row = some + tl.arange(0, MERGE)[:, None]
+        stored = (row < rows) & (c < end)
+        if TILE.layout == "columns":
+            piece = row % pieces_of_plane(sizes, TILE)
+            stored = stored & (columns_of_piece(piece, c - first, sizes, TILE) > 0)
+        total += load_partials(P, row, c, stored, sizes)
+    return tl.sum(total, axis=0, keep_dims=True)
+
+
+@triton.jit
+def load_partials(P, row, c, stored, sizes):
+    """Loads partial results, zero where there are none.
+
+    The load passes by the first-level cache, which may hold older values than other
+    multiprocessors have stored.
+    """
+    return tl.load(P + row * sizes.C + c, stored, other=0.0, cache_modifier=".cg")

@@ -2,43 +2,62 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 
 from .device import Device
+from .instructions import instructions_per_element
 from .tiling import (
+    ACCESS_BYTES,
+    FIXED_TILES,
     MASK_BITS,
+    MAX_WIDTH,
     PROGRAMS_PER_SM,
     Problem,
     Tile,
-    apply_tile,
-    power_of_2,
-    reduce_tile,
+    choose_tile,
+    group_width,
     resident_fits,
     resident_tile,
+    warps_of,
 )
 
-# The last program to arrive merges one partial result of each split, alone, so splits are
-# limited. They are limited further where 31 bits could not count all partial results.
-MAX_SPLITS = 1024
+# The last program to arrive merges all partial results of a group, alone, so there is a limit to
+# how often it may load some. 31 bits must be able to count all partial results.
+MAX_MERGES = 32
 MAX_PARTIALS = 2**31 - 1
-MERGE_ELEMENTS = 2048
+PARTIAL_BYTES = 8
 
 # Partial results are written and read once more, so their bytes may be at most this fraction
 # of the bytes that they sum up.
 PARTIALS_SHARE = 1 / 32
-PARTIAL_BYTES = 8
+
+# Rounding errors of moments grow with the tiles of a run, at worst in proportion.
+LONGEST_RUN = 256
+
+# Programs may come in so many waves, if that makes the waves more even.
+MAX_WAVES = 8
 
 # Two slices are in the cache at once. A slice needs this many tickets for each running
-# program, or the programs that apply a slice would wait for the ones that reduce it.
+# program, or the programs that apply a slice would wait for the ones that reduce it. Runs have
+# as many tiles as that leaves, up to a limit.
 SLICES_IN_CACHE = 2
-TICKETS_PER_PROGRAM = 2
+TICKETS_PER_PROGRAM = 1
+MAX_RUN = 8
 
 # With channels last, a slice is at least this wide: short pieces of rows are read slowly.
 # The first width is preferred, and slices grow to WIDE_BYTES where the cache has room.
 SLICE_BYTES = (128, 64)
 WIDE_BYTES = 256
+
+# The phases of a forward and of a backward, by which instructions are counted, and what a narrow
+# access adds to them.
+PHASES = (("moments", "output"), ("sums", "gradient"))
+NARROW = 2.0
+
+# One pass must be predicted to be faster than two by this fraction, for predictions err.
+MARGIN = 0.05
 
 # This bandwidth stands in for an unknown one, only to choose between strategies.
 UNKNOWN_BANDWIDTH = 1e12
@@ -46,21 +65,37 @@ UNKNOWN_BANDWIDTH = 1e12
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over the data that reduces it to values of channels.
+    """One pass over the data.
 
     Attributes:
         tile: the tile that a program handles at once.
-        splits: number of programs that share a channel block.
-        merge: number of partial results of a channel block that are merged at a time.
+        width: number of columns of a group of channels.
+        length: number of tiles of a run.
+        splits: number of runs that share a column of tiles.
     """
 
     tile: Tile
+    width: int
+    length: int
     splits: int
-    merge: int
+
+    def groups(self, problem: Problem) -> int:
+        """Returns the number of groups of channels, each of which has a counter."""
+        return -(-problem.c * problem.s // self.width)
+
+    def tiles(self) -> int:
+        """Returns how many runs lie side by side in a group."""
+        return -(-self.width // self.tile.q) if self.tile.layout == "columns" else 1
 
     def programs(self, problem: Problem) -> int:
-        """Returns how many programs the pass has: so many splits of each channel block."""
-        return self.splits * self.tile.grid(problem)[1]
+        """Returns the number of runs."""
+        return self.groups(problem) * self.tiles() * self.splits
+
+    def rows(self, problem: Problem) -> int:
+        """Returns how many partial results each channel has at most."""
+        if self.tile.layout != "columns":
+            return self.splits
+        return self.splits * ((problem.s + self.tile.q - 2) // self.tile.q + 1)
 
 
 @dataclass(frozen=True)
@@ -70,14 +105,15 @@ class Schedule:
     Attributes:
         strategy: "two-pass" (statistics, then normalisation), "ticketed" (the
             same in one launch, slice by slice through the cache), "resident"
-            (one program keeps a channel block in registers in between) or
+            (one program keeps a group of channels in registers in between) or
             "fixed-stats" (one pass, because the statistics are given).
         reduce: the pass that reduces to channels: the first of two passes, the only
             pass of a backward with fixed statistics, or both phases of a ticketed
             launch. Resident kernels and a forward with fixed statistics don't use it.
-        apply: the tile of the elementwise pass. It is also the tile of a resident
-            kernel and of a forward with fixed statistics.
-        slice_blocks: number of channel blocks in a slice of a ticketed launch.
+        apply: the elementwise pass. It is also the pass of a resident kernel and of a
+            forward with fixed statistics.
+        slice_groups: number of groups of channels in a slice of a ticketed launch.
+        warps: number of warps of a program.
         launches: number of kernels launched.
         units: number of tensors read or written; a packed mask counts as the fraction
             of a tensor that it is. Of a ticketed launch, these units cross memory.
@@ -87,8 +123,9 @@ class Schedule:
 
     strategy: str
     reduce: Pass
-    apply: Tile
-    slice_blocks: int
+    apply: Pass
+    slice_groups: int
+    warps: int
     launches: int
     units: float
     cached_units: float
@@ -97,12 +134,12 @@ class Schedule:
     @property
     def tile(self) -> Tile:
         """Returns the tile of the first pass; a second pass has accesses of the same width."""
-        return self.apply if self.strategy == "resident" else self.reduce.tile
+        return (self.apply if self.strategy == "resident" else self.reduce).tile
 
     def tickets(self, problem: Problem) -> int:
-        """Returns the programs of a ticketed launch, which has two phases for each slice."""
-        slices = -(-self.reduce.tile.grid(problem)[1] // self.slice_blocks)
-        return 2 * slices * self.slice_blocks * self.reduce.splits
+        """Returns the tickets of a ticketed launch, which has two phases for each slice."""
+        slices = -(-self.reduce.groups(problem) // self.slice_groups)
+        return 2 * slices * self.slice_groups * self.reduce.tiles() * self.reduce.splits
 
 
 @dataclass(frozen=True)
@@ -138,8 +175,10 @@ def make_schedule(
 
 
 def choose(found: dict[str, Schedule]) -> Schedule:
-    """Returns the schedule that is predicted to be fastest; of two equal ones, the first."""
-    return min(found.values(), key=lambda schedule: schedule.seconds)
+    """Returns the fastest schedule, and two passes if no other one is predicted to gain enough."""
+    fastest = min(found.values(), key=lambda schedule: schedule.seconds)
+    safe = found.get("two-pass", fastest)
+    return fastest if fastest.seconds < (1 - MARGIN) * safe.seconds else safe
 
 
 def schedules(problem: Problem, device: Device, backward: bool) -> dict[str, Schedule]:
@@ -150,7 +189,8 @@ def schedules(problem: Problem, device: Device, backward: bool) -> dict[str, Sch
     if resident_fits(problem):
         found["resident"] = resident(problem, device, backward)
     tickets = ticketed(problem, device, backward)
-    if _blocks_in_cache(problem, device, backward, tickets.reduce.tile):
+    columns = min(tickets.reduce.width, problem.c * problem.s)
+    if columns <= _columns_in_cache(problem, device, backward):
         found["ticketed"] = tickets
     return found
 
@@ -158,8 +198,11 @@ def schedules(problem: Problem, device: Device, backward: bool) -> dict[str, Sch
 def fixed_stats(problem: Problem, device: Device, backward: bool) -> Schedule:
     """Schedules one pass over the data with given statistics."""
     units = _once(problem, backward)
-    seconds = device.launch + units * problem.tensor_bytes / _bandwidth(device)
-    return _schedule("fixed-stats", problem, device, backward, units, seconds)
+    found = _schedule("fixed-stats", problem, device, backward, units)
+    phase, work = ("sums", found.reduce) if backward else ("output", found.apply)
+    issue = _issue(problem, device, phase, work)
+    memory = units * problem.tensor_bytes / _bandwidth(device)
+    return replace(found, seconds=device.launch + max(memory, issue))
 
 
 def two_pass(problem: Problem, device: Device, backward: bool) -> Schedule:
@@ -174,26 +217,31 @@ def two_pass(problem: Problem, device: Device, backward: bool) -> Schedule:
     units = _once(problem, backward) + again
     kept = min(again * unit, device.l2_share * device.l2_bytes)
     moved = units * unit - kept + kept / device.l2_speed
-    seconds = 2 * device.launch + max(moved / _bandwidth(device), 6 * device.latency)
-    return _schedule("two-pass", problem, device, backward, units, seconds)
+    found = _schedule("two-pass", problem, device, backward, units)
+    first, second = PHASES[backward]
+    issue = _issue(problem, device, first, found.reduce)
+    issue += _issue(problem, device, second, found.apply)
+    seconds = max(moved / _bandwidth(device), issue, 6 * device.latency)
+    return replace(found, seconds=2 * device.launch + seconds)
 
 
 def resident(problem: Problem, device: Device, backward: bool) -> Schedule:
-    """Schedules programs that hold a channel block in registers.
+    """Schedules programs that hold a group of channels in registers.
 
     They run in waves, and each wave takes at least a load, a reduction and a store. Few
     programs leave multiprocessors idle, and a busy one can't use the whole bandwidth.
     """
     tile, units = resident_tile(problem), _once(problem, backward)
-    programs = tile.grid(problem)[1]
+    only = Pass(tile, group_width(problem, tile), length=1, splits=1)
+    programs = only.programs(problem)
     # 16 warps that hold 8192 values and as many results take all registers.
-    at_once = device.sm_count * (16 // tile.warps)
+    at_once = device.sm_count * (16 // warps_of(tile, "resident"))
     busy = min(1.0, device.sm_speed * min(programs, device.sm_count) / device.sm_count)
-    row = tile.c * problem.itemsize if problem.s == 1 else problem.s * problem.itemsize
-    rate = _bandwidth(device) * busy * device.row_rate(row)
+    rate = _bandwidth(device) * busy * device.row_rate(only.width * problem.itemsize)
     waves = -(-programs // at_once)
     seconds = device.launch + max(units * problem.tensor_bytes / rate, 3 * waves * device.latency)
-    return _schedule("resident", problem, device, backward, units, seconds, apply=tile)
+    found = _schedule("resident", problem, device, backward, units, apply=only)
+    return replace(found, seconds=seconds)
 
 
 def ticketed(problem: Problem, device: Device, backward: bool) -> Schedule:
@@ -203,85 +251,122 @@ def ticketed(problem: Problem, device: Device, backward: bool) -> Schedule:
     to reduce; if slices have few tickets, the programs of every slice wait.
     """
     unit, again = problem.tensor_bytes, _reads(problem, backward)
-    units, reads = _once(problem, backward), 2 if backward else 1
+    units = _once(problem, backward)
+    columns = _columns_in_cache(problem, device, backward)
     for row_bytes in SLICE_BYTES:
-        tile = reduce_tile(problem, device, reads, row_bytes)
-        in_cache = _blocks_in_cache(problem, device, backward, tile)
-        if in_cache:
+        tile = choose_tile(problem, device, row_bytes)
+        width = group_width(problem, tile, max(1, min(MAX_WIDTH, columns)))
+        if min(width, problem.c * problem.s) <= columns:
             break
-    n_tiles, blocks, s_tiles = tile.grid(problem)
-    tiles = n_tiles * s_tiles
-    summed = tile.elements * problem.itemsize * reads
-    share = max(
-        ceil(PARTIAL_BYTES * tile.c / (summed * PARTIALS_SHARE)),
-        ceil(tiles / _max_splits(problem)),
-    )
-    splits = ceil(tiles / share)
+    groups, in_cache = -(-problem.c * problem.s // width), max(1, columns // width)
 
-    at_once = PROGRAMS_PER_SM * device.sm_count
-    wanted = -(-TICKETS_PER_PROGRAM * at_once // splits)
+    # Runs as long as leave a slice with enough tickets, then slices no larger than that takes.
+    at_once = ceil(TICKETS_PER_PROGRAM * PROGRAMS_PER_SM * device.sm_count)
+    largest = ceil(groups / ceil(groups / in_cache))
+    single = _pass(problem, tile, width, 1)
+    length = min(MAX_RUN, largest * single.tiles() * single.splits // at_once)
+    reduce = _pass(problem, tile, width, max(length, _least_length(problem, tile, backward)))
+    wanted = ceil(at_once / (reduce.tiles() * reduce.splits))
     if problem.s == 1:
-        wanted = max(wanted, WIDE_BYTES // (tile.c * problem.itemsize))
-    slices = -(-blocks // max(1, min(wanted, in_cache)))
-    slice_blocks = -(-blocks // slices)
+        wanted = max(wanted, WIDE_BYTES // (width * problem.itemsize))
+    slices = max(ceil(groups / in_cache), groups // wanted)
+    slice_groups = ceil(groups / slices)
 
-    row = slice_blocks * tile.c * problem.s * problem.itemsize
+    tickets = slice_groups * reduce.tiles() * reduce.splits
+    row = slice_groups * width * problem.itemsize
     memory = units * unit / (_bandwidth(device) * device.row_rate(row))
     cache = (units + again) * unit / (_bandwidth(device) * device.l2_speed)
-    counters = 2 * slices * slice_blocks * splits * device.ticket
-    waits = slices if slice_blocks * splits < at_once else 1
-    seconds = device.launch + max(memory, cache, counters) + 4 * waits * device.latency
-    return _schedule(
-        "ticketed", problem, device, backward, units, seconds,
-        reduce=_pass(problem, tile, splits), slice_blocks=slice_blocks, cached_units=again,
+    counters = 2 * slices * tickets * device.ticket
+    waits = slices if tickets < at_once else 1
+    issue = sum(_issue(problem, device, phase, reduce) for phase in PHASES[backward])
+    seconds = max(memory, cache, issue, counters) + 4 * waits * device.latency
+    found = _schedule(
+        "ticketed", problem, device, backward, units,
+        reduce=reduce, slice_groups=slice_groups, cached_units=again,
     )  # fmt: skip
+    return replace(found, seconds=device.launch + seconds)
 
 
-def _blocks_in_cache(problem: Problem, device: Device, backward: bool, tile: Tile) -> int:
-    """Returns how many channel blocks a slice may have for the cache to hold two slices."""
-    channels = min(tile.c, problem.c)
-    block_bytes = channels * problem.n * problem.s * problem.itemsize * _reads(problem, backward)
-    return int(device.l2_share * device.l2_bytes / (SLICES_IN_CACHE * block_bytes))
+def _issue(problem: Problem, device: Device, phase: str, work: Pass) -> float:
+    """Returns the seconds that multiprocessors take to issue the instructions of a phase."""
+    elements = work.programs(problem) * work.length * work.tile.elements
+    each = instructions_per_element(phase, work.tile, work.length, problem.residual)
+    # Narrow accesses take as many more.
+    each += NARROW * (ACCESS_BYTES / work.tile.access_bytes(problem.itemsize) - 1)
+    return elements * each / (device.sm_count * device.issues)
+
+
+def _columns_in_cache(problem: Problem, device: Device, backward: bool) -> int:
+    """Returns how many columns a slice may have for the cache to hold two slices."""
+    column = problem.n * problem.itemsize * _reads(problem, backward)
+    return int(device.l2_share * device.l2_bytes / (SLICES_IN_CACHE * column))
 
 
 def _schedule(
-    strategy: str, problem: Problem, device: Device, backward: bool, units: float, seconds: float,
-    reduce: Pass | None = None, apply: Tile | None = None, slice_blocks: int = 0,
+    strategy: str, problem: Problem, device: Device, backward: bool, units: float,
+    reduce: Pass | None = None, apply: Pass | None = None, slice_groups: int = 0,
     cached_units: float = 0,
 ) -> Schedule:  # fmt: skip
-    reads = 2 if backward else 1
+    narrow = choose_tile(problem, device, SLICE_BYTES[0])
+    reduce = reduce or _filling_pass(problem, device, backward, narrow)
+    apply = apply or _filling_pass(problem, device, backward, choose_tile(problem, device))
     return Schedule(
         strategy=strategy,
-        reduce=reduce or _filling_pass(problem, device, reads),
-        apply=apply or apply_tile(problem, device, reads),
-        slice_blocks=slice_blocks,
+        reduce=reduce,
+        apply=apply,
+        slice_groups=slice_groups,
+        warps=warps_of(apply.tile, strategy),
         launches=2 if strategy == "two-pass" else 1,
         units=units,
         cached_units=cached_units,
-        seconds=seconds,
+        seconds=0.0,
     )
 
 
-def _filling_pass(problem: Problem, device: Device, reads: int) -> Pass:
-    """Returns a pass that splits channel blocks over enough programs to fill the device."""
-    tile = reduce_tile(problem, device, reads)
-    n_tiles, blocks, s_tiles = tile.grid(problem)
-    tiles = n_tiles * s_tiles
-    wanted = -(-PROGRAMS_PER_SM * device.sm_count // blocks)
-    splits = min(tiles, wanted, _max_splits(problem))
-    # Make shares even: of 600 tiles, 300 programs with two each need no more time than
-    # 528 programs of which some have two.
-    return _pass(problem, tile, -(-tiles // -(-tiles // splits)))
+def _filling_pass(problem: Problem, device: Device, backward: bool, tile: Tile) -> Pass:
+    """Returns a pass of runs as long as they can be in few and even waves of programs."""
+    width = group_width(problem, tile)
+    at_once = PROGRAMS_PER_SM * device.sm_count
+    along, least = _tiles_along(problem, tile), _least_length(problem, tile, backward)
+    side_by_side = _pass(problem, tile, width, along).programs(problem)
+    most = min(along, max(1, MAX_WAVES * at_once // side_by_side))
+    fewest = -(-along // LONGEST_RUN)
+    splits = range(fewest, max(fewest, most) + 1)
+    lengths = sorted({max(least, -(-along // split)) for split in splits})
+
+    def time(found: Pass) -> int:
+        waves = -(-found.programs(problem) // at_once)
+        return waves * (found.length + FIXED_TILES[tile.layout])
+
+    return min((_pass(problem, tile, width, length) for length in lengths), key=time)
 
 
-def _max_splits(problem: Problem) -> int:
-    return max(1, min(MAX_SPLITS, MAX_PARTIALS // problem.c))
+def _tiles_along(problem: Problem, tile: Tile) -> int:
+    """Returns how many tiles lie one after the other in the direction of a run."""
+    if tile.layout == "planes":
+        return -(-problem.s // tile.q)
+    return -(-problem.n // tile.n)
 
 
-def _pass(problem: Problem, tile: Tile, splits: int) -> Pass:
-    # Sums of float64 take twice as many registers.
-    rows = MERGE_ELEMENTS * 4 // (max(4, problem.itemsize) * tile.c)
-    return Pass(tile, splits, merge=min(power_of_2(splits), max(1, rows)))
+def _least_length(problem: Problem, tile: Tile, backward: bool) -> int:
+    """Returns the shortest runs that leave few enough partial results."""
+    along = _tiles_along(problem, tile)
+    channels = min(tile.q, problem.c) if tile.layout == "channels" else 1
+    summed = tile.elements * problem.itemsize * _reads(problem, backward)
+    share = ceil(PARTIAL_BYTES * channels / (summed * PARTIALS_SHARE))
+    across = _pass(problem, tile, group_width(problem, tile), along).rows(problem)
+    splits = max(1, min(MAX_MERGES * tile.merge_rows, MAX_PARTIALS // problem.c) // across)
+    return min(along, max(share, ceil(along / splits)))
+
+
+def _pass(problem: Problem, tile: Tile, width: int, length: int) -> Pass:
+    """Returns a pass of runs of up to so many tiles, as even as possible."""
+    along = _tiles_along(problem, tile)
+    splits = ceil(along / length)
+    length = ceil(along / splits)
+    if tile.layout == "planes":
+        splits *= -(-problem.n // tile.n)
+    return Pass(tile, width, length, splits)
 
 
 def _bandwidth(device: Device) -> float:

@@ -1,4 +1,4 @@
-"""Resident kernels: one program keeps a channel block in registers for statistics and output.
+"""Resident kernels: one program keeps a group of channels in registers between the two passes.
 
 The formulas are those of `forward.py` and `backward.py`; each tensor is read
 and written once, in one launch.
@@ -7,14 +7,14 @@ and written once, in one launch.
 import triton
 import triton.language as tl
 
-from .addressing import box, extents, load_tile
-from .backward import load_gradient, store_gradients, store_parameter_gradients
-from .epilogue import mean_and_rstd, scale_and_bias
+from .addressing import SIZES, centre, channels_of, find_run, load_tile, sizes_of
+from .backward import coefficients, gradient_of, store_gradients, store_parameter_gradients
+from .epilogue import affine_of, scaled
 from .forward import averaging_factor, count_batch, store_output, store_statistics
-from .moments import sum_rows, tile_moments
+from .moments import exist, sum_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def bn_resident_fwd_kernel(
     X,  # pointer to the input
     R,  # pointer to the residual, or None
@@ -30,41 +30,43 @@ def bn_resident_fwd_kernel(
     N,
     C,
     S,
+    Q,
+    width,
     momentum: "fp64",
     eps: "fp64",
     param: "fp64",
-    ALIGN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CUMULATIVE: tl.constexpr,
-    ACCESS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Program i handles channel block i, all of whose values are one tile."""
-    C, S = extents(C, S, ALIGN, ACCESS, BLOCK_S)
+    """Program i handles group i, all of whose values are one tile."""
+    sizes = sizes_of(N, C, S, Q, width, 1, 1, TILE)
     acc = Statistics.dtype.element_ty
-    c0 = tl.program_id(0) * BLOCK_C
-    c = c0 + tl.arange(0, BLOCK_C)
+    run = find_run(tl.program_id(0), 0, 0, sizes, TILE)
+    channels = channels_of(run, sizes, TILE)
     factor = averaging_factor(momentum, NumBatchesTracked, CUMULATIVE, acc)
-
-    _, _, inside = box(N, C, S, 0, c0, 0, BLOCK_N, BLOCK_C, BLOCK_S)
-    x = load_tile(X, N, C, S, 0, c0, 0, ACCESS, "", BLOCK_N, BLOCK_C, BLOCK_S).to(acc)
+    x = load_tile(X, run, 0, True, "", TILE).to(acc)
     count = (tl.cast(N, tl.int64) * S).to(acc)
     # The first mean is rounded; the mean of the differences from it corrects that.
-    about = sum_rows(x * (1.0 / count))
-    mean, m2 = tile_moments(x - about[None, :, None], inside, count)
-    mean += about
-    rstd = store_statistics(count, mean, m2, Statistics, RunningMean, RunningVar, factor, eps, c, C)
-    scale, bias = scale_and_bias(W, B, rstd[None, :, None], c0, C, BLOCK_C)
-    store_output(
-        x, R, Y, Mask, mean[None, :, None], scale, bias, param, N, C, S, 0, c0, 0,
-        ACTIVATION, ACCESS, "", BLOCK_N, BLOCK_C, BLOCK_S,
+    about = sum_rows(x * (1.0 / count), TILE)
+    away = centre(x, about, run, 0, TILE)
+    correction = sum_rows(away, TILE) / count
+    centred = centre(away, correction, run, 0, TILE)
+    m2 = sum_rows(centred * centred, TILE)
+    mean = about + correction
+    rstd = store_statistics(
+        count, mean, m2, Statistics, RunningMean, RunningVar, factor, eps, channels,
+        exist(run, mean), C,
     )  # fmt: skip
-    count_batch(NumBatchesTracked, c0 == 0, Arrivals, tl.num_programs(0), CUMULATIVE)
+    store_output(
+        x - mean, R, Y, Mask, scaled(mean, rstd, W, B, channels), param, run, 0, sizes,
+        ACTIVATION, True, "", TILE,
+    )  # fmt: skip
+    first = tl.program_id(0) == 0
+    count_batch(NumBatchesTracked, first, Arrivals, tl.num_programs(0), CUMULATIVE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def bn_resident_bwd_kernel(
     DY,  # pointer to the output's gradient
     X,  # pointer to the input
@@ -80,31 +82,24 @@ def bn_resident_bwd_kernel(
     N,
     C,
     S,
+    Q,
+    width,
     param: "fp64",
-    ALIGN: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    ACCESS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Program i handles channel block i, all of whose values are one tile."""
-    C, S = extents(C, S, ALIGN, ACCESS, BLOCK_S)
+    """Program i handles group i, all of whose values are one tile."""
+    sizes = sizes_of(N, C, S, Q, width, 1, 1, TILE)
     acc = Statistics.dtype.element_ty
-    c0 = tl.program_id(0) * BLOCK_C
-    mean, rstd = mean_and_rstd(Statistics, None, 0.0, c0, C, acc, BLOCK_C, "")
-    scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
-    g, centred = load_gradient(
-        DY, X, R, Mask, mean, scale, bias, param, N, C, S, 0, c0, 0,
-        ACTIVATION, ACCESS, "", BLOCK_N, BLOCK_C, BLOCK_S,
-    )  # fmt: skip
-    _, _, inside = box(N, C, S, 0, c0, 0, BLOCK_N, BLOCK_C, BLOCK_S)
-    sum_g = sum_rows(tl.where(inside, g, 0.0))
-    sum_gx = sum_rows(tl.where(inside, g * centred, 0.0))
-    store_parameter_gradients(sum_g, sum_gx, rstd, DW, DB, c0, C, BLOCK_C)
-    count = (tl.cast(N, tl.int64) * S).to(acc)
-    mean_g, mean_gx = sum_g[None, :, None] / count, sum_gx[None, :, None] / count
-    store_gradients(
-        g, centred, rstd, scale, mean_g, mean_gx, DX, DR, N, C, S, 0, c0, 0,
-        ACCESS, "", BLOCK_N, BLOCK_C, BLOCK_S,
-    )  # fmt: skip
+    run = find_run(tl.program_id(0), 0, 0, sizes, TILE)
+    dy = load_tile(DY, run, 0, True, "", TILE).to(acc)
+    x = load_tile(X, run, 0, True, "", TILE).to(acc)
+    channels = channels_of(run, sizes, TILE)
+    affine = affine_of(Statistics, None, W, B, 0.0, channels, C, acc, "")
+    centred = centre(x, affine.mean, run, 0, TILE)
+    g = gradient_of(dy, centred, R, Mask, affine, param, run, 0, sizes, ACTIVATION, True, "", TILE)
+    sum_g, sum_gx = sum_rows(g, TILE), sum_rows(g * centred, TILE)
+    exists = exist(run, sum_g)
+    store_parameter_gradients(sum_g, sum_gx, affine.rstd, DW, DB, channels, exists)
+    constant, slope = coefficients(sum_g, sum_gx, affine, sizes)
+    store_gradients(g, x - affine.mean, affine, constant, slope, DX, DR, run, 0, True, "", TILE)

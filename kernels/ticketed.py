@@ -10,27 +10,36 @@ import triton
 import triton.language as tl
 
 from .addressing import (
-    advance,
-    blocks_of,
-    corner,
-    extents,
-    load_tile,
-    tile_numbers,
-    tiles_of_block,
+    SIZES,
+    Sizes,
+    channels_of,
+    find_run,
+    groups_of,
+    load_whole,
+    sizes_of,
+    tiles_of_group,
 )
-from .backward import (
-    finish_sums,
-    load_gradient,
-    load_means,
-    store_gradients,
-    store_partial_sums,
-)
-from .epilogue import mean_and_rstd, scale_and_bias
-from .forward import finish_statistics, store_output, store_partial_moments
+from .backward import apply_run_backward, finish_sums, load_coefficients, store_partial_sums
+from .epilogue import affine_of
+from .forward import apply_run, finish_statistics, store_partial_moments
 from .tickets import draw_ticket, last_to_arrive, raise_flag, wait_for_flag, work_of
 
 
 @triton.jit
+def in_loop(sizes, ticket, TILE: tl.constexpr):
+    """Returns the sizes, in a way that makes the compiler compute what depends on them anew.
+
+    It would compute that once, before the loop over tickets, and keep more than fits registers.
+    """
+    zero = tl.minimum(ticket, 0)
+    columns = zero * TILE.align  # so that it is still known what columns are multiples of
+    return Sizes(
+        sizes.N + zero, sizes.C + zero, sizes.S + zero, sizes.Q + columns, sizes.width + columns,
+        sizes.length + zero, sizes.splits + zero,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES)
 def bn_ticketed_fwd_kernel(
     X,  # pointer to the input
     R,  # pointer to the residual, or None
@@ -42,65 +51,58 @@ def bn_ticketed_fwd_kernel(
     RunningMean,  # pointer to the running mean, updated, or None
     RunningVar,  # pointer to the running variance, updated, or None
     NumBatchesTracked,  # pointer to num_batches_tracked, incremented, or None
-    Partials,  # pointer to (2, splits, C) means and sums of squares, then (blocks, splits) counts
-    Arrivals,  # pointer to a zero for each channel block, and one more
-    Tickets,  # pointer to the counter of tickets, and a flag for each channel block
+    Partials,  # pointer to a (2, rows, C) table of means and sums of squares
+    Arrivals,  # pointer to a zero for each group of channels, and one more
+    Tickets,  # pointer to the counter of tickets, and a flag for each group of channels
     N,
     C,
     S,
+    Q,
+    width,
+    length,
     splits,
-    slice_blocks,
+    slice_groups,
     momentum: "fp64",
     eps: "fp64",
     param: "fp64",
-    ALIGN: tl.constexpr,
-    MERGE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CUMULATIVE: tl.constexpr,
-    ACCESS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Each program serves one ticket: it reduces or applies every splits-th tile of a block."""
-    C, S = extents(C, S, ALIGN, ACCESS, BLOCK_S)
+    """Each program draws tickets, and takes the moments or computes the output of their runs."""
     acc = Statistics.dtype.element_ty
-    blocks = blocks_of(C, BLOCK_C)
-    ticket, generation = draw_ticket(Tickets)
-    slices = blocks_of(blocks, slice_blocks)
-    applies, block, split = work_of(ticket, slices, slice_blocks, splits)
-    if block < blocks:
-        if applies:
-            c0 = block * BLOCK_C
-            wait_for_flag(Tickets + 1 + block, generation)
-            mean, rstd = mean_and_rstd(Statistics, None, 0.0, c0, C, acc, BLOCK_C, ".cg")
-            scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
-            n_tile, s_tile = tile_numbers(split, S, BLOCK_S)
-            n_step, s_step = tile_numbers(splits, S, BLOCK_S)
-            for _ in range(split, tiles_of_block(N, S, BLOCK_N, BLOCK_S), splits):
-                n0, s0 = corner(n_tile, s_tile, BLOCK_N, BLOCK_S)
-                n_tile, s_tile = advance(n_tile, s_tile, n_step, s_step, S, BLOCK_S)
-                x = load_tile(
-                    X, N, C, S, n0, c0, s0, ACCESS, "evict_first", BLOCK_N, BLOCK_C, BLOCK_S
+    sizes = sizes_of(N, C, S, Q, width, length, splits, TILE)
+    groups, tiles = groups_of(sizes), tiles_of_group(sizes, TILE)
+    slices = (groups - 1) // slice_groups + 1
+    total = 2 * slices * slice_groups * tiles * splits
+    ticket, generation = draw_ticket(Tickets, total)
+    while ticket < total:
+        applies, group, tile, split = work_of(ticket, slices, slice_groups, tiles, splits)
+        if group < groups:
+            here = in_loop(sizes, ticket, TILE)
+            run = find_run(group, tile, split, here, TILE)
+            if applies:
+                # The input is on its way while the program waits.
+                x = load_whole(X, run, 0, "evict_first", TILE)
+                wait_for_flag(Tickets + 1 + group, generation)
+                channels = channels_of(run, here, TILE)
+                affine = affine_of(Statistics, None, W, B, 0.0, channels, C, acc, ".cg")
+                apply_run(
+                    x, X, R, Y, Mask, affine, param, run, here, ACTIVATION, "evict_first", TILE
                 )
-                store_output(
-                    x.to(acc), R, Y, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
-                    ACTIVATION, ACCESS, "evict_first", BLOCK_N, BLOCK_C, BLOCK_S,
-                )  # fmt: skip
-        else:
-            about = store_partial_moments(
-                X, Partials, N, C, S, block, split, splits, acc,
-                ACCESS, "evict_last", BLOCK_N, BLOCK_C, BLOCK_S,
-            )  # fmt: skip
-            if last_to_arrive(Arrivals + block, splits):
-                finish_statistics(
-                    Partials, about, Statistics, RunningMean, RunningVar, NumBatchesTracked,
-                    Arrivals, C, block, splits, momentum, eps, CUMULATIVE, MERGE, BLOCK_C,
-                )  # fmt: skip
-                raise_flag(Tickets + 1 + block, generation)
+            else:
+                store_partial_moments(X, Partials, run, here, acc, "evict_last", TILE)
+                if last_to_arrive(Arrivals + group, splits * tiles):
+                    finish_statistics(
+                        X, Partials, Statistics, RunningMean, RunningVar,
+                        NumBatchesTracked, Arrivals, group, groups, momentum, eps,
+                        here, CUMULATIVE, TILE,
+                    )  # fmt: skip
+                    raise_flag(Tickets + 1 + group, generation)
+        ticket, _ = draw_ticket(Tickets, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def bn_ticketed_bwd_kernel(
     DY,  # pointer to the output's gradient
     X,  # pointer to the input
@@ -114,56 +116,53 @@ def bn_ticketed_bwd_kernel(
     Sums,  # pointer to (2, C): sum(g), sum(g * (x - mean))
     DX,  # pointer to the input's gradient
     DR,  # pointer to the residual's gradient, or None
-    Partials,  # pointer to (2, splits, C) sums
-    Arrivals,  # pointer to a zero for each channel block
-    Tickets,  # pointer to the counter of tickets, and a flag for each channel block
+    Partials,  # pointer to a (2, rows, C) table of sums
+    Arrivals,  # pointer to a zero for each group of channels
+    Tickets,  # pointer to the counter of tickets, and a flag for each group of channels
     N,
     C,
     S,
+    Q,
+    width,
+    length,
     splits,
-    slice_blocks,
+    slice_groups,
     param: "fp64",
-    ALIGN: tl.constexpr,
-    MERGE: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    ACCESS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Each program serves one ticket: it sums or applies every splits-th tile of a block."""
-    C, S = extents(C, S, ALIGN, ACCESS, BLOCK_S)
+    """Each program draws tickets, and takes the sums or computes the gradients of their runs."""
     acc = Statistics.dtype.element_ty
-    blocks = blocks_of(C, BLOCK_C)
-    ticket, generation = draw_ticket(Tickets)
-    slices = blocks_of(blocks, slice_blocks)
-    applies, block, split = work_of(ticket, slices, slice_blocks, splits)
-    if block < blocks:
-        c0 = block * BLOCK_C
-        mean, rstd = mean_and_rstd(Statistics, None, 0.0, c0, C, acc, BLOCK_C, "")
-        scale, bias = scale_and_bias(W, B, rstd, c0, C, BLOCK_C)
-        if applies:
-            wait_for_flag(Tickets + 1 + block, generation)
-            mean_g, mean_gx = load_means(Sums, N, S, C, c0, acc, BLOCK_C, ".cg")
-            n_tile, s_tile = tile_numbers(split, S, BLOCK_S)
-            n_step, s_step = tile_numbers(splits, S, BLOCK_S)
-            for _ in range(split, tiles_of_block(N, S, BLOCK_N, BLOCK_S), splits):
-                n0, s0 = corner(n_tile, s_tile, BLOCK_N, BLOCK_S)
-                n_tile, s_tile = advance(n_tile, s_tile, n_step, s_step, S, BLOCK_S)
-                g, centred = load_gradient(
-                    DY, X, R, Mask, mean, scale, bias, param, N, C, S, n0, c0, s0,
-                    ACTIVATION, ACCESS, "evict_first", BLOCK_N, BLOCK_C, BLOCK_S,
+    sizes = sizes_of(N, C, S, Q, width, length, splits, TILE)
+    groups, tiles = groups_of(sizes), tiles_of_group(sizes, TILE)
+    slices = (groups - 1) // slice_groups + 1
+    total = 2 * slices * slice_groups * tiles * splits
+    ticket, generation = draw_ticket(Tickets, total)
+    while ticket < total:
+        applies, group, tile, split = work_of(ticket, slices, slice_groups, tiles, splits)
+        if group < groups:
+            here = in_loop(sizes, ticket, TILE)
+            run = find_run(group, tile, split, here, TILE)
+            if applies:
+                channels = channels_of(run, here, TILE)
+                affine = affine_of(Statistics, None, W, B, 0.0, channels, C, acc, "")
+                wait_for_flag(Tickets + 1 + group, generation)
+                constant, slope = load_coefficients(Sums, affine, channels, here, ".cg")
+                apply_run_backward(
+                    DY, X, R, Mask, affine, constant, slope, param, DX, DR, run, here,
+                    ACTIVATION, "evict_first", TILE,
                 )  # fmt: skip
-                store_gradients(
-                    g, centred, rstd, scale, mean_g, mean_gx, DX, DR, N, C, S, n0, c0, s0,
-                    ACCESS, "evict_first", BLOCK_N, BLOCK_C, BLOCK_S,
+            else:
+                channels = channels_of(run, here, TILE)
+                affine = affine_of(Statistics, None, W, B, 0.0, channels, C, acc, "")
+                store_partial_sums(
+                    DY, X, R, Mask, Partials, None, None, affine, channels, param,
+                    run, here, ACTIVATION, "evict_last", TILE,
                 )  # fmt: skip
-        else:
-            store_partial_sums(
-                DY, X, R, Mask, Partials, None, None, mean, scale, bias, param, N, C, S,
-                block, split, splits, ACTIVATION, ACCESS, "evict_last",
-                BLOCK_N, BLOCK_C, BLOCK_S,
-            )  # fmt: skip
-            if last_to_arrive(Arrivals + block, splits):
-                finish_sums(Partials, Sums, rstd, DW, DB, C, c0, splits, MERGE, BLOCK_C)
-                raise_flag(Tickets + 1 + block, generation)
+                if last_to_arrive(Arrivals + group, splits * tiles):
+                    finish_sums(
+                        Partials, Sums, Statistics, None, DW, DB, 0.0, group, here, acc,
+                        TILE,
+                    )  # fmt: skip
+                    raise_flag(Tickets + 1 + group, generation)
+        ticket, _ = draw_ticket(Tickets, total)

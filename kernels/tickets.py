@@ -1,23 +1,24 @@
 """Tickets: how programs of one launch hand work to each other.
 
-A ticketed launch has one program for each ticket. Channels are cut into slices that
-fit the L2 cache, and tickets are ordered so that two slices are in it at a time:
+A ticketed launch has as many programs as the device holds at once, and each draws tickets
+until there are no more. Channels are cut into slices that fit the L2 cache, and tickets are
+ordered so that two slices are in it at a time:
 
     reduce(0)  reduce(1) apply(0)  reduce(2) apply(1)  ...  apply(last)
 
 where reduce(i) and apply(i) are `phase` tickets each. A ticket to apply waits for the
-flag of its channel block. The last of the block's tickets to reduce raises the flag.
+flag of its group of channels. The last of the group's tickets to reduce raises the flag.
 
 Invariant: a ticket waits only for lower ones. Numbers are drawn from a counter
-by programs that already run, so whatever a ticket waits for is held by a running
+by programs that already run, so whatever a ticket waits for is done or held by a running
 program. The lowest unfinished ticket hence never waits, and finishes: there is
 no deadlock, however few programs the device holds at once and in whatever order
 it starts them.
 
-No counter has to be reset between launches. The last program to draw sets the counter
-of tickets to the next generation, and the last program to arrive sets the counter of
-arrivals to zero. A flag is up if it shows the generation of this launch, so flags of
-earlier launches don't count.
+No counter has to be reset between launches. Each program draws one ticket in vain. The last
+one to do so sets the counter of tickets to the next generation, and the last program to arrive
+sets the counter of arrivals to zero. A flag is up if it shows the generation of this launch,
+so flags of earlier launches don't count.
 """
 
 import triton
@@ -27,28 +28,32 @@ from triton.language.target_info import current_target
 
 
 @triton.jit
-def draw_ticket(Tickets):
+def draw_ticket(Tickets, total):
     """Draws the next ticket; returns it and the launch's generation, halves of a 64-bit word."""
     word = tl.atomic_add(Tickets, 1, sem="relaxed")
     ticket = tl.cast(word & 0xFFFFFFFF, tl.int32)
     generation = (word >> 32) + 1
-    if ticket == tl.num_programs(0) - 1:
+    if ticket == total + tl.num_programs(0) - 1:
         tl.store(Tickets, generation << 32)
     return ticket, tl.cast(generation, tl.int32)
 
 
 @triton.jit
-def work_of(ticket, slices, slice_blocks, splits):
-    """Returns whether a ticket applies, its channel block, and its share of the block's tiles.
+def work_of(ticket, slices, slice_groups, tiles, splits):
+    """Returns whether a ticket applies, and its group, column of tiles and split.
 
-    Neighbouring tickets go to neighbouring blocks. The last slice may have fewer blocks
-    than the others, and some of its tickets then get a block past the last one.
+    Neighbouring tickets go to neighbouring groups. The last slice may have fewer groups
+    than the others, and some of its tickets then get a group past the last one.
     """
-    phase = slice_blocks * splits
+    phase = slice_groups * tiles * splits
     step = ticket // phase
+    rest = ticket - step * phase
     applies = (step > 0) & ((step % 2 == 0) | (step == 2 * slices - 1))
     slice = (step + 1) // 2 - applies
-    return applies, slice * slice_blocks + ticket % slice_blocks, ticket % phase // slice_blocks
+    column = rest // slice_groups
+    split = column // tiles
+    group = slice * slice_groups + rest - column * slice_groups
+    return applies, group, column - split * tiles, split
 
 
 @triton.constexpr_function

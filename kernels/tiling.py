@@ -1,52 +1,64 @@
 """The problem as the planner sees it, and the shapes of the tiles that cut it up.
 
-The kernels see both memory layouts as one array (N, C, S) with S contiguous: a
-channels-first input is (batch, channels, positions), and a channels-last input or a
-matrix is (rows, channels, 1). A tile is a box of that array, so one kernel serves both.
+The kernels see both memory layouts as one array of N rows and Q = C * S columns, in which
+column q belongs to channel q // S. A channels-first input has a row for each image, and a
+channels-last input or a matrix has one for each pixel, and S = 1. `addressing.py` says how
+tiles lie in that array.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from functools import lru_cache
+from math import gcd
 
 from .device import Device
 
-# One program reads this many bytes of each input at a time. Each of its 128 threads then
-# has four 16-byte loads in flight. Four programs have 32 KiB in flight on a multiprocessor,
-# twice the product of latency and bandwidth on an H100.
-TILE_BYTES = 8192
-WARPS = 4
+# Two warps read a tile of 4 KiB in four accesses of 16 bytes a thread. What a run does once for
+# each thread weighs less the fewer threads there are; a thread has 32 elements of a tile, enough
+# to work on while others are under way. While a forward computes a tile it loads the next one,
+# and a backward loads two tensors: four programs have 16 to 32 KiB under way, more than the
+# product of latency and bandwidth of an H100's multiprocessor.
+WARPS = 2
 PROGRAMS_PER_SM = 4
+ACCESS_BYTES = 16
 
-# A thread may use this many registers if these programs are to fit an NVIDIA multiprocessor.
-# The kernels set the number as a limit. Without one the compiler aims at more programs than
-# the planner counts on, uses fewer registers, spills a scalar now and then, and keeps fewer
-# loads in flight.
-REGISTERS = 65536 // (PROGRAMS_PER_SM * WARPS * 32)
+# The kernels set the registers of a thread as a limit. Without one the compiler aims at more
+# programs than the planner counts on, and spills a scalar now and then.
+REGISTERS = 65536  # of a multiprocessor
+MAX_REGISTERS = 255  # of a thread
 
-# An odd size narrows the accesses, so a tile takes more of them, and each needs registers
-# for its address and mask. With more than eight a thread the programs would no longer fit.
+# Narrow accesses need registers for more addresses and masks. With more than eight accesses a
+# thread the programs would no longer fit.
 MAX_ACCESSES = 8
 
-# A resident program holds a whole channel block in registers, 32 values a thread, in rows
-# of at least one memory sector. It has at most 8 warps: with 16, a thread could have only
-# 128 registers, and odd sizes would spill.
+# A resident program holds a whole group of channels in registers, 16 values a thread, in rows
+# of at least one memory sector. With 32 values a thread, odd sizes would spill.
 RESIDENT_ELEMENTS = 8192
-RESIDENT_THREAD_ELEMENTS = 32
-RESIDENT_REGISTERS = 255  # the most that a thread can have
+RESIDENT_THREAD_ELEMENTS = 16
 SECTOR_BYTES = 32
 
 # A row of a tile should be at least this long in memory: four 128-byte lines.
 ROW_BYTES = 512
 
-ACCESS_BYTES = 16
+# What a run does once, to load parameters, to reduce and to store, takes as many instructions
+# as this many of its tiles, by the tiles' layout.
+FIXED_TILES = {"channels": 4, "columns": 6, "planes": 3}
 
-# Planes of odd sizes are flattened if their accesses would be narrower than this.
-NARROW_BYTES = 8
+# Tiles of a run, if there are so many one after the other, by which layouts are compared.
+TYPICAL_RUN = 8
 
 # The forward packs eight signs into a byte along the contiguous axis.
 MASK_BITS = 8
+
+# Elements of a table of partial results that are merged at a time, and the most channels.
+MERGE_ELEMENTS = 1024
+MERGE_CHANNELS = 64
+
+# In the layout "columns" a group is widened until no more than this part of its tiles is waste,
+# and has fewer columns than kernels can divide by multiplication.
+WASTE = 1 / 64
+MAX_WIDTH = 2**20
 
 
 @dataclass(frozen=True)
@@ -83,160 +95,183 @@ class Problem:
 
 @dataclass(frozen=True)
 class Tile:
-    """The box (n, c, s) that one program handles at once, and how it does so.
+    """What one program handles at once, and how it does so; kernels take it as one constant.
 
     Attributes:
-        n, c, s: sizes of the box, powers of two.
-        align: the problem's contiguous extent is a multiple of this; if flat, its
-            number of channels is.
-        flat: whether the box holds whole planes, and planes of neighbouring channels
-            are loaded and stored as one stretch of memory, so that odd planes have
-            wide accesses too.
-        warps: number of warps of a program.
-        registers: the limit of registers of a thread.
+        n, q: rows and columns of the tile, powers of two.
+        layout: "channels", "columns" or "planes", of which `addressing.py` says how tiles lie.
+        align: every row of a tile begins at a multiple of this.
+        merge_rows, merge_channels: how many partial results are merged at a time.
     """
 
     n: int
-    c: int
-    s: int
-    align: int = 1
-    flat: bool = False
-    warps: int = WARPS
-    registers: int = REGISTERS
+    q: int
+    layout: str
+    align: int
+    merge_rows: int
+    merge_channels: int
 
     @property
     def elements(self) -> int:
-        return self.n * self.c * self.s
+        return self.n * self.q
 
     def access_bytes(self, itemsize: int) -> int:
         """Returns the bytes that a thread moves at once, fewer than 16 for odd sizes."""
         return min(ACCESS_BYTES, self.align * itemsize)
 
-    def grid(self, problem: Problem) -> tuple[int, int, int]:
-        """Returns how many tiles cover the problem along each axis."""
-        return (-(-problem.n // self.n), -(-problem.c // self.c), -(-problem.s // self.s))
 
-    def access(self, problem: Problem) -> str:
-        """Says how kernels access tiles: "whole" if tiles divide the problem, "masked", "flat"."""
-        divides = not (problem.n % self.n or problem.c % self.c or problem.s % self.s)
-        return "flat" if self.flat else "whole" if divides else "masked"
-
-    def programs(self, problem: Problem) -> int:
-        """Returns how many programs cover the problem with one tile each."""
-        return prod(self.grid(problem))
-
-
-def reduce_tile(problem: Problem, device: Device, reads: int, row_bytes: int = 128) -> Tile:
-    """Returns a tile of a few channels and as many of their rows as fit.
+@lru_cache(maxsize=4096)
+def choose_tile(problem: Problem, device: Device, row_bytes: int = ROW_BYTES) -> Tile:
+    """Returns the tile that takes the fewest instructions.
 
     Args:
         problem: the problem to cut up.
-        device: the device to fill.
-        reads: how many tensors a program reads side by side.
-        row_bytes: length of a row in memory, if channels are last.
+        device: the device, which says how many bytes a tile has.
+        row_bytes: length of a tile's rows in memory, if channels are last.
     """
-    align, flat = _alignment(problem, reads)
-    elements = _elements(problem, device, reads)
     if problem.s == 1:
-        s, c = 1, _clamp(row_bytes // problem.itemsize, problem.c, elements)
-    else:
-        s = _clamp(elements, problem.s, elements)
-        row = max(1, ROW_BYTES // (problem.s * problem.itemsize), align if flat else 1)
-        c = min(power_of_2(row), power_of_2(problem.c), elements // s)
-    return _within_int32(problem, elements, c, s, align, flat)
+        align = _align(problem.c, problem.itemsize)
+        elements = _elements(problem, device, align)
+        wanted = max(MASK_BITS, row_bytes // problem.itemsize)
+        q = min(wanted, max(MASK_BITS, power_of_2(problem.c)), elements)
+        return _make(problem, "channels", elements // q, q, align)
+    candidates = []
+    row = ROW_BYTES // problem.itemsize
+    if _planes_serve(problem):
+        # A thread moves 16 bytes at once or one element: few alignments make few kernels.
+        align = _align(problem.s, problem.itemsize) if problem.c * problem.s < 2**31 else 1
+        align = align if align * problem.itemsize == ACCESS_BYTES else 1
+        elements = _elements(problem, device, align)
+        longest = max(MASK_BITS, min(elements, power_of_2(problem.s)))
+        rows = {longest, min(longest, 4 * row), min(longest, row)}
+        candidates += [
+            _make(problem, "planes", elements // q, q, align) for q in sorted(rows, reverse=True)
+        ]
+    if _columns_serve(problem):
+        align = _align(problem.c * problem.s, problem.itemsize)
+        elements = _elements(problem, device, align)
+        q = min(elements, row if problem.n * row >= elements else 4 * row)
+        candidates.append(_make(problem, "columns", elements // q, q, align))
+    return min(candidates, key=lambda tile: _instructions(problem, tile))
 
 
-def apply_tile(problem: Problem, device: Device, reads: int) -> Tile:
-    """Returns a tile that is as contiguous in memory as possible."""
-    align, flat = _alignment(problem, reads)
-    elements = _elements(problem, device, reads)
-    if problem.s == 1:
-        s, c = 1, _clamp(256, problem.c, elements)
+def _columns_serve(problem: Problem) -> bool:
+    """Says whether rows begin aligned, and a packed mask may run along them."""
+    planes_of_bits = problem.saves == "mask" and not mask_by_rows(problem)
+    return _whole_bytes(problem) and not planes_of_bits
+
+
+def _planes_serve(problem: Problem) -> bool:
+    """Says whether there is no packed mask that must run along whole rows."""
+    return problem.saves != "mask" or problem.s % MASK_BITS == 0 or not mask_by_rows(problem)
+
+
+def mask_by_rows(problem: Problem) -> bool:
+    """Says whether the bits of a packed mask run along rows and not along planes.
+
+    If planes are whole bytes, the two are the same. The resident kernels need planes.
+    """
+    return _whole_bytes(problem) and not resident_fits(problem)
+
+
+def _whole_bytes(problem: Problem) -> bool:
+    """Says whether groups of channels are whole bytes of a mask, and not too wide."""
+    return problem.c * problem.s % MASK_BITS == 0 and problem.s <= MAX_WIDTH // MASK_BITS
+
+
+def _make(problem: Problem, layout: str, n: int, q: int, align: int) -> Tile:
+    """Returns a tile whose offsets kernels can count in 32 bits."""
+    while n > 1 and n * problem.c * problem.s >= 2**31:
+        n //= 2
+    # Sums of float64 take twice as many registers.
+    elements = MERGE_ELEMENTS * 4 // max(4, problem.itemsize)
+    channels = {"channels": q, "columns": MERGE_CHANNELS, "planes": 1}[layout]
+    channels = min(channels, power_of_2(problem.c))
+    return Tile(max(1, n), q, layout, align, max(1, elements // channels), channels)
+
+
+def _instructions(problem: Problem, tile: Tile) -> float:
+    """Returns how many instructions a run of tiles takes for each element, in arbitrary units."""
+    if tile.layout == "planes":
+        across, along = -(-problem.n // tile.n), -(-problem.s // tile.q)
+        lanes = across * along * tile.elements / (problem.n * problem.s)
     else:
-        s = _clamp(elements, problem.s, elements)
-        # Take as few flattened planes as are aligned: a thread has values of many
-        # channels there, and loads the parameters of each.
-        c = align if flat else min(elements // s, power_of_2(problem.c))
-    return _within_int32(problem, elements, c, s, align, flat)
+        along = -(-problem.n // tile.n)
+        width = group_width(problem, tile)
+        lanes = along * tile.n / problem.n * -(-width // tile.q) * tile.q / width
+    # A tile with narrow accesses has more instructions of its own.
+    narrow = ACCESS_BYTES / tile.access_bytes(problem.itemsize)
+    return lanes * (narrow + FIXED_TILES[tile.layout] / min(along, TYPICAL_RUN))
+
+
+@lru_cache(maxsize=4096)
+def group_width(problem: Problem, tile: Tile, most: int = MAX_WIDTH) -> int:
+    """Returns the columns of a group of channels, no more than `most` if that is possible."""
+    if tile.layout == "channels":
+        return tile.q
+    if tile.layout == "planes":
+        return problem.s
+    # A group ends where a channel, an access and a byte of the mask end.
+    step = problem.s * MASK_BITS // gcd(problem.s, MASK_BITS)
+    best, least = step, _waste(step, tile.q)
+    for width in range(2 * step, min(problem.c * problem.s, most) + 1, step):
+        if least <= WASTE:
+            break
+        if _waste(width, tile.q) < least:
+            best, least = width, _waste(width, tile.q)
+    return best
+
+
+def _waste(width: int, q: int) -> float:
+    return -(-width // q) * q / width - 1
 
 
 def resident_tile(problem: Problem) -> Tile:
-    """Returns a tile of all values of as few channels as fill a memory sector."""
-    sector = SECTOR_BYTES // problem.itemsize
+    """Returns a tile of all values of one channel, or if channels are last of a sector's."""
     if problem.s == 1:
-        s, c = 1, max(MASK_BITS, sector)
+        layout, q = "channels", max(MASK_BITS, SECTOR_BYTES // problem.itemsize)
+        align = _align(problem.c, problem.itemsize)
     else:
-        s = max(MASK_BITS, power_of_2(problem.s))
-        c = max(1, sector // s)
-    n = power_of_2(problem.n)
-    warps = n * c * s // (32 * RESIDENT_THREAD_ELEMENTS)
-    warps = min(8, max(WARPS, warps))
-    return Tile(n, c, s, _contiguous_align(problem), warps=warps, registers=RESIDENT_REGISTERS)
+        layout, q = "planes", max(MASK_BITS, power_of_2(problem.s))
+        align = _align(problem.s, problem.itemsize)
+    return Tile(power_of_2(problem.n), q, layout, align, merge_rows=1, merge_channels=1)
 
 
 def resident_fits(problem: Problem) -> bool:
-    """Says whether a program can hold a channel block in its registers.
+    """Says whether a program can hold a group of channels in its registers.
 
     Float64 takes twice as many registers, which a thread does not have.
     """
+    if problem.itemsize == 8 or problem.n * problem.s > RESIDENT_ELEMENTS:
+        return False
     tile = resident_tile(problem)
-    reach = tile.n * problem.c * problem.s
-    return tile.elements <= RESIDENT_ELEMENTS and reach < 2**31 and problem.itemsize < 8
+    reach = (tile.n - 1) * problem.c * problem.s + tile.q
+    return tile.elements <= RESIDENT_ELEMENTS and reach < 2**31
 
 
-def _contiguous_align(problem: Problem) -> int:
-    contiguous = problem.c if problem.s == 1 else problem.s
+def warps_of(tile: Tile, strategy: str) -> int:
+    """Returns the warps of a program."""
+    if strategy != "resident":
+        return WARPS
+    return min(16, max(4, tile.elements // (32 * RESIDENT_THREAD_ELEMENTS)))
+
+
+def registers_of(warps: int, strategy: str) -> int:
+    """Returns how many registers a thread may have for programs to fit as planned."""
+    programs = 1 if strategy == "resident" else PROGRAMS_PER_SM
+    return min(MAX_REGISTERS, REGISTERS // (32 * warps * programs))
+
+
+def _align(extent: int, itemsize: int) -> int:
+    """Returns the elements that are accessed at once where rows have this length."""
     # Kernels multiply the extent by its alignment in 32-bit arithmetic.
-    return min(16, contiguous & -contiguous) if contiguous < 2**31 else 1
+    return min(ACCESS_BYTES // itemsize, extent & -extent) if extent < 2**31 else 1
 
 
-def _alignment(problem: Problem, reads: int) -> tuple[int, bool]:
-    """Returns the alignment, and whether planes are flattened because that widens accesses."""
-    align, planes = _contiguous_align(problem), _flat_planes(problem)
-    flat = (
-        problem.s > 1
-        and align * problem.itemsize < NARROW_BYTES
-        and problem.c % (ACCESS_BYTES // problem.itemsize) == 0
-        and planes <= TILE_BYTES // problem.itemsize // reads
-    )
-    return (ACCESS_BYTES // problem.itemsize, True) if flat else (align, False)
-
-
-def _flat_planes(problem: Problem) -> int:
-    """Returns the elements of the fewest padded planes that together are aligned."""
-    return ACCESS_BYTES // problem.itemsize * max(MASK_BITS, power_of_2(problem.s))
-
-
-def _elements(problem: Problem, device: Device, reads: int) -> int:
-    """Returns the elements of a tile if a program reads this many tensors side by side.
-
-    A small problem gets small tiles, so that there are two for each program that fits
-    the device, but a thread always has at least one full access.
-    """
-    threads = 32 * WARPS
-    align, flat = _alignment(problem, reads)
-    most = min(TILE_BYTES // problem.itemsize // reads, MAX_ACCESSES * threads * align)
-    least = _flat_planes(problem) if flat else threads * ACCESS_BYTES // problem.itemsize
-    if flat and problem.residual and reads == 1:
-        # A residual is rearranged as well, which takes as many registers again.
-        most = max(least, most // 2)
-    share = problem.n * problem.c * problem.s // (2 * PROGRAMS_PER_SM * device.sm_count)
-    return min(most, max(least, 1 << share.bit_length() >> 1))
-
-
-def _within_int32(problem: Problem, elements: int, c: int, s: int, align: int, flat: bool) -> Tile:
-    """Returns a tile of as many rows as fit, and whose offsets kernels can count in 32 bits."""
-    n = min(elements // (c * s), power_of_2(problem.n))
-    while n > 1 and n * problem.c * problem.s >= 2**31:
-        n //= 2
-    while c > 1 and c * problem.s >= 2**31:
-        c //= 2
-    return Tile(n, c, s, align, flat)
-
-
-def _clamp(wanted: int, extent: int, most: int) -> int:
-    """Returns a power of two that holds whole bytes of mask and is no longer than needed."""
-    return max(MASK_BITS, min(power_of_2(extent), wanted, most))
+def _elements(problem: Problem, device: Device, align: int) -> int:
+    """Returns the elements of a tile; float64 takes so many registers that it gets half."""
+    most = device.tile_bytes // problem.itemsize // (2 if problem.itemsize == 8 else 1)
+    return min(most, MAX_ACCESSES * 32 * WARPS * align)
 
 
 def power_of_2(n: int) -> int:

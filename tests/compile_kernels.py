@@ -5,13 +5,17 @@
 No GPU is needed. The launches are the operators' own: they run on tensors
 without memory, of the benchmarks' sizes and a few more, planned for an H100, and
 each kernel is compiled as Triton would for that launch. Prints for each its registers, bytes
-of spills and of shared memory, and the bytes of its widest loads and stores.
+of spills and of shared memory, and the bytes of its widest loads and stores; and of launches
+in bfloat16 for NVIDIA's GPUs, for each element, the instructions of the loop over tiles, those
+outside of it in a run of the planned length, and the share of all that the device can issue
+while its memory moves the same element (`instructions.py` says what is counted).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
@@ -36,6 +40,8 @@ from fastbn.kernels.plan import make_schedule
 from fastbn.runtime import execution_plan, plan_cache, torch_ops
 from fastbn.runtime.launcher import Launcher
 from fastbn.runtime.layout import memory_format
+
+from .instructions import Way, ways
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -74,8 +80,8 @@ def table() -> list[Case]:
         for direction in ("forward", "backward"):
             schedule = make_schedule(problem, H100, direction == "backward")
             key = (
-                direction, schedule.strategy, schedule.reduce.tile, schedule.reduce.merge,
-                schedule.apply, case.dtype, case.epilogue,
+                direction, schedule.strategy, schedule.reduce.tile, schedule.apply.tile,
+                case.dtype, case.epilogue,
             )  # fmt: skip
             found.setdefault(key, case)
     return [
@@ -170,8 +176,7 @@ def few() -> list[Case]:
         kinds = {
             (
                 launcher.kernel.fn.__name__,
-                launcher.constants["ACCESS"],
-                launcher.constants["BLOCK_S"] == 1,
+                launcher.constants["TILE"].layout,
                 case.residual,
             )
             for launcher, _ in launches(case, H100, nvidia=True)
@@ -187,7 +192,7 @@ def compile_case(case: Case, target_name: str) -> list[dict]:
     target = TARGETS[target_name]
     rows = []
     for kernel, arguments in compile_launches(case, target, H100):
-        tile = arguments["BLOCK_N"] * arguments["BLOCK_C"] * arguments["BLOCK_S"]
+        tile = arguments["TILE"]
         itemsize = arguments["X"].element_size()
         threads = kernel.metadata.num_warps * target.warp_size
         rows.append(
@@ -198,10 +203,14 @@ def compile_case(case: Case, target_name: str) -> list[dict]:
                 "threads": threads,
                 "shared": kernel.metadata.shared,
                 # What a thread moves of one tensor's tile, and how wide it can be moved.
-                "thread_bytes": tile * itemsize // threads,
-                "access_bytes": min(16, arguments["ALIGN"] * itemsize, tile * itemsize // threads),
-                "flat": arguments["ACCESS"] == "flat",
+                "thread_bytes": tile.elements * itemsize // threads,
+                "access_bytes": min(
+                    tile.access_bytes(itemsize), tile.elements * itemsize // threads
+                ),
+                "layout": tile.layout,
                 "contracted": kernel.metadata.enable_fp_fusion,
+                "elements": math.prod(case.shape),
+                "phases": _phases(kernel, arguments, case),
                 **_resources(kernel),
             }
         )
@@ -238,6 +247,45 @@ def _call(case: Case) -> None:
     torch_ops._backward(x, x, *saved, weight, bias, statistics, var, *options)
 
 
+def _phases(kernel, arguments: dict, case: Case) -> list[dict]:
+    """The instructions of the phases that a launch has, for each element of a tensor."""
+    name = kernel.metadata.name
+    hip = kernel.metadata.target.backend == "hip"
+    if hip or case.dtype != "bf16" or not case.training or "resident" in name:
+        return []
+    tile, length = arguments["TILE"], arguments["length"]
+    each = tile.elements / (kernel.metadata.num_warps * kernel.metadata.target.warp_size)
+    first, second = ("sums", "gradient") if "bwd" in name else ("moments", "output")
+    found = []
+    for way in _ways(kernel):
+        loop, fixed = way.loop / each, way.fixed / each / length
+        units = (2 if "bwd" in name else 1) * (1 + way.stores)
+        seconds = units * case_itemsize(case) / H100.bandwidth
+        issued = (loop + fixed) / (H100.sm_count * H100.issues)
+        found.append(
+            {
+                "phase": second if way.stores else first,
+                "layout": tile.layout,
+                "length": length,
+                "loop": loop,
+                "fixed": fixed,
+                "fixed_instructions": way.fixed,
+                "barriers": way.barriers,
+                "issue_share": issued / seconds,
+            }
+        )
+    return found
+
+
+def case_itemsize(case: Case) -> int:
+    return {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}[case.dtype]
+
+
+@cache
+def _ways(kernel) -> list[Way]:
+    return ways(_dump(kernel, "-sass"))
+
+
 @cache
 def _resources(kernel) -> dict:
     """Of a kernel, once: many launches of different cases share one."""
@@ -245,13 +293,17 @@ def _resources(kernel) -> dict:
     return (_amd_resources if hip else _nvidia_resources)(kernel)
 
 
-def _nvidia_resources(compiled) -> dict:
+def _dump(compiled, what: str) -> str:
+    """What cuobjdump says of a kernel."""
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        command = [cuobjdump, "-res-usage", cubin.name]
-        usage = subprocess.run(command, capture_output=True, text=True).stdout
+        return subprocess.run([cuobjdump, what, cubin.name], capture_output=True, text=True).stdout
+
+
+def _nvidia_resources(compiled) -> dict:
+    usage = _dump(compiled, "-res-usage")
     # The machine's own instructions are as wide, and take twenty times as long to print.
     text = compiled.asm["ptx"]
     access = r"\.global\b\S*?(?:\.v(\d))?\.[a-z](\d+)\s"
@@ -317,6 +369,12 @@ def main() -> int:
             f"{row['target']:7} {row['registers']:9} {row['spills']:6} {row['shared']:6}"
             f" {max(row['loads']):4} {max(row['stores']):5}  {row['kernel']} of {row['case']}"
         )
+        for phase in row["phases"]:
+            print(
+                f"    {phase['phase']:8} in runs of {phase['length']:3} tiles:"
+                f" {phase['loop']:4.1f} + {phase['fixed']:4.1f} instructions an element,"
+                f" {phase['barriers']} barriers, issue {phase['issue_share']:4.0%}"
+            )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
     return 0

@@ -119,10 +119,18 @@ def few_programs(monkeypatch, replan):
 @pytest.fixture
 def tiny_tiles(monkeypatch, few_programs, replan):
     """Tiles so small that small tensors take many of them, and many splits and slices."""
-    from fastbn.kernels import plan, tiling
+    from dataclasses import replace
 
-    monkeypatch.setattr(tiling, "TILE_BYTES", 512)
-    monkeypatch.setattr(plan, "MERGE_ELEMENTS", 16)
-    monkeypatch.setattr(plan, "PROGRAMS_PER_SM", 24)
+    from fastbn.kernels import plan, tiling
+    from fastbn.kernels.device import INTERPRETER
+    from fastbn.runtime import execution_plan
+
+    device = replace(INTERPRETER, tile_bytes=256)
+    monkeypatch.setattr(execution_plan, "device_facts", lambda _: device)
+    monkeypatch.setattr(tiling, "ROW_BYTES", 64)
+    monkeypatch.setattr(tiling, "MERGE_ELEMENTS", 16)
+    monkeypatch.setattr(tiling, "MERGE_CHANNELS", 4)
+    for module in (plan, execution_plan):
+        monkeypatch.setattr(module, "PROGRAMS_PER_SM", 24)
     monkeypatch.setattr(plan, "TICKETS_PER_PROGRAM", 1 / 24)
     replan()

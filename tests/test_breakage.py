@@ -14,21 +14,21 @@ LIMIT = 300
 # what breaks: (file, what is there, what to put, tests that must fail)
 BREAKAGES = {
     "mask dropped from the moments": (
-        "kernels/forward.py",
-        "away = tl.where(inside, away, 0.0)",
-        "pass",
+        "kernels/addressing.py",
+        "tl.where(inside(run, i, TILE), x.to(about.dtype) - about, 0.0)",
+        "x.to(about.dtype) - about",
         "tests/test_kernels.py::test_shapes_and_dtypes",
     ),
     "mask dropped from the output": (
         "kernels/addressing.py",
-        "tl.store(P + start + offsets, x, inside, ",
-        "tl.store(P + start + offsets, x, ",
+        "tl.store(at, x, inside(run, i, TILE), ",
+        "tl.store(at, x, ",
         "tests/test_kernels.py::test_shapes_and_dtypes",
     ),
     "running mean kept for the batch's": (
         "kernels/forward.py",
-        "tl.store(Statistics + c, mean, c < C)",
-        "tl.store(Statistics + c, tl.load(RunningMean + c, c < C).to(mean.dtype), c < C)",
+        "tl.store(Statistics + c, mean, exists)",
+        "tl.store(Statistics + c, tl.load(RunningMean + c, exists).to(mean.dtype), exists)",
         "tests/test_kernels.py::test_momentum",
     ),
     "no Bessel's correction": (
@@ -39,14 +39,14 @@ BREAKAGES = {
     ),
     "offsets of 32 bits": (
         "kernels/addressing.py",
-        "(tl.cast(n0, tl.int64) * C + c0) * S + s0",
-        "(tl.cast(n0, tl.int32) * C + c0) * S + tl.cast(s0, tl.int32)",
-        "tests/test_addressing.py::test_offsets",
+        "start = row * sizes.Q + first",
+        "start = row.to(tl.int32) * sizes.Q + first",
+        "tests/test_addressing.py::test_runs",
     ),
     "splits merged without the distance of their means": (
         "kernels/moments.py",
-        "tl.sum(m2, axis=0) + between",
-        "tl.sum(m2, axis=0)",
+        "tl.sum(m2, axis=0, keep_dims=True) + between",
+        "tl.sum(m2, axis=0, keep_dims=True)",
         "tests/test_kernels.py::test_many_tiles_and_splits",
     ),
     "the first to arrive taken for the last": (
@@ -57,8 +57,8 @@ BREAKAGES = {
     ),
     "mean's gradient forgotten": (
         "kernels/backward.py",
-        "constant, slope = -scale * mean_g,",
-        "constant, slope = 0.0 * mean_g,",
+        "constant = -affine.scale * (sum_g / count)",
+        "constant = 0.0 * sum_g",
         "tests/test_kernels.py::test_optional_parameters",
     ),
     "sign bits in the wrong order": (
@@ -69,8 +69,8 @@ BREAKAGES = {
     ),
     "splits merged about zero": (
         "kernels/moments.py",
-        "about = tl.sum(shares[:, None] * means, axis=0)",
-        "about = tl.zeros((BLOCK_C,), Means.dtype.element_ty)",
+        "about = tl.sum(shares * means, axis=0, keep_dims=True)",
+        "about = tl.zeros((1, WIDTH), acc)",
         "tests/test_kernels.py::test_tiles_unlike_one_another[ticketed-first-sample_apart]",
     ),
     "means about an outlier": (
@@ -81,8 +81,8 @@ BREAKAGES = {
     ),
     "the square of a rounding error overflows": (
         "kernels/forward.py",
-        "differences = x.to(acc) - near[None, :, None]",
-        "differences = x.to(acc)",
+        "differences = centre(x, near, run, 0, TILE)",
+        "differences = centre(x, 0.0 * near, run, 0, TILE)",
         "tests/test_kernels.py::test_huge_constant_channels",
     ),
     "any cached plan taken for any call": (
@@ -93,21 +93,33 @@ BREAKAGES = {
     ),
     "resident mean left uncorrected": (
         "kernels/resident.py",
-        "    mean += about\n",
-        "",
-        "tests/test_kernels.py::test_momentum",
+        "mean = about + correction",
+        "mean = about",
+        "tests/test_kernels.py::test_hostile_scales",
     ),
     "moments about zero": (
         "kernels/forward.py",
-        "shift = near + sum_rows(differences * (1.0 / size)) / (count / size)",
+        "shift = near + sum_rows(differences * (1.0 / size), TILE) / (count / size)",
         "shift = 0.0 * near",
         "tests/test_kernels.py::test_hostile_scales",
     ),
-    "flattened planes not taken apart": (
+    "columns given to the wrong channels": (
         "kernels/addressing.py",
-        "column // BLOCK_S * S + column % BLOCK_S",
-        "column",
-        "tests/test_kernels.py::test_flattened_planes",
+        "(columns.to(tl.float32) + 0.5)",
+        "columns.to(tl.float32)",
+        "tests/test_addressing.py::test_columns_are_divided_exactly",
+    ),
+    "pieces of planes counted wrongly": (
+        "kernels/moments.py",
+        "count = count * columns_of_piece(row % pieces, channel, sizes, TILE).to(acc)",
+        "count = count * tl.minimum(sizes.S, TILE.q)",
+        "tests/test_kernels.py::test_tiles_that_begin_within_planes",
+    ),
+    "the last ticket drawn in vain not noticed": (
+        "kernels/tickets.py",
+        "if ticket == total + tl.num_programs(0) - 1:",
+        "if ticket == total + tl.num_programs(0):",
+        "tests/test_protocol.py::test_launch_after_launch",
     ),
     "slices in the wrong order": (
         "kernels/tickets.py",
@@ -184,6 +196,6 @@ def test_broken_copy_fails(breakage, tmp_path):
 
 
 def test_unmodified_copy_passes(tmp_path):
-    line = "    offsets = (n * C + c) * S + s"
+    line = "    offsets = tl.arange(0, BLOCK_N)[:, None] * sizes.Q + q"
     status, output = run(tmp_path, "kernels/addressing.py", line, line, "tests/test_addressing.py")
     assert status == 0, output

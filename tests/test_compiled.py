@@ -10,6 +10,7 @@ import pytest
 import triton
 from filelock import FileLock
 
+from fastbn.kernels.instructions import INSTRUCTIONS
 from fastbn.kernels.tiling import PROGRAMS_PER_SM
 
 from .compile_kernels import lone_releases
@@ -144,6 +145,59 @@ def test_a_lone_release_is_noticed():
 def test_registers_stay_where_they_are(rows):
     """Shared memory serves sums and transposed masks, not every value that a program has."""
     compilers_choice([row for row in rows if row.get("shared_stores", 0) > 128])
+
+
+# Whether this is the version of Triton whose instructions were counted.
+COUNTED_WITH_THIS = triton.__version__.startswith("3.8.")
+
+# Instructions of a thread for each element on an H100: in the loop over tiles at most, and with
+# what a run does once, in two passes. With columns, a fifth more.
+BUDGET = {"moments": (6, 10), "output": (7, 9), "sums": (11, 15), "gradient": (14, 16)}
+WITH_RESIDUAL = BUDGET | {"output": (13, 16), "gradient": (14, 17)}
+
+
+def test_instructions_leave_time_for_memory(rows):
+    """Other targets and versions of Triton may take a quarter more."""
+    over, seen = [], set()
+    for row in rows:
+        budget = WITH_RESIDUAL if "+add" in row["case"] else BUDGET
+        if not row["case"].endswith("+relu") or row["elements"] < 2**24:
+            continue
+        for phase in row["phases"]:
+            loop, whole = budget[phase["phase"]]
+            more = 1.0 if row["target"] == "sm_90" and COUNTED_WITH_THIS else 1.25
+            more *= 1.2 if phase["layout"] == "columns" else 1.0
+            seen.add((phase["phase"], "ticketed" in row["kernel"]))
+            assert phase["barriers"] == 0
+            turn, all_of_it = phase["loop"], phase["loop"] + phase["fixed"]
+            two_pass = "ticketed" not in row["kernel"]
+            if round(turn, 1) > more * loop or (two_pass and all_of_it > more * whole):
+                over.append(row)
+    assert {phase for phase, _ in seen} == set(BUDGET)
+    compilers_choice(over)
+
+
+def test_the_planner_knows_how_many_instructions_there_are(rows):
+    """Ticketed kernels of batch norm with ReLU: loops within a fifth, what else within a third."""
+    if not COUNTED_WITH_THIS:
+        pytest.skip("instructions were counted with another version of Triton")
+    wrong, seen = [], set()
+    for row in rows:
+        if row["target"] != "sm_90" or not row["case"].endswith("BN+relu"):
+            continue
+        for phase in row["phases"] if "ticketed" in row["kernel"] else ():
+            key = (phase["phase"], phase["layout"])
+            seen.add(key)
+            loop, fixed = INSTRUCTIONS[key]
+            once = _ratio(phase["fixed_instructions"], fixed)
+            if _ratio(phase["loop"], loop) > 1.2 or once > 4 / 3:
+                wrong.append(row)
+    assert seen <= set(INSTRUCTIONS)
+    compilers_choice(wrong)
+
+
+def _ratio(a, b):
+    return max(a / b, b / a)
 
 
 def test_as_many_programs_fit_as_planned(rows):

@@ -39,7 +39,7 @@ def test_epilogues(activation, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_flattened_planes(dtype, device):
+def test_planes_side_by_side(dtype, device):
     case = Case((3, 16, 7, 7), dtype, training=False, activation="silu", residual=True)
     check(case, device)
 

@@ -1,5 +1,7 @@
 """Kernels of training against float64, by the rule of `oracle.py`."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,9 @@ from hypothesis import strategies as st
 import fastbn
 from fastbn.activations import ACTIVATIONS
 from fastbn.kernels.device import H100
-from fastbn.kernels.tiling import reduce_tile, resident_fits
-from fastbn.runtime import workspace
+from fastbn.kernels.plan import make_schedule
+from fastbn.kernels.tiling import choose_tile, resident_fits
+from fastbn.runtime import execution_plan, workspace
 from fastbn.runtime.layout import problem_of
 
 from .oracle import CHANNELS_LAST, Case, check, clone, compare, make_arguments, run_fastbn
@@ -69,9 +72,42 @@ def test_channels_last(shape, dtype, device, strategy):
 @pytest.mark.parametrize("shape", [(3, 20, 7, 7), (5, 3, 12, 9), (4, 40, 4, 4), (2, 1, 19, 19)])
 def test_many_tiles_and_splits(shape, channels_last, device, strategy):
     if strategy == "resident":
-        pytest.skip("it has one tile a channel block and no splits")
+        pytest.skip("it has one tile and no splits")
     case = Case(shape, channels_last=channels_last, activation="relu", residual=True)
     check(case, device)
+
+
+# Planes of one to many tiles, and of which a tile has one to many.
+IN_COLUMNS = [(9, 8, 21), (7, 16, 3, 3), (5, 24, 7, 7), (3, 8, 5, 41), (40, 8, 2, 2)]
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        *product([torch.float32, torch.bfloat16], IN_COLUMNS),
+        *product([torch.float64], IN_COLUMNS[:2]),
+    ],
+    ids=str,
+)
+def test_tiles_that_begin_within_planes(dtype, shape, device, strategy):
+    if strategy == "resident":
+        pytest.skip("it has one tile and no splits")
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    assert (
+        make_schedule(problem_of(x), execution_plan.device_facts(device), True).reduce.tile.layout
+        == "columns"
+    )
+    check(Case(shape, dtype, activation="silu"), device)
+    check(Case(shape, dtype, activation="relu", residual=True), device)
+
+
+def test_a_mask_whose_rows_have_many_planes(device):
+    """It has so many values that no resident kernel may have stored it, plane by plane."""
+    shape = (300, 8, 5, 7)
+    problem = problem_of(torch.empty(shape, device="meta"), residual=True, saves="mask")
+    assert make_schedule(problem, H100, True).reduce.tile.layout == "columns"
+    check(Case(shape, activation="leaky_relu", residual=True), device)
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["", "add"])
@@ -117,10 +153,10 @@ def test_eps(eps, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(5, 8, 7, 7), (40, 24, 3, 3), (3, 16, 9, 5), (2, 8, 11, 11)])
-def test_flattened_planes(shape, dtype, device):
-    """Odd planes of neighbouring channels, loaded and stored as one stretch of memory."""
+def test_planes_side_by_side(shape, dtype, device):
+    """Odd planes of neighbouring channels, of which tiles begin and end in the middle."""
     problem = problem_of(torch.empty(shape, dtype=dtype))
-    assert reduce_tile(problem, H100, reads=2).flat
+    assert choose_tile(problem, H100).layout == "columns"
     check(Case(shape, dtype, activation="relu", residual=True), device)
 
 

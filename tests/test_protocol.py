@@ -7,9 +7,11 @@ and an acquire of what was released lie in between: weaker memory shows as a rac
 """
 
 import ctypes
+import math
 import random
 import threading
 from collections import Counter
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -79,8 +81,9 @@ class Machine:
     def __init__(self, schedule, resident):
         self.schedule, self.resident = schedule, resident
 
-    def launch(self, kernel, programs):
+    def launch(self, kernel, programs, total):
         self.programs, self.to_start, self.running = programs, programs, []
+        self.total = total
         self.failure, self.steps, self.spins = None, 0, 0
         self.kernel, self.done = kernel, threading.Semaphore(0)
         self.hand_on()
@@ -175,43 +178,52 @@ class Machine:
 class Counters:
     """What outlives a launch; and launches, as `ticketed.py` has them, in place of its maths."""
 
-    def __init__(self, blocks, generation=0):
+    def __init__(self, groups, generation=0):
         word = ctypes.c_int64(generation << 32).value
-        self.tickets = [Cell(word), *(Cell(0) for _ in range(blocks))]
-        self.arrivals = [Cell(0) for _ in range(blocks)]
+        self.tickets = [Cell(word), *(Cell(0) for _ in range(groups))]
+        self.arrivals = [Cell(0) for _ in range(groups)]
         self.generation = generation
 
-    def launch(self, machine, blocks, slice_blocks, splits):
-        slices = -(-blocks // slice_blocks)
+    def launch(self, machine, programs, groups, slice_groups, tiles, splits):
+        slices = -(-groups // slice_groups)
+        total, runs = 2 * slices * slice_groups * tiles * splits, tiles * splits
         # Not yet written; what is written is the generation, which no other launch writes.
-        partials = [Cell() for _ in range(blocks * splits)]
-        results = [Cell() for _ in range(blocks)]
+        partials = [Cell() for _ in range(groups * runs)]
+        results = [Cell() for _ in range(groups)]
         self.generation += 1
         now = ctypes.c_int32(self.generation).value
         work = Counter()
 
         def kernel(program):
-            program.ticket, generation = tickets.draw_ticket.fn(Pointer(self.tickets))
-            applies, block, split = tickets.work_of.fn(program.ticket, slices, slice_blocks, splits)
-            if block >= blocks:
+            program.ticket, generation = tickets.draw_ticket.fn(Pointer(self.tickets), total)
+            while program.ticket < total:
+                serve(program, generation)
+                program.ticket, _ = tickets.draw_ticket.fn(Pointer(self.tickets), total)
+
+        def serve(program, generation):
+            applies, group, tile, split = tickets.work_of.fn(
+                program.ticket, slices, slice_groups, tiles, splits
+            )
+            if group >= groups:
                 return
-            flag, result = Pointer(self.tickets, 1 + block), Pointer(results, block)
+            flag, result = Pointer(self.tickets, 1 + group), Pointer(results, group)
             if applies:
                 tickets.wait_for_flag.fn(flag, generation)
                 assert machine.load(result) == now, "a result read before it is written"
             else:
-                machine.store(Pointer(partials, block * splits + split), now)
-                program.last = tickets.last_to_arrive.fn(Pointer(self.arrivals, block), splits)
+                machine.store(Pointer(partials, group * runs + tile * splits + split), now)
+                program.last = tickets.last_to_arrive.fn(Pointer(self.arrivals, group), runs)
                 if program.last:
-                    for index in range(block * splits, (block + 1) * splits):
+                    for index in range(group * runs, (group + 1) * runs):
                         found = machine.load(Pointer(partials, index))
                         assert found == now, "a partial result read before it is written"
                     machine.store(result, now)
                     tickets.raise_flag.fn(flag, generation)
-            work[bool(applies), block, split] += 1
+                    program.last = False
+            work[bool(applies), group, tile, split] += 1
 
-        machine.launch(kernel, 2 * slices * slice_blocks * splits)
-        cells = [(a, b, s) for a in (False, True) for b in range(blocks) for s in range(splits)]
+        machine.launch(kernel, programs, total)
+        cells = product((False, True), range(groups), range(tiles), range(splits))
         assert work == Counter(cells)
         assert not any(cell.value for cell in self.arrivals)
         assert self.tickets[0].value == ctypes.c_int64(self.generation << 32).value
@@ -234,7 +246,7 @@ def latest_start(machine):
 
 
 def highest_ticket(machine):
-    return max(machine.able, key=lambda p: machine.programs if p.ticket is None else p.ticket)
+    return max(machine.able, key=lambda p: machine.total if p.ticket is None else p.ticket)
 
 
 def without(stalls):
@@ -253,49 +265,60 @@ SCHEDULES = {
     "latest start": latest_start,
     "highest ticket": highest_ticket,
     "first stalls": without(lambda machine, program: program.ticket == 0),
-    "middle stalls": without(lambda machine, program: program.ticket == machine.programs // 2),
+    "middle stalls": without(lambda machine, program: program.ticket == machine.total // 2),
     "last to arrive stalls": without(lambda machine, program: program.last),
 }
-# (blocks, blocks in a slice, splits)
-SIZES = [(1, 1, 1), (1, 1, 5), (5, 4, 3), (2, 1, 1), (4, 2, 3), (3, 3, 2), (7, 3, 1), (5, 1, 2)]
+# (groups, groups in a slice, tiles, splits)
+SIZES = [
+    (1, 1, 1, 1), (1, 1, 1, 5), (5, 4, 1, 3), (2, 1, 1, 1), (4, 2, 3, 1), (3, 3, 1, 2),
+    (7, 3, 1, 1), (5, 1, 2, 2),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("resident", [1, 2, 5, 10**6])
+@pytest.mark.parametrize("programs", [1, 2, 5, 100])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_launch_after_launch(schedule, resident, monkeypatch):
-    """On the same counters, whose generation overflows 32 bits on the way."""
+def test_launch_after_launch(schedule, programs, monkeypatch):
+    """On the same counters, whose generation overflows 32 bits on the way.
+
+    Some launches have more programs than the device holds, or than there are tickets.
+    """
     random.seed(0)
-    machine = Machine(SCHEDULES[schedule], resident)
-    monkeypatch.setattr(tickets, "tl", machine)
     counters = Counters(8, generation=2**31 - 20)
-    for sizes in 4 * SIZES:
-        counters.launch(machine, *sizes)
-        assert resident > 1 or machine.spins == 0
+    for resident in (1, 2, programs, programs):
+        machine = Machine(SCHEDULES[schedule], resident)
+        monkeypatch.setattr(tickets, "tl", machine)
+        for sizes in SIZES:
+            counters.launch(machine, programs, *sizes)
+            assert min(resident, programs) > 1 or machine.spins == 0
 
 
-def order_of(slices, slice_blocks, splits):
-    count = 2 * slices * slice_blocks * splits
-    work = [tickets.work_of.fn(ticket, slices, slice_blocks, splits) for ticket in range(count)]
-    return [(bool(applies), block, split) for applies, block, split in work]
+def order_of(slices, *sizes):
+    count = 2 * slices * math.prod(sizes)
+    work = [tickets.work_of.fn(ticket, slices, *sizes) for ticket in range(count)]
+    return [(bool(applies), *rest) for applies, *rest in work]
 
 
-@pytest.mark.parametrize(("slice_blocks", "splits"), [(1, 1), (3, 1), (1, 4), (4, 3)])
-def test_order(slice_blocks, splits):
+@pytest.mark.parametrize(
+    ("slice_groups", "tiles", "splits"),
+    [(1, 1, 1), (3, 1, 1), (1, 1, 4), (4, 1, 3), (2, 3, 2), (1, 3, 1)],
+)
+def test_order(slice_groups, tiles, splits):
     """reduce(0) reduce(1) apply(0) reduce(2) apply(1) ... apply(last)."""
-    phase = slice_blocks * splits
+    phase = slice_groups * tiles * splits
     for slices in range(1, 7):
         expected = [(False, 0)]
         for slice in range(1, slices):
             expected += [(False, slice), (True, slice - 1)]
         expected += [(True, slices - 1)]
-        order = order_of(slices, slice_blocks, splits)
+        order = order_of(slices, slice_groups, tiles, splits)
         phases = [order[first : first + phase] for first in range(0, len(order), phase)]
         for (applies, slice), found in zip(expected, phases, strict=True):
-            blocks = range(slice * slice_blocks, (slice + 1) * slice_blocks)
-            assert found == [(applies, block, s) for s in range(splits) for block in blocks]
-        for ticket, (applies, block, _) in enumerate(order):
-            awaited = [order.index((False, block, s)) for s in range(splits)] if applies else []
-            assert all(lower < ticket for lower in awaited)
+            groups = range(slice * slice_groups, (slice + 1) * slice_groups)
+            runs = product(range(splits), range(tiles), groups)
+            assert found == [(applies, group, tile, split) for split, tile, group in runs]
+        for ticket, (applies, group, *_) in enumerate(order):
+            runs = product(range(tiles), range(splits)) if applies else []
+            assert all(order.index((False, group, *run)) < ticket for run in runs)
 
 
 def wrongs(machine):
@@ -307,7 +330,7 @@ def wrongs(machine):
             pass
 
     return {
-        "order": (tickets, "work_of", lambda t, *s: work_of.fn(machine.programs - 1 - t, *s)),
+        "order": (tickets, "work_of", lambda t, *s: work_of.fn(machine.total - 1 - t, *s)),
         "arrivals": (tickets, "last_to_arrive", lambda a, n: last_to_arrive.fn(a, n - 1)),
         "flag": (tickets, "wait_for_flag", any_flag),
         "barrier": (machine, "debug_barrier", machine.switch),
@@ -329,9 +352,9 @@ def test_what_is_wrong_is_found(wrong, error, monkeypatch):
     random.seed(0)
     machine, counters = Machine(at_random, resident=5), Counters(8)
     monkeypatch.setattr(tickets, "tl", machine)
-    counters.launch(machine, 5, 2, 3)
+    counters.launch(machine, 30, 5, 2, 1, 3)
     where, name, replacement = wrongs(machine)[wrong]
     replacement = SimpleNamespace(fn=replacement) if where is tickets else replacement
     monkeypatch.setattr(where, name, replacement)
     with pytest.raises(error):
-        counters.launch(machine, 5, 2, 3)
+        counters.launch(machine, 30, 5, 2, 1, 3)

@@ -63,7 +63,7 @@ def test_traffic_in_the_table_is_the_planners(epilogue):
 
 def test_no_program_in_the_picture_starts_before_its_channels_are_reduced():
     work = pictures.timeline()
-    assert len(work) == 2 * pictures.SLICES * pictures.SLICE_BLOCKS * pictures.SPLITS
+    assert len(work) == 2 * pictures.SLICES * pictures.SLICE_GROUPS * pictures.SPLITS
     for slice in range(pictures.SLICES):
         reduced = [one.end for one in work if one.slice == slice and not one.applies]
         applied = [one.start for one in work if one.slice == slice and one.applies]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastbn.runtime import workspace
-from fastbn.runtime.workspace import BLOCKS, get_workspace
+from fastbn.runtime.workspace import GROUPS, get_workspace
 
 CPU = torch.device("cpu")
 
@@ -20,14 +20,14 @@ def _none_before():
     workspace.discard()
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 3, BLOCKS - 1, BLOCKS, BLOCKS + 1, 70001])
-def test_zero_aligned_and_long_enough(blocks):
-    arrivals, tickets, served = get_workspace(CPU, blocks)
-    assert served >= blocks
+@pytest.mark.parametrize("groups", [1, 2, 3, GROUPS - 1, GROUPS, GROUPS + 1, 70001])
+def test_zero_aligned_and_long_enough(groups):
+    arrivals, tickets, served = get_workspace(CPU, groups)
+    assert served >= groups
     assert arrivals.dtype == torch.int32
     assert tickets.dtype == torch.int64
     for part in (arrivals, tickets):
-        assert len(part) > blocks
+        assert len(part) > groups
         assert not part.any()
         # Or each launch would go the long way through Triton's dispatch.
         assert part.data_ptr() % 16 == 0
@@ -37,8 +37,8 @@ def test_zero_aligned_and_long_enough(blocks):
 
 def test_one_set_that_grows():
     first = get_workspace(CPU, 5)
-    assert get_workspace(CPU, BLOCKS) is first
-    more = get_workspace(CPU, BLOCKS + 1)
+    assert get_workspace(CPU, GROUPS) is first
+    more = get_workspace(CPU, GROUPS + 1)
     assert more is not first
     assert get_workspace(CPU, 3) is more
     workspace.discard()
@@ -75,9 +75,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", entered)
     zeros = workspace._zeros
 
-    def spy(device, blocks):
+    def spy(device, groups):
         made.threads.append(threading.current_thread())
-        return zeros(CPU, blocks)
+        return zeros(CPU, groups)
 
     monkeypatch.setattr(workspace, "_zeros", spy)
     made.device = type("Device", (), vars(device))()

@@ -10,8 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastbn.kernels.plan import MERGE_ELEMENTS
-from fastbn.kernels.tiling import PROGRAMS_PER_SM
+from fastbn.kernels.tiling import MERGE_ELEMENTS, PROGRAMS_PER_SM
 
 from ..timing import captured, clock_of, time_rounds
 from . import probes
@@ -178,9 +177,8 @@ class Constants:
         for channels in MERGED_CHANNELS:
             for splits in SPLITS:
                 means = torch.randn(splits, channels, device=self.device)
-                counts = torch.full((splits,), 100.0, device=self.device)
-                rows = min(splits, MERGE_ELEMENTS // channels)
-                play = partial(probes.merge, means, means.square(), counts, rows)
+                at_once = MERGE_ELEMENTS // channels
+                play = partial(probes.merge, means, means.square(), 64, at_once)
                 found.append((channels, splits, self.seconds(play)))
         return found
 

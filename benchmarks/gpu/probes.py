@@ -9,11 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastbn.kernels.addressing import sizes_of
 from fastbn.kernels.moments import merge_partials
 from fastbn.kernels.tickets import draw_ticket, raise_flag, wait_for_flag
-from fastbn.kernels.tiling import TILE_BYTES
+from fastbn.kernels.tiling import Tile
 
 ITEMSIZE = 4
+TILE_BYTES = 8192
 TILE = TILE_BYTES // ITEMSIZE
 
 # Of the matrix that slices are read from.
@@ -116,7 +118,7 @@ def touch(flags: Tensor) -> None:
 def _draw_kernel(Tickets, Drawn, DRAW: tl.constexpr):
     ticket = tl.program_id(0)
     if DRAW:
-        ticket, _ = draw_ticket(Tickets)
+        ticket, _ = draw_ticket(Tickets, 0)
     tl.store(Drawn + ticket, 1)
 
 
@@ -127,7 +129,7 @@ def draw(tickets: Tensor, drawn: Tensor, atomic: bool) -> None:
 
 @triton.jit
 def _relay_kernel(Tickets, Flags):
-    ticket, generation = draw_ticket(Tickets)
+    ticket, generation = draw_ticket(Tickets, 0)
     if ticket > 0:
         wait_for_flag(Flags + ticket - 1, generation)
     raise_flag(Flags + ticket, generation)
@@ -152,22 +154,23 @@ def chase(next: Tensor, end: Tensor, steps: int) -> None:
 
 
 @triton.jit
-def _merge_kernel(Means, M2s, Counts, Out, splits, MERGE: tl.constexpr, BLOCK_C: tl.constexpr):
-    count, mean, m2 = merge_partials(Means, M2s, Counts, splits, BLOCK_C, 0, MERGE, BLOCK_C)
-    c = tl.arange(0, BLOCK_C)
+def _merge_kernel(Means, M2s, Out, rows, TILE: tl.constexpr):
+    C: tl.constexpr = TILE.q
+    sizes = sizes_of(rows * TILE.n, C, 1, C, C, 1, rows, TILE)
+    c = tl.arange(0, C)[None, :]
+    count, mean, m2 = merge_partials(Means, M2s, 0, C, c, sizes, tl.float32, TILE)
     tl.store(Out + c, mean)
-    tl.store(Out + BLOCK_C + c, m2 / count)
+    tl.store(Out + C + c, m2 / count)
 
 
-def merge(means: Tensor, m2s: Tensor, counts: Tensor, rows: int) -> Tensor:
-    """Merges (splits, C) partial results in one program, so many splits at a time.
+def merge(means: Tensor, m2s: Tensor, count: int, at_once: int) -> Tensor:
+    """Merges (splits, C) partial results of `count` values each in one program.
 
     Returns:
         (2, C) mean and variance.
     """
-    splits, channels = means.shape
+    rows, channels = means.shape
     merged = means.new_empty(2, channels)
-    _merge_kernel[(1,)](
-        means, m2s, counts, merged, splits, MERGE=rows, BLOCK_C=channels, **_OPTIONS
-    )
+    tile = Tile(count, channels, "channels", 1, merge_rows=at_once, merge_channels=channels)
+    _merge_kernel[(1,)](means, m2s, merged, rows, tile, **_OPTIONS)
     return merged

@@ -58,7 +58,7 @@ def run_forward(
         counter = get_workspace(x.device, 1).arrivals if cumulative else None
         plan.single_launch((*outputs, *written, counter), rate, eps, param)
     else:
-        arrivals, tickets, _ = get_workspace(x.device, plan.blocks)
+        arrivals, tickets, _ = get_workspace(x.device, plan.groups)
         partials = _empty_statistics(plan, x, 1, plan.partials)
         if plan.single_launch is not None:
             arguments = (*outputs, *written, partials, arrivals, tickets)
@@ -115,7 +115,7 @@ def run_backward(
     if need_sums:
         sums = _empty_statistics(plan, x, 2, x.shape[1])
         partials = _empty_statistics(plan, x, 1, plan.partials)
-        arrivals, tickets, _ = get_workspace(x.device, plan.blocks)
+        arrivals, tickets, _ = get_workspace(x.device, plan.groups)
     if var is not None:
         assert plan.reduce is not None
         plan.reduce((*inputs, var, dw, db, sums, dx, dr, partials, arrivals), eps, param)

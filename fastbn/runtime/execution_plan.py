@@ -13,10 +13,16 @@ from torch import Tensor
 
 from ..kernels.backward import bn_apply_bwd_kernel, bn_reduce_bwd_kernel
 from ..kernels.forward import bn_apply_fwd_kernel, bn_stats_fwd_kernel
-from ..kernels.plan import Schedule, make_schedule
+from ..kernels.plan import Pass, Schedule, make_schedule
 from ..kernels.resident import bn_resident_bwd_kernel, bn_resident_fwd_kernel
 from ..kernels.ticketed import bn_ticketed_bwd_kernel, bn_ticketed_fwd_kernel
-from ..kernels.tiling import Problem, Tile
+from ..kernels.tiling import (
+    PROGRAMS_PER_SM,
+    Problem,
+    choose_tile,
+    group_width,
+    registers_of,
+)
 from ..strategy import get_strategy
 from .device import device_facts, limits_registers
 from .launcher import Launcher
@@ -56,7 +62,7 @@ class ExecutionPlan:
             input's shape.
         statistics: dtype of mean, rstd and sums.
         mask_bytes: size of the packed mask, 0 if the call saves none.
-        blocks: number of channel blocks, each of which needs a counter.
+        groups: number of groups of channels, each of which needs a counter.
         partials: number of elements of the partial results.
         single_launch: launcher of the kernel that does everything, or None.
         reduce, apply: launchers of the two passes, for a plan without a single launch
@@ -67,7 +73,7 @@ class ExecutionPlan:
     format: torch.memory_format
     statistics: torch.dtype
     mask_bytes: int
-    blocks: int
+    groups: int
     partials: int
     single_launch: Launcher | None
     reduce: Launcher | None
@@ -122,7 +128,7 @@ def plan_backward(
 
 def clear() -> None:
     """Drops all cached plans and schedules, so that the next call is planned anew."""
-    for cached in (make_schedule, _plan_forward, _plan_backward):
+    for cached in (make_schedule, choose_tile, group_width, _plan_forward, _plan_backward):
         cached.cache_clear()
 
 
@@ -144,36 +150,28 @@ def _plan_forward(
     x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
     problem = problem_of(x, training, residual is not None, "mask" if save_mask else None)
     schedule = make_schedule(problem, device_facts(device), False, strategy)
-    launcher = partial(_launcher, problem, device)
-    reduce, tile = schedule.reduce, schedule.apply
+    launcher = partial(_launcher, problem, device, schedule)
+    reduce, apply = schedule.reduce, schedule.apply
     single_launch = first = second = None
     if schedule.strategy == "resident":
         single_launch = launcher(
-            bn_resident_fwd_kernel, tile, tile.programs(problem),
-            ACTIVATION=activation, CUMULATIVE=cumulative,
-        )  # fmt: skip
+            bn_resident_fwd_kernel, apply, ACTIVATION=activation, CUMULATIVE=cumulative
+        )
     elif schedule.strategy == "ticketed":
         single_launch = launcher(
-            bn_ticketed_fwd_kernel, reduce.tile, schedule.tickets(problem),
-            reduce.splits, schedule.slice_blocks, MERGE=reduce.merge,
-            ACTIVATION=activation, CUMULATIVE=cumulative,
-        )  # fmt: skip
+            bn_ticketed_fwd_kernel, reduce, ACTIVATION=activation, CUMULATIVE=cumulative
+        )
     else:
         if training:
-            first = launcher(
-                bn_stats_fwd_kernel, reduce.tile, reduce.programs(problem), reduce.splits,
-                MERGE=reduce.merge, CUMULATIVE=cumulative,
-            )  # fmt: skip
-        second = launcher(bn_apply_fwd_kernel, tile, tile.programs(problem), ACTIVATION=activation)
-    blocks = reduce.tile.grid(problem)[1]
+            first = launcher(bn_stats_fwd_kernel, reduce, CUMULATIVE=cumulative)
+        second = launcher(bn_apply_fwd_kernel, apply, ACTIVATION=activation)
     return ExecutionPlan(
         schedule=schedule,
         format=memory_format(x),
         statistics=statistics_dtype(dtype),
         mask_bytes=prod(mask_sizes(x)) if save_mask else 0,
-        blocks=blocks,
-        # Each split has a mean and a sum of squares for each channel, and a count for each block.
-        partials=reduce.splits * (2 * problem.c + blocks),
+        groups=reduce.groups(problem),
+        partials=2 * reduce.rows(problem) * problem.c,  # a mean and a sum of squares each
         single_launch=single_launch,
         reduce=first,
         apply=second,
@@ -195,36 +193,26 @@ def _plan_backward(
         x = x.contiguous(memory_format=format)
     problem = problem_of(x, training, saves is not None, saves)
     schedule = make_schedule(problem, device_facts(device), True, strategy)
-    launcher = partial(_launcher, problem, device)
-    reduce, tile = schedule.reduce, schedule.apply
+    launcher = partial(_launcher, problem, device, schedule)
+    reduce, apply = schedule.reduce, schedule.apply
     single_launch = first = second = None
     if schedule.strategy == "resident":
-        single_launch = launcher(
-            bn_resident_bwd_kernel, tile, tile.programs(problem), ACTIVATION=activation
-        )
+        single_launch = launcher(bn_resident_bwd_kernel, apply, ACTIVATION=activation)
     else:
         if schedule.strategy == "ticketed":
-            single_launch = launcher(
-                bn_ticketed_bwd_kernel, reduce.tile, schedule.tickets(problem),
-                reduce.splits, schedule.slice_blocks, MERGE=reduce.merge, ACTIVATION=activation,
-            )  # fmt: skip
+            single_launch = launcher(bn_ticketed_bwd_kernel, reduce, ACTIVATION=activation)
         # A ticketed backward has the two passes too: without a gradient of the input to
         # compute, the sums are all there is to do.
-        first = launcher(
-            bn_reduce_bwd_kernel, reduce.tile, reduce.programs(problem), reduce.splits,
-            MERGE=reduce.merge, ACTIVATION=activation,
-        )  # fmt: skip
+        first = launcher(bn_reduce_bwd_kernel, reduce, ACTIVATION=activation)
         if training:
-            second = launcher(
-                bn_apply_bwd_kernel, tile, tile.programs(problem), ACTIVATION=activation
-            )
+            second = launcher(bn_apply_bwd_kernel, apply, ACTIVATION=activation)
     return ExecutionPlan(
         schedule=schedule,
         format=memory_format(x),
         statistics=statistics_dtype(dtype),
         mask_bytes=prod(mask_sizes(x)) if saves == "mask" else 0,
-        blocks=reduce.tile.grid(problem)[1],
-        partials=reduce.splits * 2 * problem.c,  # two sums for each split and channel
+        groups=reduce.groups(problem),
+        partials=2 * reduce.rows(problem) * problem.c,  # two sums each
         single_launch=single_launch,
         reduce=first,
         apply=second,
@@ -232,15 +220,23 @@ def _plan_backward(
 
 
 def _launcher(
-    problem: Problem, device: torch.device, kernel: Any, tile: Tile, programs: int,
-    *integers: int, **constants: Any,
+    problem: Problem, device: torch.device, schedule: Schedule, kernel: Any, work: Pass,
+    **constants: Any,
 ) -> Launcher:  # fmt: skip
-    """Makes a launcher of a kernel for tiles of a problem; extents come before other integers."""
-    n, c, s = problem.n, problem.c, problem.s
-    # The aligned extent is passed in units of its alignment: `addressing.extents` says why.
-    extents = (n, c // tile.align, s) if s == 1 or tile.flat else (n, c, s // tile.align)
-    constants |= {"ALIGN": tile.align, "ACCESS": tile.access(problem), "num_warps": tile.warps}
-    constants |= {"BLOCK_N": tile.n, "BLOCK_C": tile.c, "BLOCK_S": tile.s, **_OPTIONS}
+    """Makes a launcher of a kernel for one pass over a problem."""
+    tile, columns = work.tile, problem.c * problem.s
+    # `addressing.sizes_of` says why columns are passed in units of their alignment.
+    values = {
+        "N": problem.n, "C": problem.c, "S": problem.s, "Q": columns // tile.align,
+        "width": work.width // tile.align, "length": work.length, "splits": work.splits,
+        "slice_groups": schedule.slice_groups,
+    }  # fmt: skip
+    integers = [value for name, value in values.items() if name in kernel.arg_names]
+    programs = work.programs(problem)
+    if "slice_groups" in kernel.arg_names:
+        at_once = PROGRAMS_PER_SM * device_facts(device).sm_count
+        programs = min(schedule.tickets(problem), at_once)
+    constants |= {"TILE": tile, "num_warps": schedule.warps, **_OPTIONS}
     if limits_registers(device):
-        constants["maxnreg"] = tile.registers
-    return Launcher(kernel, device, programs, (*extents, *integers), constants)
+        constants["maxnreg"] = registers_of(schedule.warps, schedule.strategy)
+    return Launcher(kernel, device, programs, integers, constants)

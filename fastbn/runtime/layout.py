@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.tiling import MASK_BITS, Problem
+from ..kernels.tiling import MASK_BITS, Problem, mask_by_rows
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -87,10 +87,12 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 def mask_sizes(x: Tensor) -> tuple[int, int]:
     """Returns (rows, bytes a row) of the packed mask of `x`.
 
-    Bits run along the contiguous axis, and each row starts with a new byte.
+    Bits run along the rows of the array that the kernels see, or along its planes, and each
+    row or plane starts with a new byte.
     """
     n, c, s = kernel_shape(x.shape, memory_format(x))
-    rows, length = (n, c) if s == 1 else (n * c, s)
+    by_rows = s == 1 or mask_by_rows(problem_of(x, saves="mask"))
+    rows, length = (n, c * s) if by_rows else (n * c, s)
     return rows, (length + MASK_BITS - 1) // MASK_BITS
 
 
@@ -98,8 +100,9 @@ def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
     """Returns the packed mask of `x` as booleans of its shape."""
     format = memory_format(x)
     bits = mask.view(*mask_sizes(x), 1) >> torch.arange(MASK_BITS, device=mask.device)
-    _, c, s = kernel_shape(x.shape, format)
-    bits = (bits & 1).bool().flatten(1)[:, : c if s == 1 else s]
+    bits = (bits & 1).bool().flatten(1)
+    # What is left of a row's last byte belongs to no element.
+    bits = bits[:, : x.numel() // bits.shape[0]]
     if format == torch.contiguous_format:
         return bits.reshape(x.shape)
     return bits.reshape(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)

@@ -15,29 +15,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A new workspace serves at least this many channel blocks, so that it seldom has to grow.
-BLOCKS = 4096
+# A new workspace serves at least this many groups of channels, so that it seldom has to grow.
+GROUPS = 4096
 
 
 class Workspace(NamedTuple):
-    """Counters for a number of channel blocks.
+    """Counters for a number of groups of channels.
 
     Attributes:
-        arrivals: int32 counters, one for each channel block and one more.
-        tickets: the int64 counter of tickets, then a flag for each channel block.
-        blocks: how many channel blocks the counters serve.
+        arrivals: int32 counters, one for each group of channels and one more.
+        tickets: the int64 counter of tickets, then a flag for each group of channels.
+        groups: how many groups of channels the counters serve.
     """
 
     arrivals: Tensor
     tickets: Tensor
-    blocks: int
+    groups: int
 
 
 _workspaces: dict[tuple[torch.device, int], Workspace] = {}
 
 
-def get_workspace(device: torch.device, blocks: int) -> Workspace:
-    """Returns the workspace of the device's current stream, for at least so many channel blocks.
+def get_workspace(device: torch.device, groups: int) -> Workspace:
+    """Returns the workspace of the device's current stream, for so many groups of channels.
 
     A stream is identified by its handle. A stream that PyTorch did not make must
     not be destroyed while launches in it still run: its handle may be given to a
@@ -47,13 +47,13 @@ def get_workspace(device: torch.device, blocks: int) -> Workspace:
     if device.type == "cuda":
         if _capturing(device):
             # A graph may be replayed in any stream, so it needs a workspace of its own.
-            return _zeros(device, blocks)
+            return _zeros(device, groups)
         stream = torch._C._cuda_getCurrentRawStream(device.index)
     elif device.type == "xpu":
         stream = torch.xpu.current_stream(device).sycl_queue
     found = _workspaces.get((device, stream))
-    if found is None or found.blocks < blocks:
-        found = _workspaces[device, stream] = _lasting_zeros(device, max(blocks, BLOCKS))
+    if found is None or found.groups < groups:
+        found = _workspaces[device, stream] = _lasting_zeros(device, max(groups, GROUPS))
     return found
 
 
@@ -70,15 +70,15 @@ def _capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def _zeros(device: torch.device, blocks: int) -> Workspace:
+def _zeros(device: torch.device, groups: int) -> Workspace:
     """Makes a workspace from one allocation, so that one launch fills it with zeros."""
     # An even number of 8-byte words, so that the second part starts aligned to 16 bytes too.
-    size = blocks + 2 & ~1
+    size = groups + 2 & ~1
     memory = torch.zeros(2 * size, dtype=torch.int64, device=device)
-    return Workspace(memory[size:].view(torch.int32), memory[:size], blocks)
+    return Workspace(memory[size:].view(torch.int32), memory[:size], groups)
 
 
-def _lasting_zeros(device: torch.device, blocks: int) -> Workspace:
+def _lasting_zeros(device: torch.device, groups: int) -> Workspace:
     """Makes a workspace that outlives the call, by allocating it in another thread.
 
     The calling thread may be about to capture a CUDA graph and then allocates
@@ -93,7 +93,7 @@ def _lasting_zeros(device: torch.device, blocks: int) -> Workspace:
 
     def make() -> Workspace:
         with torch.inference_mode(False), stream:
-            return _zeros(device, blocks)
+            return _zeros(device, groups)
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(make).result()
