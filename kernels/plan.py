@@ -8,9 +8,9 @@ from math import ceil
 
 from .device import Device
 from .instructions import instructions_per_element
+from .passes import Pass, filling_pass, least_length, make_pass
 from .tiling import (
     ACCESS_BYTES,
-    FIXED_TILES,
     MASK_BITS,
     MAX_WIDTH,
     PROGRAMS_PER_SM,
@@ -22,22 +22,6 @@ from .tiling import (
     resident_tile,
     warps_of,
 )
-
-# The last program to arrive merges all partial results of a group, alone, so there is a limit to
-# how often it may load some. 31 bits must be able to count all partial results.
-MAX_MERGES = 32
-MAX_PARTIALS = 2**31 - 1
-PARTIAL_BYTES = 8
-
-# Partial results are written and read once more, so their bytes may be at most this fraction
-# of the bytes that they sum up.
-PARTIALS_SHARE = 1 / 32
-
-# Rounding errors of moments grow with the tiles of a run, at worst in proportion.
-LONGEST_RUN = 256
-
-# Programs may come in so many waves, if that makes the waves more even.
-MAX_WAVES = 8
 
 # Two slices are in the cache at once. A slice needs this many tickets for each running
 # program, or the programs that apply a slice would wait for the ones that reduce it. Runs have
@@ -61,41 +45,6 @@ MARGIN = 0.05
 
 # This bandwidth stands in for an unknown one, only to choose between strategies.
 UNKNOWN_BANDWIDTH = 1e12
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One pass over the data.
-
-    Attributes:
-        tile: the tile that a program handles at once.
-        width: number of columns of a group of channels.
-        length: number of tiles of a run.
-        splits: number of runs that share a column of tiles.
-    """
-
-    tile: Tile
-    width: int
-    length: int
-    splits: int
-
-    def groups(self, problem: Problem) -> int:
-        """Returns the number of groups of channels, each of which has a counter."""
-        return -(-problem.c * problem.s // self.width)
-
-    def tiles(self) -> int:
-        """Returns how many runs lie side by side in a group."""
-        return -(-self.width // self.tile.q) if self.tile.layout == "columns" else 1
-
-    def programs(self, problem: Problem) -> int:
-        """Returns the number of runs."""
-        return self.groups(problem) * self.tiles() * self.splits
-
-    def rows(self, problem: Problem) -> int:
-        """Returns how many partial results each channel has at most."""
-        if self.tile.layout != "columns":
-            return self.splits
-        return self.splits * ((problem.s + self.tile.q - 2) // self.tile.q + 1)
 
 
 @dataclass(frozen=True)
@@ -263,9 +212,9 @@ def ticketed(problem: Problem, device: Device, backward: bool) -> Schedule:
     # Runs as long as leave a slice with enough tickets, then slices no larger than that takes.
     at_once = ceil(TICKETS_PER_PROGRAM * PROGRAMS_PER_SM * device.sm_count)
     largest = ceil(groups / ceil(groups / in_cache))
-    single = _pass(problem, tile, width, 1)
+    single = make_pass(problem, tile, width, 1)
     length = min(MAX_RUN, largest * single.tiles() * single.splits // at_once)
-    reduce = _pass(problem, tile, width, max(length, _least_length(problem, tile, backward)))
+    reduce = make_pass(problem, tile, width, max(length, least_length(problem, tile, again)))
     wanted = ceil(at_once / (reduce.tiles() * reduce.splits))
     if problem.s == 1:
         wanted = max(wanted, WIDE_BYTES // (width * problem.itemsize))
@@ -307,9 +256,10 @@ def _schedule(
     reduce: Pass | None = None, apply: Pass | None = None, slice_groups: int = 0,
     cached_units: float = 0,
 ) -> Schedule:  # fmt: skip
+    reads = _reads(problem, backward)
     narrow = choose_tile(problem, device, SLICE_BYTES[0])
-    reduce = reduce or _filling_pass(problem, device, backward, narrow)
-    apply = apply or _filling_pass(problem, device, backward, choose_tile(problem, device))
+    reduce = reduce or filling_pass(problem, device, reads, narrow)
+    apply = apply or filling_pass(problem, device, reads, choose_tile(problem, device))
     return Schedule(
         strategy=strategy,
         reduce=reduce,
@@ -321,52 +271,6 @@ def _schedule(
         cached_units=cached_units,
         seconds=0.0,
     )
-
-
-def _filling_pass(problem: Problem, device: Device, backward: bool, tile: Tile) -> Pass:
-    """Returns a pass of runs as long as they can be in few and even waves of programs."""
-    width = group_width(problem, tile)
-    at_once = PROGRAMS_PER_SM * device.sm_count
-    along, least = _tiles_along(problem, tile), _least_length(problem, tile, backward)
-    side_by_side = _pass(problem, tile, width, along).programs(problem)
-    most = min(along, max(1, MAX_WAVES * at_once // side_by_side))
-    fewest = -(-along // LONGEST_RUN)
-    splits = range(fewest, max(fewest, most) + 1)
-    lengths = sorted({max(least, -(-along // split)) for split in splits})
-
-    def time(found: Pass) -> int:
-        waves = -(-found.programs(problem) // at_once)
-        return waves * (found.length + FIXED_TILES[tile.layout])
-
-    return min((_pass(problem, tile, width, length) for length in lengths), key=time)
-
-
-def _tiles_along(problem: Problem, tile: Tile) -> int:
-    """Returns how many tiles lie one after the other in the direction of a run."""
-    if tile.layout == "planes":
-        return -(-problem.s // tile.q)
-    return -(-problem.n // tile.n)
-
-
-def _least_length(problem: Problem, tile: Tile, backward: bool) -> int:
-    """Returns the shortest runs that leave few enough partial results."""
-    along = _tiles_along(problem, tile)
-    channels = min(tile.q, problem.c) if tile.layout == "channels" else 1
-    summed = tile.elements * problem.itemsize * _reads(problem, backward)
-    share = ceil(PARTIAL_BYTES * channels / (summed * PARTIALS_SHARE))
-    across = _pass(problem, tile, group_width(problem, tile), along).rows(problem)
-    splits = max(1, min(MAX_MERGES * tile.merge_rows, MAX_PARTIALS // problem.c) // across)
-    return min(along, max(share, ceil(along / splits)))
-
-
-def _pass(problem: Problem, tile: Tile, width: int, length: int) -> Pass:
-    """Returns a pass of runs of up to so many tiles, as even as possible."""
-    along = _tiles_along(problem, tile)
-    splits = ceil(along / length)
-    length = ceil(along / splits)
-    if tile.layout == "planes":
-        splits *= -(-problem.n // tile.n)
-    return Pass(tile, width, length, splits)
 
 
 def _bandwidth(device: Device) -> float:

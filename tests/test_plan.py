@@ -12,8 +12,8 @@ from benchmarks import plans
 from benchmarks.plans import problem_of
 from benchmarks.shapes import cases
 from fastbn.kernels.device import A100, DEVICES, H100, INTERPRETER, L4
+from fastbn.kernels.passes import MAX_MERGES
 from fastbn.kernels.plan import (
-    MAX_MERGES,
     make_plan,
     make_schedule,
     resident,

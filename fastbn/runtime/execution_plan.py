@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..kernels.backward import bn_apply_bwd_kernel, bn_reduce_bwd_kernel
 from ..kernels.forward import bn_apply_fwd_kernel, bn_stats_fwd_kernel
-from ..kernels.plan import Pass, Schedule, make_schedule
+from ..kernels.passes import Pass
+from ..kernels.plan import Schedule, make_schedule
 from ..kernels.resident import bn_resident_bwd_kernel, bn_resident_fwd_kernel
 from ..kernels.ticketed import bn_ticketed_bwd_kernel, bn_ticketed_fwd_kernel
 from ..kernels.tiling import (

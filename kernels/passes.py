@@ -1,0 +1,109 @@
+"""Passes: into which runs of tiles one pass over the data is cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from .device import Device
+from .tiling import FIXED_TILES, PROGRAMS_PER_SM, Problem, Tile, group_width
+
+# The last program to arrive merges all partial results of a group, alone, so there is a limit to
+# how often it may load some. 31 bits must be able to count all partial results.
+MAX_MERGES = 32
+MAX_PARTIALS = 2**31 - 1
+PARTIAL_BYTES = 8
+
+# Partial results are written and read once more, so their bytes may be at most this fraction
+# of the bytes that they sum up.
+PARTIALS_SHARE = 1 / 32
+
+# Rounding errors of moments grow with the tiles of a run, at worst in proportion.
+LONGEST_RUN = 256
+
+# Programs may come in so many waves, if that makes the waves more even.
+MAX_WAVES = 8
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over the data.
+
+    Attributes:
+        tile: the tile that a program handles at once.
+        width: number of columns of a group of channels.
+        length: number of tiles of a run.
+        splits: number of runs that share a column of tiles.
+    """
+
+    tile: Tile
+    width: int
+    length: int
+    splits: int
+
+    def groups(self, problem: Problem) -> int:
+        """Returns the number of groups of channels, each of which has a counter."""
+        return -(-problem.c * problem.s // self.width)
+
+    def tiles(self) -> int:
+        """Returns how many runs lie side by side in a group."""
+        return -(-self.width // self.tile.q) if self.tile.layout == "columns" else 1
+
+    def programs(self, problem: Problem) -> int:
+        """Returns the number of runs."""
+        return self.groups(problem) * self.tiles() * self.splits
+
+    def rows(self, problem: Problem) -> int:
+        """Returns how many partial results each channel has at most."""
+        if self.tile.layout != "columns":
+            return self.splits
+        return self.splits * ((problem.s + self.tile.q - 2) // self.tile.q + 1)
+
+
+def filling_pass(problem: Problem, device: Device, reads: float, tile: Tile) -> Pass:
+    """Returns a pass of runs as long as they can be in few and even waves of programs.
+
+    What it reduces are `reads` tensors.
+    """
+    width = group_width(problem, tile)
+    at_once = PROGRAMS_PER_SM * device.sm_count
+    along, least = tiles_along(problem, tile), least_length(problem, tile, reads)
+    side_by_side = make_pass(problem, tile, width, along).programs(problem)
+    most = min(along, max(1, MAX_WAVES * at_once // side_by_side))
+    fewest = -(-along // LONGEST_RUN)
+    splits = range(fewest, max(fewest, most) + 1)
+    lengths = sorted({max(least, -(-along // split)) for split in splits})
+
+    def time(found: Pass) -> int:
+        waves = -(-found.programs(problem) // at_once)
+        return waves * (found.length + FIXED_TILES[tile.layout])
+
+    return min((make_pass(problem, tile, width, length) for length in lengths), key=time)
+
+
+def tiles_along(problem: Problem, tile: Tile) -> int:
+    """Returns how many tiles lie one after the other in the direction of a run."""
+    if tile.layout == "planes":
+        return -(-problem.s // tile.q)
+    return -(-problem.n // tile.n)
+
+
+def least_length(problem: Problem, tile: Tile, reads: float) -> int:
+    """Returns the shortest runs that leave few enough partial results of `reads` tensors."""
+    along = tiles_along(problem, tile)
+    channels = min(tile.q, problem.c) if tile.layout == "channels" else 1
+    summed = tile.elements * problem.itemsize * reads
+    share = ceil(PARTIAL_BYTES * channels / (summed * PARTIALS_SHARE))
+    across = make_pass(problem, tile, group_width(problem, tile), along).rows(problem)
+    splits = max(1, min(MAX_MERGES * tile.merge_rows, MAX_PARTIALS // problem.c) // across)
+    return min(along, max(share, ceil(along / splits)))
+
+
+def make_pass(problem: Problem, tile: Tile, width: int, length: int) -> Pass:
+    """Returns a pass of runs of up to so many tiles, as even as possible."""
+    along = tiles_along(problem, tile)
+    splits = ceil(along / length)
+    length = ceil(along / splits)
+    if tile.layout == "planes":
+        splits *= -(-problem.n // tile.n)
+    return Pass(tile, width, length, splits)
