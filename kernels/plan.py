@@ -35,8 +35,8 @@ MAX_RUN = 8
 SLICE_BYTES = (128, 64)
 WIDE_BYTES = 256
 
-# The phases of a forward and of a backward, by which instructions are counted, and what a narrow
-# access adds to them.
+# The phases of a forward and of a backward, by which instructions are counted. What an access that
+# is half as wide adds to them for each element is an assumption.
 PHASES = (("moments", "output"), ("sums", "gradient"))
 NARROW = 2.0
 

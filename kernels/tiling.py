@@ -32,8 +32,8 @@ MAX_REGISTERS = 255  # of a thread
 # thread the programs would no longer fit.
 MAX_ACCESSES = 8
 
-# A resident program holds a whole group of channels in registers, 16 values a thread, in rows
-# of at least one memory sector. With 32 values a thread, odd sizes would spill.
+# A resident program holds a whole group of channels in registers, 16 values a thread: with 32,
+# odd sizes would spill. Channels last, its rows have one memory sector; else it holds one channel.
 RESIDENT_ELEMENTS = 8192
 RESIDENT_THREAD_ELEMENTS = 16
 SECTOR_BYTES = 32
