@@ -8,12 +8,18 @@ says how tiles lie:
     "columns"   Channels lie side by side, and a tile may begin and end in the middle of a
                 plane. A run goes down the rows.
     "planes"    A tile has pieces of planes of one channel. A run goes along the planes.
+    "flat"      A tile has all values of a channel, for resident kernels: plane after plane, in
+                pieces of eight.
 
-Only the last tile of a run, or all tiles of the last columns of a group, may reach over the
-edge of the array. Those are masked, and the other ones, which come first, need no mask.
+Tiles begin where a thread may access TILE.align elements at once. In the layouts of one channel
+the first tile hence begins with some columns of the channel before, and such columns may also
+follow after the plane. They are in the array, so they are loaded, but they don't count.
+
+Only the first and the last tile of a run, or all tiles of the last columns of a group, may reach
+over their edge. Those are masked, and the tiles between them, which are whole, need no mask.
 
 What is alike in a channel is a block that broadcasts against a tile: a value for each column,
-or in the layout "planes" a single one.
+or in the layouts of one channel a single one.
 """
 
 from typing import NamedTuple
@@ -55,14 +61,16 @@ class Run(NamedTuple):
         split: number of the run among those that share a channel.
         tile: number of the column of tiles in the group; 0 in the layout "planes".
         first_row: the first row.
-        first_column: the first column; in the layout "planes" it counts from the beginning of
-            the plane.
+        first_column: the first column; in the layouts of one channel it counts from where the
+            plane's first tile begins.
         start: where the run begins in memory.
-        rows, columns: how many rows and columns are inside the array.
+        rows: how many rows are inside the array.
+        lead, columns: columns from `lead` up to `columns` are the run's own.
         tiles: number of tiles.
-        whole: how many of them, the first ones, are inside the array.
+        whole, rest: tiles from `whole` up to `rest` are whole.
         step: from one tile to the next in memory.
         offsets: of a tile's elements from its start.
+        pieces: in the layout "flat", eights of columns of a plane; else 0.
     """
 
     group: tl.tensor
@@ -72,21 +80,31 @@ class Run(NamedTuple):
     first_column: tl.tensor
     start: tl.tensor
     rows: tl.tensor
+    lead: tl.tensor
     columns: tl.tensor
     tiles: tl.tensor
     whole: tl.tensor
+    rest: tl.tensor
     step: tl.tensor
     offsets: tl.tensor
+    pieces: tl.tensor
 
 
 @triton.jit
 def sizes_of(N, C, S, Q, width, length, splits, TILE: tl.constexpr):
-    """Returns the sizes. Q and width are passed in units of TILE.align.
+    """Returns the sizes, of which the compiler learns what are multiples of TILE.align.
 
-    The compiler then knows that they are multiples of it, and so makes accesses up to 16 bytes
-    wide.
+    It then makes accesses up to 16 bytes wide.
     """
-    return Sizes(N, C, S, Q * TILE.align, width * TILE.align, length, splits)
+    if TILE.layout == "channels" or TILE.layout == "columns":
+        width = aligned(width, TILE)
+    return Sizes(N, C, S, aligned(Q, TILE), width, length, splits)
+
+
+@triton.jit
+def aligned(columns, TILE: tl.constexpr):
+    """Rounds down to a multiple of TILE.align."""
+    return columns // TILE.align * TILE.align
 
 
 @triton.jit
@@ -117,93 +135,194 @@ def share_of(program, sizes, TILE: tl.constexpr):
 
 
 @triton.jit
+def lead_of(channel, sizes, TILE: tl.constexpr):
+    """Returns how many columns of the channel before are in the first tile of a plane."""
+    return (channel % TILE.align) * (sizes.S % TILE.align).to(tl.int32) % TILE.align
+
+
+@triton.jit
+def plane_extent(sizes, TILE: tl.constexpr):
+    """Returns the columns of a plane and the most that `lead_of` may be."""
+    # The lowest bit that is set is the largest power of two that divides S.
+    return sizes.S + (TILE.align - tl.minimum(sizes.S & -sizes.S, TILE.align))
+
+
+@triton.jit
+def pieces_of_run(sizes, TILE: tl.constexpr):
+    """Returns how many runs share a plane in the layout "planes"."""
+    return blocks_of(blocks_of(plane_extent(sizes, TILE), TILE.q), sizes.length)
+
+
+@triton.jit
 def find_run(group, tile, split, sizes, TILE: tl.constexpr):
-    """Returns the run that a split has of a group's column of tiles."""
+    """Returns the run that a split has of a group's column of tiles.
+
+    In the layout "planes" some channels may not reach into the last run: it has no columns.
+    """
     BLOCK_N: tl.constexpr = TILE.n
     BLOCK_Q: tl.constexpr = TILE.q
-    q = tl.arange(0, BLOCK_Q)[None, :]
-    offsets = tl.arange(0, BLOCK_N)[:, None] * sizes.Q + q
-    if TILE.layout == "planes":
-        pieces = blocks_of(blocks_of(sizes.S, BLOCK_Q), sizes.length)
-        row = tl.cast(split // pieces, tl.int64) * BLOCK_N
-        first = tl.cast(split % pieces, tl.int64) * sizes.length * BLOCK_Q
-        rows, columns = sizes.N - row, sizes.width - first
-        tiles = tl.minimum(sizes.length, blocks_of(columns, BLOCK_Q)).to(tl.int32)
-        whole = tl.minimum(tiles, columns // BLOCK_Q).to(tl.int32)
-        whole = tl.where(rows < BLOCK_N, 0, whole)
-        start = row * sizes.Q + tl.cast(group, tl.int64) * sizes.width + first
-        step = tl.cast(BLOCK_Q, tl.int64)
-    else:
+    n, q = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_Q)[None, :]
+    offsets, pieces = n * sizes.Q + q, 0
+    row = tl.cast(split, tl.int64) * 0
+    lead = 0
+    if TILE.layout == "channels" or TILE.layout == "columns":
         row = tl.cast(split, tl.int64) * sizes.length * BLOCK_N
         first = tl.cast(group, tl.int64) * sizes.width + tile * BLOCK_Q
+        start, step = row * sizes.Q + first, tl.cast(sizes.Q, tl.int64) * BLOCK_N
         rows = sizes.N - row
         columns = tl.minimum(sizes.Q - first, sizes.width - tile * BLOCK_Q)
         tiles = tl.minimum(sizes.length, blocks_of(rows, BLOCK_N)).to(tl.int32)
-        whole = tl.minimum(tiles, rows // BLOCK_N).to(tl.int32)
-        whole = tl.where(columns < BLOCK_Q, 0, whole)
-        start = row * sizes.Q + first
-        step = tl.cast(sizes.Q, tl.int64) * BLOCK_N
-    return Run(group, split, tile, row, first, start, rows, columns, tiles, whole, step, offsets)
+        whole = tl.zeros_like(tiles)
+        rest = tl.where(columns < BLOCK_Q, 0, tl.minimum(tiles, rows // BLOCK_N)).to(tl.int32)
+    else:
+        lead = lead_of(group, sizes, TILE)
+        plane = aligned(tl.cast(group, tl.int64) * sizes.S, TILE)
+        step = tl.cast(BLOCK_Q, tl.int64)
+        if TILE.layout == "planes":
+            runs = pieces_of_run(sizes, TILE)
+            row = tl.cast(split // runs, tl.int64) * BLOCK_N
+            first = tl.cast(split % runs, tl.int64) * sizes.length * BLOCK_Q
+        else:
+            first = row
+            pieces = blocks_of(plane_extent(sizes, TILE), BLOCK_Q)
+            offsets = n // pieces * sizes.Q + (n % pieces) * BLOCK_Q + q
+        rows, columns = sizes.N - row, sizes.S + lead - first
+        start, lead = row * sizes.Q + plane + first, tl.where(first == 0, lead, 0)
+        tiles = tl.minimum(sizes.length, blocks_of(columns, BLOCK_Q)).to(tl.int32)
+        whole = tl.where(lead > 0, 1, 0)
+        rest = tl.minimum(tiles, columns // BLOCK_Q).to(tl.int32)
+        rest = tl.where(rows < BLOCK_N, whole, tl.maximum(rest, whole))
+    return Run(
+        group, split, tile, row, first, start, rows, lead, columns, tiles, whole, rest, step,
+        offsets, pieces,
+    )  # fmt: skip
+
+
+@triton.jit
+def masked_tile(j, run):
+    """Returns the index of a run's j-th tile that is not whole."""
+    return tl.where(j < run.whole, j, j + (run.rest - run.whole))
+
+
+@triton.jit
+def masked_tiles(run):
+    """Returns how many tiles of a run are not whole."""
+    return run.tiles - (run.rest - run.whole)
+
+
+@triton.jit
+def rows_inside(run, i, TILE: tl.constexpr):
+    """Says which rows of the run's i-th tile are inside the array."""
+    n = tl.arange(0, TILE.n)[:, None]
+    if TILE.layout == "flat":
+        return n < run.rows.to(tl.int32) * run.pieces
+    elif TILE.layout == "planes":
+        return n < tl.minimum(run.rows, TILE.n).to(tl.int32)
+    else:
+        return n < tl.minimum(run.rows - i * TILE.n, TILE.n).to(tl.int32)
+
+
+@triton.jit
+def columns_of(run, UNIT: tl.constexpr, TILE: tl.constexpr):
+    """Returns columns of a tile, or in the layout "flat" of a plane, in units of some columns."""
+    q = tl.arange(0, TILE.q)[None, :] // UNIT
+    if TILE.layout == "flat":
+        return tl.arange(0, TILE.n)[:, None] % run.pieces * (TILE.q // UNIT) + q
+    else:
+        return q
+
+
+@triton.jit
+def columns_inside(run, i, TILE: tl.constexpr):
+    """Returns before which column of the run's i-th tile those end that are its own.
+
+    The result has 32 bits, as comparisons with each column should have.
+    """
+    if TILE.layout == "planes":
+        columns = run.columns - i * TILE.q
+        return tl.minimum(tl.maximum(columns, 0), TILE.q).to(tl.int32)
+    elif TILE.layout == "flat":
+        return run.columns.to(tl.int32)
+    else:
+        return tl.minimum(run.columns, TILE.q).to(tl.int32)
 
 
 @triton.jit
 def inside(run, i, TILE: tl.constexpr):
-    """Says which elements of the run's i-th tile are inside the array."""
-    BLOCK_N: tl.constexpr = TILE.n
-    BLOCK_Q: tl.constexpr = TILE.q
-    q = tl.arange(0, BLOCK_Q)[None, :]
-    n = tl.arange(0, BLOCK_N)[:, None]
+    """Says which elements of the run's i-th tile are its own."""
+    q = columns_of(run, 1, TILE)
+    own = q < columns_inside(run, i, TILE)
     if TILE.layout == "planes":
-        return (n < run.rows) & (q < run.columns - i * BLOCK_Q)
-    else:
-        return (n < run.rows - i * BLOCK_N) & (q < run.columns)
+        own = own & (q >= tl.where(i == 0, run.lead, 0))
+    elif TILE.layout == "flat":
+        own = own & (q >= run.lead)
+    return own & rows_inside(run, i, TILE)
+
+
+@triton.jit
+def accessible(run, i, TILE: tl.constexpr):
+    """Says which elements of the run's i-th tile are loaded: what a thread accesses at once, all
+    of it or nothing.
+    """
+    end = (columns_inside(run, i, TILE) + (TILE.align - 1)) // TILE.align
+    return (columns_of(run, TILE.align, TILE) < end) & rows_inside(run, i, TILE)
 
 
 @triton.jit
 def values_of(run, tiles, TILE: tl.constexpr):
-    """Returns how many values the first tiles of a run have in a column, or in a plane."""
+    """Returns how many values the first tiles of a run have in a column, or of a channel."""
+    tiles = tl.cast(tiles, tl.int64)
     if TILE.layout == "planes":
-        rows = tl.minimum(run.rows, TILE.n)
-        return rows * tl.minimum(run.columns, tl.cast(tiles, tl.int64) * TILE.q)
+        columns = tl.minimum(run.columns, tiles * TILE.q) - run.lead
+        return tl.minimum(run.rows, TILE.n) * tl.maximum(columns, 0)
     else:
-        return tl.minimum(run.rows, tl.cast(tiles, tl.int64) * TILE.n)
+        return tl.minimum(run.rows, tiles * TILE.n)
 
 
 @triton.jit
 def load_tile(P, run, i, MASKED: tl.constexpr, EVICTION: tl.constexpr, TILE: tl.constexpr):
-    """Loads the run's i-th tile, zero outside the array."""
+    """Loads the run's i-th tile: zero outside the array, and anything where it is not its own."""
     at = P + (run.start + i * run.step) + run.offsets
     if MASKED:
-        return tl.load(at, inside(run, i, TILE), other=0.0, eviction_policy=EVICTION)
+        return tl.load(at, accessible(run, i, TILE), other=0.0, eviction_policy=EVICTION)
     else:
         return tl.load(at, eviction_policy=EVICTION)
 
 
 @triton.jit
 def load_whole(P, run, i, EVICTION: tl.constexpr, TILE: tl.constexpr):
-    """Loads the run's i-th tile, if it is one that needs no mask; else nothing is loaded.
+    """Loads the run's i-th tile, if the whole ones don't end before it; else nothing is loaded.
 
     The load has one predicate for all elements, and no branch, over which the compiler would
     move nothing.
     """
     at = P + (run.start + i * run.step) + run.offsets
-    return tl.load(at, tl.full(at.shape, i < run.whole, tl.int1), eviction_policy=EVICTION)
+    return tl.load(at, tl.full(at.shape, i < run.rest, tl.int1), eviction_policy=EVICTION)
 
 
 @triton.jit
 def store_tile(P, x, run, i, MASKED: tl.constexpr, EVICTION: tl.constexpr, TILE: tl.constexpr):
-    """Stores a tile where `load_tile` would load it."""
+    """Stores a tile where `load_tile` would load it, and only what is its own."""
     at = P + (run.start + i * run.step) + run.offsets
     x = x.to(P.dtype.element_ty)
     if MASKED:
-        tl.store(at, x, inside(run, i, TILE), eviction_policy=EVICTION)
+        if TILE.layout == "channels" or TILE.layout == "columns":
+            tl.store(at, x, accessible(run, i, TILE), eviction_policy=EVICTION)
+        else:
+            # A thread's access may reach into another channel: then store element by element.
+            # Of the branches of a single `if` the compiler would make one store, a narrow one.
+            beyond = (run.lead | run.columns) % TILE.align
+            if beyond == 0:
+                tl.store(at, x, accessible(run, i, TILE), eviction_policy=EVICTION)
+            if beyond != 0:
+                tl.store(at, x, inside(run, i, TILE), eviction_policy=EVICTION)
     else:
         tl.store(at, x, eviction_policy=EVICTION)
 
 
 @triton.jit
 def centre(x, about, run, i, TILE: tl.constexpr):
-    """Returns x - about of the run's i-th tile, zero outside the array."""
+    """Returns x - about of the run's i-th tile, zero where it is not the tile's own."""
     return tl.where(inside(run, i, TILE), x.to(about.dtype) - about, 0.0)
 
 
@@ -224,7 +343,7 @@ def channels_of(run, sizes, TILE: tl.constexpr):
     """
     BLOCK_Q: tl.constexpr = TILE.q
     q = tl.arange(0, BLOCK_Q)[None, :]
-    if TILE.layout == "planes":
+    if TILE.layout == "planes" or TILE.layout == "flat":
         return tl.full((1, 1), run.group, tl.int32)
     elif TILE.layout == "channels":
         return tl.minimum(run.group * sizes.width + q, sizes.C - 1)

@@ -17,7 +17,10 @@ from .addressing import (
     centre,
     channels_of,
     find_run,
+    inside,
     load_tile,
+    masked_tile,
+    masked_tiles,
     per_channel,
     share_of,
     sizes_of,
@@ -43,18 +46,19 @@ def gradient_of(
 ):  # fmt: skip
     """Returns g, the gradient before the activation, of a tile's dy and x - mean.
 
-    Outside the array both are 0, and so is g, if the bias is finite.
+    It is 0 where an element is not the tile's own.
     """
     acc: tl.constexpr = affine.mean.dtype
     param = tl.full((), param, acc)
     if Mask is not None:
         packed = load_mask(Mask, run, i, sizes, MASKED, EVICTION, TILE)
-        return sign_backward(dy, unpack(packed, TILE), param, ACTIVATION)
+        g = sign_backward(dy, unpack(packed, TILE), param, ACTIVATION)
     else:
         z = normalise(centred, affine)
         if R is not None:
             z += load_tile(R, run, i, MASKED, EVICTION, TILE).to(acc)
-        return activation_backward(dy, z, param, ACTIVATION)
+        g = activation_backward(dy, z, param, ACTIVATION)
+    return tl.where(inside(run, i, TILE), g, 0.0) if MASKED else g
 
 
 @triton.jit
@@ -123,14 +127,15 @@ def apply_run_backward(
 ):  # fmt: skip
     """Computes dx and the residual's gradient of a run."""
     acc: tl.constexpr = affine.mean.dtype
-    for i in range(0, run.whole):
+    for i in range(run.whole, run.rest):
         dy = load_tile(DY, run, i, False, EVICTION, TILE).to(acc)
         centred = load_tile(X, run, i, False, EVICTION, TILE).to(acc) - affine.mean
         g = gradient_of(
             dy, centred, R, Mask, affine, param, run, i, sizes, ACTIVATION, False, EVICTION, TILE
         )
         store_gradients(g, centred, affine, constant, slope, DX, DR, run, i, False, EVICTION, TILE)
-    for i in range(run.whole, run.tiles):
+    for j in range(0, masked_tiles(run)):
+        i = masked_tile(j, run)
         dy = load_tile(DY, run, i, True, EVICTION, TILE).to(acc)
         centred = centre(load_tile(X, run, i, True, EVICTION, TILE), affine.mean, run, i, TILE)
         g = gradient_of(
@@ -170,14 +175,15 @@ def store_partial_sums(
     acc: tl.constexpr = affine.mean.dtype
     sums = tl.zeros((BLOCK_N, BLOCK_Q), acc)
     products = tl.zeros((BLOCK_N, BLOCK_Q), acc)
-    for i in range(0, run.whole):
+    for i in range(run.whole, run.rest):
         dy = load_tile(DY, run, i, False, EVICTION, TILE).to(acc)
         centred = load_tile(X, run, i, False, EVICTION, TILE).to(acc) - affine.mean
         sums, products = add_sums(
             dy, centred, R, Mask, DX, DR, affine, param, run, i, sizes, sums, products,
             ACTIVATION, False, EVICTION, TILE,
         )  # fmt: skip
-    for i in range(run.whole, run.tiles):
+    for j in range(0, masked_tiles(run)):
+        i = masked_tile(j, run)
         dy = load_tile(DY, run, i, True, EVICTION, TILE).to(acc)
         centred = centre(load_tile(X, run, i, True, EVICTION, TILE), affine.mean, run, i, TILE)
         sums, products = add_sums(

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .addressing import blocks_of, per_channel
+from .addressing import blocks_of, per_channel, plane_extent, rows_inside
 from .tiling import MASK_BITS
 
 _BITS = tl.constexpr(MASK_BITS)
@@ -205,21 +205,23 @@ def unpack(packed, TILE: tl.constexpr):
 def mask_at(run, i, sizes, TILE: tl.constexpr):
     """Returns where the packed signs of the run's i-th tile lie, and which are inside the array.
 
-    A row of the input, or in the layout "planes" a plane, begins with a new byte.
+    A row of the input, or in the layouts of one channel a plane, begins with a new byte.
     """
     BLOCK_N: tl.constexpr = TILE.n
     BYTES: tl.constexpr = TILE.q // _BITS
     n, byte = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BYTES)[None, :]
-    if TILE.layout == "planes":
-        plane = blocks_of(sizes.S, _BITS)
+    if TILE.layout == "planes" or TILE.layout == "flat":
+        plane = blocks_of(plane_extent(sizes, TILE), _BITS)
         row = sizes.C * plane
         start = run.first_row * row + run.group * plane + run.first_column // _BITS + i * BYTES
-        rows, columns = run.rows, run.columns - i * TILE.q
+        columns = run.columns - i * TILE.q
     else:
         row = blocks_of(sizes.Q, _BITS)
         start = (run.first_row + i * BLOCK_N) * row + run.first_column // _BITS
-        rows, columns = run.rows - i * BLOCK_N, run.columns
-    return start + (n * row + byte), (n < rows) & (byte < blocks_of(columns, _BITS))
+        columns = run.columns
+    if TILE.layout == "flat":
+        n, byte = n // run.pieces, n % run.pieces + byte
+    return start + (n * row + byte), rows_inside(run, i, TILE) & (byte < blocks_of(columns, _BITS))
 
 
 @triton.jit

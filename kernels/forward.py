@@ -19,8 +19,11 @@ from .addressing import (
     channels_of,
     find_run,
     groups_of,
+    inside,
     load_tile,
     load_whole,
+    masked_tile,
+    masked_tiles,
     share_of,
     sizes_of,
     store_tile,
@@ -95,25 +98,26 @@ def store_partial_moments(
     BLOCK_N: tl.constexpr = TILE.n
     BLOCK_Q: tl.constexpr = TILE.q
     x = load_tile(X, run, 0, True, EVICTION, TILE)
+    second = tl.maximum(run.whole, 1)
+    following = load_whole(X, run, second, EVICTION, TILE)
     channels = channels_of(run, sizes, TILE)
     near = typical_values(X, channels, sizes, acc)
     # Take the mean of differences from such a value: sums of large values might overflow, and a
     # constant channel has no differences.
-    differences = centre(x, near, run, 0, TILE)
-    size: tl.constexpr = BLOCK_N * BLOCK_Q if TILE.layout == "planes" else BLOCK_N
+    part: tl.constexpr = 1.0 / (BLOCK_N * BLOCK_Q if TILE.layout == "planes" else BLOCK_N)
+    differences = tl.fma(x.to(acc), part, -part * near)
+    differences = tl.where(inside(run, 0, TILE), differences, 0.0)
     count = values_of(run, 1, TILE).to(acc)
-    shift = near + sum_rows(differences * (1.0 / size), TILE) / (count / size)
+    shift = near + sum_rows(differences, TILE) / (count * part)
 
-    # The first tile is in registers: it is added here if it is masked, else in the first loop.
-    sums = tl.where(run.whole > 0, 0.0, centre(x, shift, run, 0, TILE))
+    sums = centre(x, shift, run, 0, TILE)
     squares = sums * sums
-    following = x.to(acc) - shift
-    for i in range(0, run.whole):
-        away = following
-        following = load_whole(X, run, i + 1, EVICTION, TILE).to(acc) - shift
+    for i in range(second, run.rest):
+        away = following.to(acc) - shift
+        following = load_whole(X, run, i + 1, EVICTION, TILE)
         sums += away
         squares = tl.fma(away, away, squares)
-    for i in range(tl.maximum(run.whole, 1), run.tiles):
+    for i in range(tl.maximum(run.rest, 1), run.tiles):
         away = centre(load_tile(X, run, i, True, EVICTION, TILE), shift, run, i, TILE)
         sums += away
         squares = tl.fma(away, away, squares)
@@ -165,7 +169,10 @@ def store_output(
     y = activate(z, tl.full((), param, z.dtype), ACTIVATION)
     store_tile(Y, y, run, i, MASKED, EVICTION, TILE)
     if Mask is not None:
-        packed = pack(is_positive(z, ACTIVATION), TILE)
+        positive = is_positive(z, ACTIVATION)
+        if MASKED:
+            positive = positive & inside(run, i, TILE)
+        packed = pack(positive, TILE)
         store_mask(Mask, packed, run, i, sizes, MASKED, EVICTION, TILE)
 
 
@@ -174,19 +181,20 @@ def apply_run(
     x, X, R, Y, Mask, affine, param, run, sizes, ACTIVATION: tl.constexpr, EVICTION: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Computes the output of a run, of whose input the first tile is given, if it is whole.
+    """Computes the output of a run, of whose input the first whole tile is given.
 
     The next tile's load is on its way while a tile is computed.
     """
     acc: tl.constexpr = affine.mean.dtype
     following = x.to(acc) - affine.mean
-    for i in range(0, run.whole):
+    for i in range(run.whole, run.rest):
         centred = following
         following = load_whole(X, run, i + 1, EVICTION, TILE).to(acc) - affine.mean
         store_output(
             centred, R, Y, Mask, affine, param, run, i, sizes, ACTIVATION, False, EVICTION, TILE
         )
-    for i in range(run.whole, run.tiles):
+    for j in range(0, masked_tiles(run)):
+        i = masked_tile(j, run)
         centred = centre(load_tile(X, run, i, True, EVICTION, TILE), affine.mean, run, i, TILE)
         store_output(
             centred, R, Y, Mask, affine, param, run, i, sizes, ACTIVATION, True, EVICTION, TILE
@@ -253,6 +261,6 @@ def bn_apply_fwd_kernel(
     acc = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
     group, tile, split = share_of(tl.num_programs(0) - 1 - tl.program_id(0), sizes, TILE)
     run = find_run(group, tile, split, sizes, TILE)
-    x = load_whole(X, run, 0, "", TILE)
+    x = load_whole(X, run, run.whole, "", TILE)
     affine = affine_of(Statistics, Var, W, B, eps, channels_of(run, sizes, TILE), C, acc, "")
     apply_run(x, X, R, Y, Mask, affine, param, run, sizes, ACTIVATION, "", TILE)

@@ -11,18 +11,18 @@ from .tiling import WARPS, Tile
 # By phase and layout of tiles: instructions of a thread for each element in the loop over
 # tiles, and for each run outside of it.
 INSTRUCTIONS = {
-    ("moments", "planes"): (5.9, 870),
-    ("moments", "channels"): (6.0, 1050),
-    ("moments", "columns"): (5.9, 1760),
-    ("output", "planes"): (6.0, 350),
-    ("output", "channels"): (6.6, 370),
+    ("moments", "planes"): (6.3, 950),
+    ("moments", "channels"): (6.3, 820),
+    ("moments", "columns"): (6.3, 1560),
+    ("output", "planes"): (6.5, 440),
+    ("output", "channels"): (6.6, 400),
     ("output", "columns"): (6.6, 450),
-    ("sums", "planes"): (9.9, 475),
-    ("sums", "channels"): (10.6, 570),
-    ("sums", "columns"): (10.6, 980),
-    ("gradient", "planes"): (10.7, 290),
+    ("sums", "planes"): (10.0, 530),
+    ("sums", "channels"): (10.6, 600),
+    ("sums", "columns"): (10.6, 960),
+    ("gradient", "planes"): (10.9, 370),
     ("gradient", "channels"): (11.7, 380),
-    ("gradient", "columns"): (11.7, 440),
+    ("gradient", "columns"): (11.7, 460),
 }
 
 # What a residual adds to the loops of output and gradient.

@@ -7,7 +7,7 @@ and in the layout "columns" also which of the tiles that a channel's plane is cu
 import triton
 import triton.language as tl
 
-from .addressing import blocks_of, per_channel
+from .addressing import lead_of, per_channel, pieces_of_run
 
 # In the layout "columns" so many channels are summed up at a time.
 _CHANNELS = tl.constexpr(8)
@@ -15,9 +15,9 @@ _CHANNELS = tl.constexpr(8)
 
 @triton.jit
 def sum_rows(x, TILE: tl.constexpr):
-    """Sums a tile to its columns, or in the layout "planes" to its channel."""
+    """Sums a tile to its columns, or in the layouts of one channel to that."""
     total = tl.sum(x, axis=0, keep_dims=True)
-    if TILE.layout == "planes":
+    if TILE.layout == "planes" or TILE.layout == "flat":
         total = tl.sum(total, axis=1, keep_dims=True)
     return total
 
@@ -133,30 +133,39 @@ def store_sums(P, Products, sums, products, channels, run, sizes, TILE: tl.const
 
 @triton.jit
 def exist(run, values):
-    """Says which of a run's values, one a column or a single one, belong to existing channels."""
-    return tl.arange(0, values.shape[1])[None, :] < run.columns
+    """Says which of a run's values, one a column or a single one, belong to existing channels.
+
+    The channel of a plane exists, even if the run has none of its columns.
+    """
+    return tl.arange(0, values.shape[1])[None, :] < tl.maximum(run.columns, 1)
 
 
 @triton.jit
-def values_of_split(split, sizes, TILE: tl.constexpr):
-    """Returns how many values the run of a split has in a column, or in a plane."""
+def values_of_split(split, channel, sizes, TILE: tl.constexpr):
+    """Returns how many values the run of a split has in a column, or of a channel."""
     if TILE.layout == "planes":
-        pieces = blocks_of(blocks_of(sizes.S, TILE.q), sizes.length)
-        rows = tl.minimum(sizes.N - tl.cast(split // pieces, tl.int64) * TILE.n, TILE.n)
-        first = tl.cast(split % pieces, tl.int64) * sizes.length * TILE.q
-        return rows * tl.minimum(sizes.S - first, tl.cast(sizes.length, tl.int64) * TILE.q)
+        runs = pieces_of_run(sizes, TILE)
+        rows = tl.minimum(sizes.N - tl.cast(split // runs, tl.int64) * TILE.n, TILE.n)
+        lead = lead_of(channel, sizes, TILE).to(tl.int64)
+        size = tl.cast(sizes.length, tl.int64) * TILE.q
+        first = tl.cast(split % runs, tl.int64) * size
+        columns = tl.minimum(sizes.S + lead, first + size) - tl.maximum(first, lead)
+        return rows * tl.maximum(columns, 0)
     else:
         first = tl.cast(split, tl.int64) * sizes.length * TILE.n
         return tl.minimum(sizes.N - first, tl.cast(sizes.length, tl.int64) * TILE.n)
 
 
 @triton.jit
-def values_of_row(row, channel, sizes, acc: tl.constexpr, TILE: tl.constexpr):
-    """Returns how many values a row of partial results has of a channel: 0 if it was not stored."""
+def values_of_row(row, c, first, sizes, acc: tl.constexpr, TILE: tl.constexpr):
+    """Returns how many values a row of partial results has of the channels c, 0 if none.
+
+    `first` is the first channel of their group.
+    """
     pieces = pieces_of_plane(sizes, TILE)
-    count = values_of_split(row // pieces, sizes, TILE).to(acc)
+    count = values_of_split(row // pieces, c, sizes, TILE).to(acc)
     if TILE.layout == "columns":
-        count = count * columns_of_piece(row % pieces, channel, sizes, TILE).to(acc)
+        count = count * columns_of_piece(row % pieces, c - first, sizes, TILE).to(acc)
     return count
 
 
@@ -175,9 +184,9 @@ def merge_partials(Means, M2s, first, end, c, sizes, acc: tl.constexpr, TILE: tl
     """
     MERGE: tl.constexpr = TILE.merge_rows
     WIDTH: tl.constexpr = TILE.merge_channels
-    local, rows = c - first, rows_of(sizes, TILE)
+    rows = rows_of(sizes, TILE)
     row = tl.arange(0, MERGE)[:, None]
-    counts = tl.where(row < rows, values_of_row(row, local, sizes, acc, TILE), 0.0)
+    counts = tl.where(row < rows, values_of_row(row, c, first, sizes, acc, TILE), 0.0)
     means = load_partials(Means, row, c, (counts > 0) & (c < end), sizes)
     shares = counts / tl.sum(counts, axis=0, keep_dims=True)
     about = tl.sum(shares * means, axis=0, keep_dims=True)
@@ -186,7 +195,7 @@ def merge_partials(Means, M2s, first, end, c, sizes, acc: tl.constexpr, TILE: tl
     m2 = tl.zeros((MERGE, WIDTH), acc)
     for some in range(0, rows, MERGE):
         row = some + tl.arange(0, MERGE)[:, None]
-        counts = tl.where(row < rows, values_of_row(row, local, sizes, acc, TILE), 0.0)
+        counts = tl.where(row < rows, values_of_row(row, c, first, sizes, acc, TILE), 0.0)
         stored = (counts > 0) & (c < end)
         away = load_partials(Means, row, c, stored, sizes) - about
         weighted += counts * away

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from .device import Device
-from .tiling import FIXED_TILES, PROGRAMS_PER_SM, Problem, Tile, group_width
+from .tiling import FIXED_TILES, PROGRAMS_PER_SM, Problem, Tile, group_width, plane_extent
 
 # The last program to arrive merges all partial results of a group, alone, so there is a limit to
 # how often it may load some. 31 bits must be able to count all partial results.
@@ -69,10 +69,10 @@ def filling_pass(problem: Problem, device: Device, reads: float, tile: Tile) -> 
     at_once = PROGRAMS_PER_SM * device.sm_count
     along, least = tiles_along(problem, tile), least_length(problem, tile, reads)
     side_by_side = make_pass(problem, tile, width, along).programs(problem)
-    most = min(along, max(1, MAX_WAVES * at_once // side_by_side))
     fewest = -(-along // LONGEST_RUN)
-    splits = range(fewest, max(fewest, most) + 1)
-    lengths = sorted({max(least, -(-along // split)) for split in splits})
+    # As many runs as so many waves have programs for.
+    splits = {min(along, waves * at_once // side_by_side) for waves in range(1, MAX_WAVES + 1)}
+    lengths = sorted({max(least, -(-along // max(fewest, split))) for split in splits})
 
     def time(found: Pass) -> int:
         waves = -(-found.programs(problem) // at_once)
@@ -84,7 +84,7 @@ def filling_pass(problem: Problem, device: Device, reads: float, tile: Tile) -> 
 def tiles_along(problem: Problem, tile: Tile) -> int:
     """Returns how many tiles lie one after the other in the direction of a run."""
     if tile.layout == "planes":
-        return -(-problem.s // tile.q)
+        return -(-plane_extent(problem) // tile.q)
     return -(-problem.n // tile.n)
 
 

@@ -18,7 +18,6 @@ from .tiling import (
     Tile,
     choose_tile,
     group_width,
-    resident_fits,
     resident_tile,
     warps_of,
 )
@@ -135,7 +134,7 @@ def schedules(problem: Problem, device: Device, backward: bool) -> dict[str, Sch
     if not problem.training:
         return {"fixed-stats": fixed_stats(problem, device, backward)}
     found = {"two-pass": two_pass(problem, device, backward)}
-    if resident_fits(problem):
+    if resident_tile(problem):
         found["resident"] = resident(problem, device, backward)
     tickets = ticketed(problem, device, backward)
     columns = min(tickets.reduce.width, problem.c * problem.s)
@@ -181,6 +180,7 @@ def resident(problem: Problem, device: Device, backward: bool) -> Schedule:
     programs leave multiprocessors idle, and a busy one can't use the whole bandwidth.
     """
     tile, units = resident_tile(problem), _once(problem, backward)
+    assert tile is not None
     only = Pass(tile, group_width(problem, tile), length=1, splits=1)
     programs = only.programs(problem)
     # 16 warps that hold 8192 values and as many results take all registers.

@@ -7,7 +7,7 @@ and written once, in one launch.
 import triton
 import triton.language as tl
 
-from .addressing import SIZES, centre, channels_of, find_run, load_tile, sizes_of
+from .addressing import SIZES, centre, channels_of, find_run, inside, load_tile, sizes_of
 from .backward import coefficients, gradient_of, store_gradients, store_parameter_gradients
 from .epilogue import affine_of, scaled
 from .forward import averaging_factor, count_batch, store_output, store_statistics
@@ -48,7 +48,7 @@ def bn_resident_fwd_kernel(
     x = load_tile(X, run, 0, True, "", TILE).to(acc)
     count = (tl.cast(N, tl.int64) * S).to(acc)
     # The first mean is rounded; the mean of the differences from it corrects that.
-    about = sum_rows(x * (1.0 / count), TILE)
+    about = sum_rows(tl.where(inside(run, 0, TILE), x, 0.0) * (1.0 / count), TILE)
     away = centre(x, about, run, 0, TILE)
     correction = sum_rows(away, TILE) / count
     centred = centre(away, correction, run, 0, TILE)

@@ -83,7 +83,7 @@ def bn_ticketed_fwd_kernel(
             run = find_run(group, tile, split, here, TILE)
             if applies:
                 # The input is on its way while the program waits.
-                x = load_whole(X, run, 0, "evict_first", TILE)
+                x = load_whole(X, run, run.whole, "evict_first", TILE)
                 wait_for_flag(Tickets + 1 + group, generation)
                 channels = channels_of(run, here, TILE)
                 affine = affine_of(Statistics, None, W, B, 0.0, channels, C, acc, ".cg")

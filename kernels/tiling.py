@@ -8,7 +8,7 @@ tiles lie in that array.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd
 
@@ -33,20 +33,25 @@ MAX_REGISTERS = 255  # of a thread
 MAX_ACCESSES = 8
 
 # A resident program holds a whole group of channels in registers, 16 values a thread: with 32,
-# odd sizes would spill. Channels last, its rows have one memory sector; else it holds one channel.
-RESIDENT_ELEMENTS = 8192
+# odd sizes would spill. Two sizes of tiles serve all problems, so that ever new sizes don't
+# compile ever new kernels. Channels last, rows of a tile have one memory sector; else a tile has
+# one channel.
+RESIDENT_ELEMENTS = (2048, 8192)
 RESIDENT_THREAD_ELEMENTS = 16
 SECTOR_BYTES = 32
 
-# A row of a tile should be at least this long in memory: four 128-byte lines.
+# A row of a tile should be at least this long in memory: four 128-byte lines. Tiles within planes
+# are of one row where the input has few.
 ROW_BYTES = 512
+FEW_ROWS = 8
+
+# Planes shorter than two rows of tiles lie side by side in tiles, if there are enough rows for
+# runs that make up for what a run does once.
+MANY_ROWS = 64
 
 # What a run does once, to load parameters, to reduce and to store, takes as many instructions
 # as this many of its tiles, by the tiles' layout.
 FIXED_TILES = {"channels": 4, "columns": 6, "planes": 3}
-
-# Tiles of a run, if there are so many one after the other, by which layouts are compared.
-TYPICAL_RUN = 8
 
 # The forward packs eight signs into a byte along the contiguous axis.
 MASK_BITS = 8
@@ -99,7 +104,8 @@ class Tile:
 
     Attributes:
         n, q: rows and columns of the tile, powers of two.
-        layout: "channels", "columns" or "planes", of which `addressing.py` says how tiles lie.
+        layout: "channels", "columns", "planes" or "flat", of which `addressing.py` says how tiles
+            lie.
         align: every row of a tile begins at a multiple of this.
         merge_rows, merge_channels: how many partial results are merged at a time.
     """
@@ -122,86 +128,74 @@ class Tile:
 
 @lru_cache(maxsize=4096)
 def choose_tile(problem: Problem, device: Device, row_bytes: int = ROW_BYTES) -> Tile:
-    """Returns the tile that takes the fewest instructions.
+    """Returns the tile of a pass. Sizes of images have little influence: few tiles, few kernels.
 
     Args:
         problem: the problem to cut up.
         device: the device, which says how many bytes a tile has.
         row_bytes: length of a tile's rows in memory, if channels are last.
     """
-    if problem.s == 1:
-        align = _align(problem.c, problem.itemsize)
-        elements = _elements(problem, device, align)
-        wanted = max(MASK_BITS, row_bytes // problem.itemsize)
-        q = min(wanted, max(MASK_BITS, power_of_2(problem.c)), elements)
-        return _make(problem, "channels", elements // q, q, align)
-    candidates = []
+    align = alignment(problem)
+    elements = _elements(problem, device, align)
     row = ROW_BYTES // problem.itemsize
-    if _planes_serve(problem):
-        # A thread moves 16 bytes at once or one element: few alignments make few kernels.
-        align = _align(problem.s, problem.itemsize) if problem.c * problem.s < 2**31 else 1
-        align = align if align * problem.itemsize == ACCESS_BYTES else 1
-        elements = _elements(problem, device, align)
-        longest = max(MASK_BITS, min(elements, power_of_2(problem.s)))
-        rows = {longest, min(longest, 4 * row), min(longest, row)}
-        candidates += [
-            _make(problem, "planes", elements // q, q, align) for q in sorted(rows, reverse=True)
-        ]
-    if _columns_serve(problem):
-        align = _align(problem.c * problem.s, problem.itemsize)
-        elements = _elements(problem, device, align)
-        q = min(elements, row if problem.n * row >= elements else 4 * row)
-        candidates.append(_make(problem, "columns", elements // q, q, align))
-    return min(candidates, key=lambda tile: _instructions(problem, tile))
-
-
-def _columns_serve(problem: Problem) -> bool:
-    """Says whether rows begin aligned, and a packed mask may run along them."""
-    planes_of_bits = problem.saves == "mask" and not mask_by_rows(problem)
-    return _whole_bytes(problem) and not planes_of_bits
-
-
-def _planes_serve(problem: Problem) -> bool:
-    """Says whether there is no packed mask that must run along whole rows."""
-    return problem.saves != "mask" or problem.s % MASK_BITS == 0 or not mask_by_rows(problem)
-
-
-def mask_by_rows(problem: Problem) -> bool:
-    """Says whether the bits of a packed mask run along rows and not along planes.
-
-    If planes are whole bytes, the two are the same. The resident kernels need planes.
-    """
-    return _whole_bytes(problem) and not resident_fits(problem)
-
-
-def _whole_bytes(problem: Problem) -> bool:
-    """Says whether groups of channels are whole bytes of a mask, and not too wide."""
-    return problem.c * problem.s % MASK_BITS == 0 and problem.s <= MAX_WIDTH // MASK_BITS
-
-
-def _make(problem: Problem, layout: str, n: int, q: int, align: int) -> Tile:
-    """Returns a tile whose offsets kernels can count in 32 bits."""
+    if problem.s == 1:
+        layout = "channels"
+        wanted = max(MASK_BITS, row_bytes // problem.itemsize)
+        q = min(wanted, max(MASK_BITS, power_of_2(problem.c)))
+    else:
+        layout = "columns" if planes_side_by_side(problem) else "planes"
+        q = row
+        if problem.n < FEW_ROWS:
+            # A thread has parameters for each of its columns, and too few registers for 32.
+            q = elements if layout == "planes" else elements // 2
+    q = min(q, elements)
+    n = elements // q
+    # Kernels count a tile's offsets in 32 bits.
     while n > 1 and n * problem.c * problem.s >= 2**31:
         n //= 2
     # Sums of float64 take twice as many registers.
-    elements = MERGE_ELEMENTS * 4 // max(4, problem.itemsize)
+    merged = MERGE_ELEMENTS * 4 // max(4, problem.itemsize)
     channels = {"channels": q, "columns": MERGE_CHANNELS, "planes": 1}[layout]
     channels = min(channels, power_of_2(problem.c))
-    return Tile(max(1, n), q, layout, align, max(1, elements // channels), channels)
+    return Tile(n, q, layout, align, max(1, merged // channels), channels)
 
 
-def _instructions(problem: Problem, tile: Tile) -> float:
-    """Returns how many instructions a run of tiles takes for each element, in arbitrary units."""
-    if tile.layout == "planes":
-        across, along = -(-problem.n // tile.n), -(-problem.s // tile.q)
-        lanes = across * along * tile.elements / (problem.n * problem.s)
-    else:
-        along = -(-problem.n // tile.n)
-        width = group_width(problem, tile)
-        lanes = along * tile.n / problem.n * -(-width // tile.q) * tile.q / width
-    # A tile with narrow accesses has more instructions of its own.
-    narrow = ACCESS_BYTES / tile.access_bytes(problem.itemsize)
-    return lanes * (narrow + FIXED_TILES[tile.layout] / min(along, TYPICAL_RUN))
+def alignment(problem: Problem) -> int:
+    """Returns how many elements a thread may move at once.
+
+    Where rows begin aligned, tiles do too: in the layout "planes" a plane's first tile begins up
+    to so many elements before the plane.
+    """
+    full = ACCESS_BYTES // problem.itemsize
+    columns = problem.c * problem.s
+    if columns >= 2**31:
+        # Kernels multiply by the alignment in 32-bit arithmetic.
+        return 1
+    align = min(full, columns & -columns)
+    # Channels last, a network has one alignment; else sizes of images would make for many.
+    return align if problem.s == 1 or align == full else 1
+
+
+def planes_side_by_side(problem: Problem) -> bool:
+    """Says whether the layout is "columns": small planes, and groups of channels whole bytes.
+
+    With fixed statistics runs do little once, so that few rows will do. A packed mask must lie
+    alike with fixed and with batch statistics.
+    """
+    many = problem.n >= MANY_ROWS or not (problem.training or problem.saves == "mask")
+    small = 1 < problem.s < 2 * ROW_BYTES // problem.itemsize
+    return many and small and problem.c * problem.s % MASK_BITS == 0
+
+
+def mask_by_rows(problem: Problem) -> bool:
+    """Says whether the bits of a packed mask run along rows and not along planes."""
+    return problem.s == 1 or planes_side_by_side(replace(problem, saves="mask"))
+
+
+def plane_extent(problem: Problem) -> int:
+    """Returns the elements of a plane and of what may lie before it in its first tile."""
+    align = alignment(problem)
+    return problem.s + align - gcd(problem.s, align)
 
 
 @lru_cache(maxsize=4096)
@@ -209,7 +203,7 @@ def group_width(problem: Problem, tile: Tile, most: int = MAX_WIDTH) -> int:
     """Returns the columns of a group of channels, no more than `most` if that is possible."""
     if tile.layout == "channels":
         return tile.q
-    if tile.layout == "planes":
+    if tile.layout in ("planes", "flat"):
         return problem.s
     # A group ends where a channel, an access and a byte of the mask end.
     step = problem.s * MASK_BITS // gcd(problem.s, MASK_BITS)
@@ -226,27 +220,25 @@ def _waste(width: int, q: int) -> float:
     return -(-width // q) * q / width - 1
 
 
-def resident_tile(problem: Problem) -> Tile:
-    """Returns a tile of all values of one channel, or if channels are last of a sector's."""
-    if problem.s == 1:
-        layout, q = "channels", max(MASK_BITS, SECTOR_BYTES // problem.itemsize)
-        align = _align(problem.c, problem.itemsize)
-    else:
-        layout, q = "planes", max(MASK_BITS, power_of_2(problem.s))
-        align = _align(problem.s, problem.itemsize)
-    return Tile(power_of_2(problem.n), q, layout, align, merge_rows=1, merge_channels=1)
+def resident_tile(problem: Problem) -> Tile | None:
+    """Returns a tile of all values of one channel, or if channels are last of a sector's.
 
-
-def resident_fits(problem: Problem) -> bool:
-    """Says whether a program can hold a group of channels in its registers.
-
-    Float64 takes twice as many registers, which a thread does not have.
+    Returns None where no program can hold so many values in its registers, or where channels
+    would share bytes of a packed mask. Float64 takes twice as many registers as there are.
     """
-    if problem.itemsize == 8 or problem.n * problem.s > RESIDENT_ELEMENTS:
-        return False
-    tile = resident_tile(problem)
-    reach = (tile.n - 1) * problem.c * problem.s + tile.q
-    return tile.elements <= RESIDENT_ELEMENTS and reach < 2**31
+    if problem.itemsize == 8:
+        return None
+    if problem.saves == "mask" and planes_side_by_side(problem) and problem.s % MASK_BITS:
+        return None
+    if problem.s == 1:
+        layout, q, pieces = "channels", max(MASK_BITS, SECTOR_BYTES // problem.itemsize), 1
+    else:
+        layout, q, pieces = "flat", MASK_BITS, -(-plane_extent(problem) // MASK_BITS)
+    for elements in RESIDENT_ELEMENTS:
+        tile = Tile(elements // q, q, layout, alignment(problem), 1, 1)
+        if problem.n * pieces <= tile.n and -(-tile.n // pieces) * problem.c * problem.s < 2**31:
+            return tile
+    return None
 
 
 def warps_of(tile: Tile, strategy: str) -> int:
@@ -260,12 +252,6 @@ def registers_of(warps: int, strategy: str) -> int:
     """Returns how many registers a thread may have for programs to fit as planned."""
     programs = 1 if strategy == "resident" else PROGRAMS_PER_SM
     return min(MAX_REGISTERS, REGISTERS // (32 * warps * programs))
-
-
-def _align(extent: int, itemsize: int) -> int:
-    """Returns the elements that are accessed at once where rows have this length."""
-    # Kernels multiply the extent by its alignment in 32-bit arithmetic.
-    return min(ACCESS_BYTES // itemsize, extent & -extent) if extent < 2**31 else 1
 
 
 def _elements(problem: Problem, device: Device, align: int) -> int:

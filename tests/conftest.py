@@ -128,6 +128,8 @@ def tiny_tiles(monkeypatch, few_programs, replan):
     device = replace(INTERPRETER, tile_bytes=256)
     monkeypatch.setattr(execution_plan, "device_facts", lambda _: device)
     monkeypatch.setattr(tiling, "ROW_BYTES", 64)
+    monkeypatch.setattr(tiling, "FEW_ROWS", 3)
+    monkeypatch.setattr(tiling, "MANY_ROWS", 12)
     monkeypatch.setattr(tiling, "MERGE_ELEMENTS", 16)
     monkeypatch.setattr(tiling, "MERGE_CHANNELS", 4)
     for module in (passes, plan, execution_plan):

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from fastbn.kernels.addressing import (
+    accessible,
     channels_of,
     find_run,
     groups_of,
@@ -14,7 +15,9 @@ from fastbn.kernels.addressing import (
     share_of,
     sizes_of,
     tiles_of_group,
+    values_of,
 )
+from fastbn.kernels.moments import values_of_split
 from fastbn.kernels.tiling import MASK_BITS, MAX_WIDTH, Tile
 
 from . import gpu_checks
@@ -22,48 +25,67 @@ from . import gpu_checks
 
 @triton.jit
 def locate(
-    Out, Channels, Numbers, N, C, S, Q, width, length, group, tile, split, TILE: tl.constexpr
-):
-    """Writes each element's offset, or -1 outside the array; channels; and numbers of tiles."""
+    Out, Loaded, Channels, Numbers, N, C, S, Q, width, length, group, tile, split,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Writes offsets of elements that are a run's own and of those that are loaded, else -1;
+    channels; and numbers of tiles and values.
+    """
     n = tl.arange(0, TILE.n)[:, None]
     q = tl.arange(0, TILE.q)[None, :]
     sizes = sizes_of(N, C, S, Q, width, length, 1, TILE)
     run = find_run(group, tile, split, sizes, TILE)
     for i in range(0, run.tiles):
         at = run.start + i * run.step + run.offsets
-        out = Out + (i * TILE.n + n) * TILE.q + q
-        tl.store(out, tl.where(inside(run, i, TILE), at, -1))
+        to = (i * TILE.n + n) * TILE.q + q
+        tl.store(Out + to, tl.where(inside(run, i, TILE), at, -1))
+        tl.store(Loaded + to, tl.where(accessible(run, i, TILE), at, -1))
     tl.store(Channels + q, channels_of(run, sizes, TILE) + 0 * q)
     tl.store(Numbers, run.tiles)
     tl.store(Numbers + 1, run.whole)
-    tl.store(Numbers + 2, groups_of(sizes))
-    tl.store(Numbers + 3, tiles_of_group(sizes, TILE))
+    tl.store(Numbers + 2, run.rest)
+    tl.store(Numbers + 3, groups_of(sizes))
+    tl.store(Numbers + 4, tiles_of_group(sizes, TILE))
+    if TILE.layout != "flat":
+        tl.store(Numbers + 5, values_of(run, run.tiles, TILE))
+        tl.store(Numbers + 6, values_of_split(split, group, sizes, TILE))
+
+
+def leads(n, c, s, tile):
+    """How many columns before a plane are in its first tile: of each of eight channels."""
+    return [g * s % tile.align for g in range(min(c, 8))]
 
 
 def expected(n, c, s, width, length, group, tile, split, tiling):
     """The same in plain Python: offsets of the run's tiles, and channels of its columns."""
-    columns = c * s
-    if tiling.layout == "planes":
-        along = -(-s // tiling.q)
-        pieces = -(-along // length)
-        row, first = split // pieces * tiling.n, split % pieces * length
-        tiles = range(first, min(first + length, along))
-        corners = [(row, group * s + t * tiling.q, (group + 1) * s) for t in tiles]
+    columns, size = c * s, tiling.q
+    if tiling.layout in ("planes", "flat"):
+        begin, end = group * s, (group + 1) * s
+        first = begin - begin % tiling.align
+        along = -(-(s + max(leads(n, c, s, tiling))) // size)
+        # Rows and first columns of the run's rows of tiles.
+        if tiling.layout == "flat":
+            corners = [[(k // along, first + k % along * size) for k in range(tiling.n)]]
+        else:
+            pieces = -(-along // length)
+            row, piece = split // pieces * tiling.n, split % pieces * length
+            starts = range(first + piece * size, min(first + (piece + length) * size, end), size)
+            corners = [[(row + i, start) for i in range(tiling.n)] for start in starts]
     else:
         along = -(-n // tiling.n)
         tiles = range(split * length, min((split + 1) * length, along))
+        begin = group * width + tile * size
         end = min((group + 1) * width, columns)
-        corners = [(t * tiling.n, group * width + tile * tiling.q, end) for t in tiles]
+        corners = [[(t * tiling.n + i, begin) for i in range(tiling.n)] for t in tiles]
     offsets = [
         [
-            [i * columns + j if i < n and j < end else -1 for j in range(q0, q0 + tiling.q)]
-            for i in range(n0, n0 + tiling.n)
+            [i * columns + j if i < n and begin <= j < end else -1 for j in range(j0, j0 + size)]
+            for i, j0 in rows
         ]
-        for n0, q0, end in corners
+        for rows in corners
     ]
-    first = corners[0][1]
-    end = corners[0][2]
-    channels = [j // s for j in range(first, min(first + tiling.q, end))]
+    channels = [group] if tiling.layout in ("planes", "flat") else []
+    channels = channels or [j // s for j in range(begin, min(begin + size, end))]
     return offsets, channels
 
 
@@ -78,40 +100,74 @@ CASES = [
     (70_000, 64, 1025, 8200, Tile(4, 32, "columns", 8, 1, 1)),
     (9, 8, MAX_WIDTH // 8 - 1, MAX_WIDTH - 8, Tile(2, 64, "columns", 8, 1, 1)),
     (3, 5, 9, 9, Tile(2, 16, "planes", 1, 1, 1)),
+    (5, 8, 49, 49, Tile(2, 16, "planes", 8, 1, 1)),
+    (4, 16, 60, 60, Tile(2, 32, "planes", 8, 1, 1)),
+    # Only some planes reach into a third tile.
+    (5, 8, 63, 63, Tile(2, 32, "planes", 8, 1, 1)),
+    (2, 12, 13, 13, Tile(1, 8, "planes", 4, 1, 1)),
     (5, 3, 64, 64, Tile(1, 16, "planes", 8, 1, 1)),
     (3, 5, 2**30 + 8, 2**30 + 8, Tile(1, 64, "planes", 1, 1, 1)),
+    (1, 8, 2**28 - 1, 2**28 - 1, Tile(1, 64, "planes", 8, 1, 1)),
     (1, 1, 2**32 + 16, 2**32 + 16, Tile(1, 64, "planes", 1, 1, 1)),
     (5, 300_000, 12_345, 12_345, Tile(1, 64, "planes", 1, 1, 1)),
+    (70_000, 8, 12_345, 12_345, Tile(2, 64, "planes", 8, 1, 1)),
     (1, 2, 2**30 - 16, 2**30 - 16, Tile(1, 64, "planes", 8, 1, 1)),
+    (3, 8, 49, 49, Tile(32, 8, "flat", 8, 1, 1)),
+    (5, 16, 8, 8, Tile(8, 8, "flat", 8, 1, 1)),
+    (4, 4, 7, 7, Tile(16, 8, "flat", 4, 1, 1)),
+    (3, 5, 9, 9, Tile(8, 8, "flat", 1, 1, 1)),
 ]
 
 
 @pytest.mark.parametrize("length", [1, 3])
 @pytest.mark.parametrize(("n", "c", "s", "width", "tile"), CASES)
 def test_runs(n, c, s, width, tile, length, device):
+    length = 1 if tile.layout == "flat" else length
     groups = -(-c * s // width)
     columns = -(-width // tile.q) if tile.layout == "columns" else 1
-    along = -(-s // tile.q) if tile.layout == "planes" else -(-n // tile.n)
-    splits = -(-along // length) * (-(-n // tile.n) if tile.layout == "planes" else 1)
+    splits = -(-n // (tile.n * length))
+    if tile.layout == "planes":
+        along = -(-(s + max(leads(n, c, s, tile))) // tile.q)
+        splits = -(-along // length) * -(-n // tile.n)
+    elif tile.layout == "flat":
+        splits = 1
     for group, column, split in {
         (0, 0, 0),
+        (min(1, groups - 1), 0, min(1, splits - 1)),
         (groups // 2, columns // 2, splits // 3),
         (groups - 1, 0, splits - 1),
         (groups - 1, (c * s - (groups - 1) * width - 1) // tile.q % columns, splits - 1),
     }:
         out = torch.full((length, tile.n, tile.q), -2, dtype=torch.int64, device=device)
+        loaded = out.clone()
         channels = torch.full((tile.q,), -2, dtype=torch.int64, device=device)
-        numbers = torch.full((4,), -2, dtype=torch.int64, device=device)
+        numbers = torch.full((7,), -2, dtype=torch.int64, device=device)
         locate[(1,)](
-            out, channels, numbers, n, c, s, c * s // tile.align, width // tile.align, length,
-            group, column, split, tile,
+            out, loaded, channels, numbers, n, c, s, c * s, width, length, group, column, split,
+            tile,
         )  # fmt: skip
         offsets, found = expected(n, c, s, width, length, group, column, split, tile)
-        assert out[: len(offsets)].tolist() == offsets
+        tiles, first, rest, *others = numbers.tolist()
+        # The run of a plane that ends before has at most a tile, of which nothing is inside.
+        offsets += [[[-1] * tile.q] * tile.n] * (tiles - len(offsets))
+        assert out[:tiles].tolist() == offsets
         assert channels[: len(found)].tolist() == found
         assert channels.max() < c
-        whole = sum(all(-1 not in row for row in rows) for rows in offsets)
-        assert numbers.tolist() == [len(offsets), whole, groups, columns]
+        assert others[:2] == [groups, columns]
+        whole = [all(-1 not in row for row in rows) for rows in offsets]
+        assert whole == [first <= i < rest for i in range(tiles)]
+        if tile.layout != "flat":
+            values = sum(at >= 0 for rows in offsets for row in rows for at in row)
+            each = len({at % (c * s) for rows in offsets for row in rows for at in row if at >= 0})
+            each = 1 if tile.layout == "planes" else max(each, 1)
+            assert others[2:] == [values // each] * 2
+        # What is loaded has all that is inside, ends with whole accesses, and is in the array.
+        own, loaded = out[:tiles], loaded[:tiles]
+        assert ((loaded == own) | (own == -1)).all()
+        assert ((loaded >= -1) & (loaded < n * c * s)).all()
+        pieces = loaded.view(-1, tile.align)
+        assert ((pieces >= 0).all(1) | (pieces == -1).all(1)).all()
+        assert (pieces[:, 0][pieces[:, 0] >= 0] % tile.align == 0).all()
 
 
 @triton.jit
@@ -149,7 +205,7 @@ def test_every_run_has_a_program(device):
     for program in range(3 * 4 * 2):
         out = torch.full((3,), -1, dtype=torch.int64, device=device)
         tile = Tile(2, 32, "columns", 8, 1, 1)
-        share[(1,)](out, program, 40, 9, 360 // 8, 120 // 8, tile)
+        share[(1,)](out, program, 40, 9, 360, 120, tile)
         found.append(tuple(out.tolist()))
     assert found == [(g, t, s) for s in range(2) for g in range(3) for t in range(4)]
 

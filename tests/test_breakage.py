@@ -39,8 +39,8 @@ BREAKAGES = {
     ),
     "offsets of 32 bits": (
         "kernels/addressing.py",
-        "start = row * sizes.Q + first",
-        "start = row.to(tl.int32) * sizes.Q + first",
+        "start, step = row * sizes.Q + first,",
+        "start, step = row.to(tl.int32) * sizes.Q + first,",
         "tests/test_addressing.py::test_runs",
     ),
     "splits merged without the distance of their means": (
@@ -81,8 +81,8 @@ BREAKAGES = {
     ),
     "the square of a rounding error overflows": (
         "kernels/forward.py",
-        "differences = centre(x, near, run, 0, TILE)",
-        "differences = centre(x, 0.0 * near, run, 0, TILE)",
+        "tl.fma(x.to(acc), part, -part * near)",
+        "tl.fma(x.to(acc), part, 0.0 * near)",
         "tests/test_kernels.py::test_huge_constant_channels",
     ),
     "any cached plan taken for any call": (
@@ -99,7 +99,7 @@ BREAKAGES = {
     ),
     "moments about zero": (
         "kernels/forward.py",
-        "shift = near + sum_rows(differences * (1.0 / size), TILE) / (count / size)",
+        "shift = near + sum_rows(differences, TILE) / (count * part)",
         "shift = 0.0 * near",
         "tests/test_kernels.py::test_hostile_scales",
     ),
@@ -111,8 +111,32 @@ BREAKAGES = {
     ),
     "pieces of planes counted wrongly": (
         "kernels/moments.py",
-        "count = count * columns_of_piece(row % pieces, channel, sizes, TILE).to(acc)",
+        "count = count * columns_of_piece(row % pieces, c - first, sizes, TILE).to(acc)",
         "count = count * tl.minimum(sizes.S, TILE.q)",
+        "tests/test_kernels.py::test_tiles_that_begin_within_planes",
+    ),
+    "columns of the channel before taken for the plane's": (
+        "kernels/addressing.py",
+        "own = own & (q >= tl.where(i == 0, run.lead, 0))",
+        "own = own & (q >= 0)",
+        "tests/test_kernels.py::test_tiles_that_begin_within_planes",
+    ),
+    "values of a plane's runs counted as if it began aligned": (
+        "kernels/moments.py",
+        "lead = lead_of(channel, sizes, TILE).to(tl.int64)",
+        "lead = 0",
+        "tests/test_kernels.py::test_tiles_that_begin_within_planes",
+    ),
+    "no sums stored by runs that have no columns": (
+        "kernels/moments.py",
+        "< tl.maximum(run.columns, 1)",
+        "< run.columns",
+        "tests/test_kernels.py::test_tiles_that_begin_within_planes",
+    ),
+    "accesses stored whole where channels meet": (
+        "kernels/addressing.py",
+        "beyond = (run.lead | run.columns) % TILE.align",
+        "beyond = run.lead * 0",
         "tests/test_kernels.py::test_tiles_that_begin_within_planes",
     ),
     "the last ticket drawn in vain not noticed": (
@@ -196,6 +220,6 @@ def test_broken_copy_fails(breakage, tmp_path):
 
 
 def test_unmodified_copy_passes(tmp_path):
-    line = "    offsets = tl.arange(0, BLOCK_N)[:, None] * sizes.Q + q"
+    line = "    offsets, pieces = n * sizes.Q + q, 0"
     status, output = run(tmp_path, "kernels/addressing.py", line, line, "tests/test_addressing.py")
     assert status == 0, output

@@ -167,6 +167,9 @@ def test_instructions_leave_time_for_memory(rows):
             loop, whole = budget[phase["phase"]]
             more = 1.0 if row["target"] == "sm_90" and COUNTED_WITH_THIS else 1.25
             more *= 1.2 if phase["layout"] == "columns" else 1.0
+            # Ticketed kernels load with policies for the cache, which the compiler makes in
+            # each turn anew: 11 instructions for 32 elements.
+            loop += 0.3 if phase["phase"] == "moments" and "ticketed" in row["kernel"] else 0
             seen.add((phase["phase"], "ticketed" in row["kernel"]))
             assert phase["barriers"] == 0
             turn, all_of_it = phase["loop"], phase["loop"] + phase["fixed"]

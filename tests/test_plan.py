@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -28,7 +29,9 @@ from fastbn.kernels.tiling import (
     Tile,
     choose_tile,
     group_width,
-    resident_fits,
+    mask_by_rows,
+    plane_extent,
+    resident_tile,
     warps_of,
 )
 
@@ -80,8 +83,11 @@ def test_what_always_holds(found):
 
 
 def tiles_along(problem, tile):
-    extent, size = (problem.s, tile.q) if tile.layout == "planes" else (problem.n, tile.n)
-    return math.ceil(extent / size)
+    if tile.layout == "planes":
+        # A plane and the columns before it from where its first access begins.
+        lead = max(c * problem.s % tile.align for c in range(tile.align))
+        return math.ceil((problem.s + lead) / tile.q)
+    return math.ceil(problem.n / tile.n)
 
 
 def check_pass(problem, device, work, resident=False):
@@ -90,13 +96,25 @@ def check_pass(problem, device, work, resident=False):
     for size in (tile.n, tile.q, tile.merge_rows, tile.merge_channels):
         assert size & (size - 1) == 0
     assert (tile.layout == "channels") == (problem.s == 1)
-    assert columns % tile.align == work.width % tile.align == 0
+    assert columns % tile.align == 0
     assert tile.access_bytes(problem.itemsize) in (2, 4, 8, 16)
     # Whole bytes of the packed mask.
     assert tile.q % 8 == 0
+    if tile.layout in ("planes", "flat"):
+        assert work.width == problem.s
+    else:
+        assert work.width % tile.align == 0
     if tile.layout == "columns":
         assert work.width % problem.s == work.width % 8 == columns % 8 == 0
         assert work.width <= 2**20
+    if resident:
+        pieces = math.ceil(plane_extent(problem) / tile.q) if tile.layout == "flat" else 1
+        assert problem.n * pieces <= tile.n
+        assert tile.elements in RESIDENT_ELEMENTS
+        assert (work.length, work.splits, work.tiles()) == (1, 1, 1)
+        assert math.ceil(tile.n / pieces) * columns < 2**31
+        return
+    assert tile.elements * problem.itemsize <= device.tile_bytes
     along = tiles_along(problem, tile)
     across = math.ceil(problem.n / tile.n) if tile.layout == "planes" else 1
     runs = math.ceil(along / work.length)
@@ -104,11 +122,6 @@ def check_pass(problem, device, work, resident=False):
     # Even runs: with fewer tiles there would be more runs.
     assert work.length == math.ceil(along / runs)
     assert work.groups(problem) == math.ceil(columns / work.width)
-    if resident:
-        assert tile.elements <= RESIDENT_ELEMENTS
-        assert (work.length, work.splits, work.tiles()) == (1, 1, 1)
-    else:
-        assert tile.elements * problem.itemsize <= device.tile_bytes
     # A tile never reaches 2^31 elements from its start, unless one row does.
     assert (tile.n - 1) * columns + tile.q < 2**31 or tile.n == 1
 
@@ -153,7 +166,7 @@ UNITS = [
 
 @pytest.mark.parametrize(("strategy", "epilogue", "forward", "backward"), UNITS)
 def test_units_of_traffic(strategy, epilogue, forward, backward):
-    problem = Problem(64, 64, 49, 2, **epilogue)
+    problem = Problem(32, 64, 49, 2, **epilogue)
     for units, back in ((forward, False), (backward, True)):
         schedule = strategy(problem, H100, back)
         assert schedule.units == units
@@ -169,27 +182,33 @@ def test_fixed_statistics_leave_no_choice():
     assert (plan.forward.units, plan.backward.units) == (2, 3)
 
 
-def test_float64_is_never_resident():
-    assert not resident_fits(Problem(8, 8, 1, 8))
-    assert resident_fits(Problem(8, 8, 1, 4))
-
-
 @pytest.mark.parametrize(
     ("problem", "tile", "warps"),
     [
-        (Problem(64, 512, 49, 2), Tile(64, 64, "planes", 1, 1, 1), 8),
-        (Problem(128, 512, 49, 2), Tile(128, 64, "planes", 1, 1, 1), 16),
+        # Pieces of eight of planes that begin up to seven columns late.
+        (Problem(64, 512, 49, 2), Tile(1024, 8, "flat", 8, 1, 1), 16),
+        (Problem(32, 512, 49, 2), Tile(256, 8, "flat", 8, 1, 1), 4),
+        (Problem(146, 512, 49, 2), Tile(1024, 8, "flat", 8, 1, 1), 16),
+        (Problem(147, 512, 49, 2), None, 0),
+        (Problem(2, 7, 4, 4), Tile(256, 8, "flat", 4, 1, 1), 4),
+        (Problem(2, 7, 5, 4), Tile(256, 8, "flat", 1, 1, 1), 4),
         (Problem(512, 4096, 1, 2), Tile(512, 16, "channels", 8, 1, 1), 16),
+        (Problem(513, 4096, 1, 2), None, 0),
         (Problem(1024, 4096, 1, 4), Tile(1024, 8, "channels", 4, 1, 1), 16),
-        (Problem(32, 100, 1, 2), Tile(32, 16, "channels", 4, 1, 1), 4),
-        (Problem(2, 7, 4, 4), Tile(2, 8, "planes", 4, 1, 1), 4),
+        (Problem(32, 100, 1, 2), Tile(128, 16, "channels", 4, 1, 1), 4),
+        (Problem(8, 8, 1, 8), None, 0),
+        # Channels would share bytes of a mask that runs along rows.
+        (Problem(64, 512, 49, 2, saves="mask"), None, 0),
+        (Problem(64, 512, 16, 2, saves="mask"), Tile(256, 8, "flat", 8, 1, 1), 4),
+        (Problem(32, 512, 49, 2, saves="mask"), Tile(256, 8, "flat", 8, 1, 1), 4),
     ],
 )
 def test_resident_tiles(problem, tile, warps):
-    """All values of one channel or of a sector's, 16 to a thread."""
-    assert resident_fits(problem)
-    assert resident(problem, H100, False).apply.tile == tile
-    assert warps_of(tile, "resident") == warps
+    """All values of one channel or of a sector's, 16 to a thread, in tiles of two sizes."""
+    assert resident_tile(problem) == tile
+    if tile:
+        assert resident(problem, H100, False).apply.tile == tile
+        assert warps_of(tile, "resident") == warps
 
 
 @pytest.mark.parametrize(
@@ -199,18 +218,24 @@ def test_resident_tiles(problem, tile, warps):
         (Problem(256, 2048, 49, 2), 8, 256, "columns", 16, 4312),
         (Problem(256, 2048, 49, 4), 8, 128, "columns", 16, 3920),
         (Problem(256, 64, 14 * 14, 2), 8, 256, "columns", 16, 4312),
-        (Problem(256, 64, 35 * 35, 2), 8, 256, "columns", 16, 19600),
-        (Problem(256, 64, 28 * 28, 2), 8, 256, "columns", 16, 7840),
+        (Problem(64, 64, 21 * 21, 2), 8, 256, "columns", 16, 17640),
         (Problem(256, 64, 9, 2), 8, 256, "columns", 16, 504),
         # Rows of these don't begin at whole bytes of a mask.
-        (Problem(256, 2044, 49, 2), 8, 64, "planes", 2, 49),
-        (Problem(256, 2044, 49, 4), 8, 64, "planes", 4, 49),
-        # Planes that leave little of their tiles unused, few images, or channels last.
+        (Problem(256, 2044, 49, 2), 2, 256, "planes", 2, 49),
+        (Problem(256, 2044, 49, 4), 8, 128, "planes", 16, 49),
+        # Planes of two tiles or more, few images, or channels last.
+        (Problem(256, 64, 23 * 23, 2), 8, 256, "planes", 16, 23 * 23),
         (Problem(256, 64, 56 * 56, 2), 8, 256, "planes", 16, 56 * 56),
+        (Problem(63, 64, 49, 2), 8, 256, "planes", 16, 49),
+        (Problem(8, 64, 2**20, 2), 8, 256, "planes", 16, 2**20),
         (Problem(2, 64, 2**20, 2), 1, 2048, "planes", 16, 2**20),
-        (Problem(2, 64, 2**20 - 1, 2), 1, 512, "planes", 2, 2**20 - 1),
+        (Problem(2, 64, 2**20 - 1, 2), 1, 2048, "planes", 16, 2**20 - 1),
+        (Problem(2, 63, 2**20 - 1, 2), 1, 512, "planes", 2, 2**20 - 1),
         (Problem(256, 64, 1, 2), 32, 64, "channels", 16, 64),
         (Problem(256, 20, 1, 2), 64, 32, "channels", 8, 32),
+        # Runs with fixed statistics do little once.
+        (Problem(1, 64, 49, 2, training=False), 2, 1024, "columns", 16, 1960),
+        (Problem(1, 64, 49, 2, training=False, saves="mask"), 1, 2048, "planes", 16, 49),
     ],
 )
 def test_tiles_of_a_reduction(problem, n, q, layout, access, width):
@@ -219,12 +244,49 @@ def test_tiles_of_a_reduction(problem, n, q, layout, access, width):
     assert (tile.n, tile.q, group_width(problem, tile)) == (n, q, width)
 
 
-def test_a_mask_lies_as_resident_kernels_can_store_it():
-    """Its rows are planes where a resident kernel may have stored it, else rows of the input."""
-    problem = Problem(64, 64, 49, 2, residual=True, saves="mask")
-    assert choose_tile(problem, H100).layout == "planes"
-    assert choose_tile(replace(problem, saves=None), H100).layout == "columns"
-    assert choose_tile(replace(problem, n=256), H100).layout == "columns"
+def test_fixed_statistics_leave_a_mask_where_it_is():
+    """Its forward may have had other statistics than its backward is planned for."""
+    for n in (1, 8, 63, 64, 256):
+        problem = Problem(n, 64, 49, 2, residual=True, saves="mask")
+        assert mask_by_rows(problem) == (n >= 64)
+        assert mask_by_rows(replace(problem, training=False)) == (n >= 64)
+
+
+# Networks whose sizes change at every step: how many steps to try, and how many kernels they may
+# compile at most.
+EVER_NEW_SIZES = {
+    "point clouds": (lambda draw: (draw(10_000, 200_000), 64, 1), 10_000, 12),
+    "detection": (lambda draw: (2, 256, draw(7, 200) * draw(7, 200)), 10_000, 12),
+    "audio": (lambda draw: (16, 80, draw(1, 3000)), 10_000, 12),
+    "pixels": (lambda draw: (32 * draw(1, 64) * draw(1, 64), 256, 1), 1000, 12),
+    "few images": (lambda draw: (draw(1, 7), 64, draw(7, 400) * draw(7, 400)), 1000, 12),
+    "some images": (lambda draw: (draw(8, 63), 256, draw(2, 64) * draw(2, 64)), 1000, 12),
+    "rows": (lambda draw: (draw(1, 10_000), 512, 1), 1000, 12),
+    "many images": (lambda draw: (256, 64, draw(2, 64) * draw(2, 64)), 1000, 16),
+    "odd channels": (lambda draw: (16, 3, draw(2, 30_000)), 1000, 20),
+}
+
+
+@pytest.mark.parametrize("network", EVER_NEW_SIZES)
+@pytest.mark.parametrize("epilogue", [PLAIN, MASK], ids=["plain", "mask"])
+def test_ever_new_sizes_compile_few_kernels(network, epilogue):
+    """Forward and backward, for one number of channels: all that Triton specialises kernels on."""
+    sizes, steps, most = EVER_NEW_SIZES[network]
+    draw = random.Random(0).randint
+    found = set()
+    for _ in range(steps):
+        plan = make_plan(Problem(*sizes(draw), 2, **epilogue), H100)
+        for schedule in (plan.forward, plan.backward):
+            found |= set(compiled(schedule, schedule is plan.backward))
+    assert most / 3 <= len(found) <= most
+
+
+def compiled(schedule, backward):
+    """What tells the kernels of a schedule from others of the same direction."""
+    if schedule.strategy != "resident":
+        yield backward, schedule.strategy == "ticketed", "reduce", schedule.reduce.tile
+    if schedule.strategy != "ticketed":
+        yield backward, schedule.strategy == "resident", schedule.warps, schedule.apply.tile
 
 
 # What the planner chooses on an H100, forward/backward: two-pass 2, ticketed t, resident r.
@@ -238,7 +300,7 @@ CHOICES = {
     "8192x1024": "2/t",
     "256x64x112x112": "t/t 2/2",
     "256x64x56x56": "t/t 2/2",
-    "256x512x28x28": "t/2 t/2",
+    "256x512x28x28": "t/t t/2",
     "256x1024x14x14": "t/t t/2",
     "256x2048x7x7": "t/t t/t",
     "256x128x16x16": "2/t 2/2",
@@ -248,7 +310,7 @@ CHOICES = {
     "256x672x14x14": "t/t t/2",
     "256x960x7x7": "2/t t/t",
     "16x256x64x64": "t/t 2/t",
-    "16x1024x16x16": "r/r 2/2",
+    "16x1024x16x16": "2/2 2/2",
     "2x64x64x64x64": "t/t 2/2",
     "2x320x8x8x8": "r/r t/t",
     "1024x4096": "2/2",

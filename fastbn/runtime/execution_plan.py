@@ -225,11 +225,9 @@ def _launcher(
     **constants: Any,
 ) -> Launcher:  # fmt: skip
     """Makes a launcher of a kernel for one pass over a problem."""
-    tile, columns = work.tile, problem.c * problem.s
-    # `addressing.sizes_of` says why columns are passed in units of their alignment.
     values = {
-        "N": problem.n, "C": problem.c, "S": problem.s, "Q": columns // tile.align,
-        "width": work.width // tile.align, "length": work.length, "splits": work.splits,
+        "N": problem.n, "C": problem.c, "S": problem.s, "Q": problem.c * problem.s,
+        "width": work.width, "length": work.length, "splits": work.splits,
         "slice_groups": schedule.slice_groups,
     }  # fmt: skip
     integers = [value for name, value in values.items() if name in kernel.arg_names]
@@ -237,7 +235,7 @@ def _launcher(
     if "slice_groups" in kernel.arg_names:
         at_once = PROGRAMS_PER_SM * device_facts(device).sm_count
         programs = min(schedule.tickets(problem), at_once)
-    constants |= {"TILE": tile, "num_warps": schedule.warps, **_OPTIONS}
+    constants |= {"TILE": work.tile, "num_warps": schedule.warps, **_OPTIONS}
     if limits_registers(device):
         constants["maxnreg"] = registers_of(schedule.warps, schedule.strategy)
     return Launcher(kernel, device, programs, integers, constants)

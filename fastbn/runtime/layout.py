@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.tiling import MASK_BITS, Problem, mask_by_rows
+from ..kernels.tiling import MASK_BITS, Problem, alignment, mask_by_rows, plane_extent
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -90,19 +90,28 @@ def mask_sizes(x: Tensor) -> tuple[int, int]:
     Bits run along the rows of the array that the kernels see, or along its planes, and each
     row or plane starts with a new byte.
     """
-    n, c, s = kernel_shape(x.shape, memory_format(x))
-    by_rows = s == 1 or mask_by_rows(problem_of(x, saves="mask"))
-    rows, length = (n, c * s) if by_rows else (n * c, s)
+    problem = problem_of(x, saves="mask")
+    if mask_by_rows(problem):
+        rows, length = problem.n, problem.c * problem.s
+    else:
+        rows, length = problem.n * problem.c, plane_extent(problem)
     return rows, (length + MASK_BITS - 1) // MASK_BITS
 
 
 def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
     """Returns the packed mask of `x` as booleans of its shape."""
-    format = memory_format(x)
+    format, problem = memory_format(x), problem_of(x, saves="mask")
     bits = mask.view(*mask_sizes(x), 1) >> torch.arange(MASK_BITS, device=mask.device)
     bits = (bits & 1).bool().flatten(1)
     # What is left of a row's last byte belongs to no element.
-    bits = bits[:, : x.numel() // bits.shape[0]]
+    if mask_by_rows(problem):
+        bits = bits[:, : problem.c * problem.s]
+    else:
+        # Neither does what lies before a plane from where its first tile begins.
+        lead = torch.arange(problem.c, device=mask.device) * problem.s % alignment(problem)
+        columns = lead[:, None] + torch.arange(problem.s, device=mask.device)
+        bits = bits.view(problem.n, problem.c, -1)
+        bits = bits.gather(2, columns.expand(problem.n, -1, -1))
     if format == torch.contiguous_format:
         return bits.reshape(x.shape)
     return bits.reshape(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
