@@ -42,6 +42,7 @@ from fastbn.runtime.launcher import Launcher
 from fastbn.runtime.layout import memory_format
 
 from .instructions import Way, ways
+from .memory_order import order
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -286,7 +287,12 @@ def case_itemsize(case: Case) -> int:
 
 @cache
 def _ways(kernel) -> list[Way]:
-    return ways(_dump(kernel, "-sass"))
+    return ways(_sass(kernel))
+
+
+@cache
+def _sass(kernel) -> str:
+    return _dump(kernel, "-sass")
 
 
 @cache
@@ -314,7 +320,12 @@ def _nvidia_resources(compiled) -> dict:
         Counter(int(n or 1) * int(bits) // 8 for n, bits in re.findall(rf"\b{kind}{access}", text))
         for kind in ("ld", "st")
     )
+    # Kernels in which programs hand results to each other.
+    shares = re.search("stats|reduce|ticketed", compiled.metadata.name)
+    hand_over, misordered = order(_sass(compiled)) if shares else ({}, [])
     return {
+        "hand_over": hand_over,
+        "misordered": misordered,
         "shared_stores": len(re.findall(r"\bst\.shared\b", text)),
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spills": int(re.search(r"STACK:(\d+)", usage)[1])

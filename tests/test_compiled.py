@@ -14,6 +14,7 @@ from fastbn.kernels.instructions import INSTRUCTIONS
 from fastbn.kernels.tiling import PROGRAMS_PER_SM
 
 from .compile_kernels import lone_releases
+from .memory_order import order
 
 # Of a multiprocessor: registers, and bytes of shared memory.
 REGISTERS = 65536
@@ -126,6 +127,60 @@ def test_a_release_covers_the_stores_of_all_waves(rows):
     shared = {row["kernel"] for row in rows if row["releases"]}
     assert {"bn_stats_fwd_kernel", "bn_reduce_bwd_kernel"} <= shared
     assert {"bn_ticketed_fwd_kernel", "bn_ticketed_bwd_kernel"} <= shared
+
+
+def test_results_are_handed_over_in_order(rows):
+    """NVIDIA's machine code, for every target: `memory_order.py` says what the order is."""
+    seen = set()
+    for row in rows:
+        if row.get("hand_over"):
+            assert not row["misordered"], row
+            ticketed = "ticketed" in row["kernel"]
+            if not row["case"].endswith(" eval"):
+                assert row["hand_over"] == {"arrive": 1, "raise": ticketed, "poll": ticketed}, row
+            seen.add(row["kernel"])
+    shares = {"bn_stats_fwd_kernel", "bn_reduce_bwd_kernel"}
+    assert seen == shares | {"bn_ticketed_fwd_kernel", "bn_ticketed_bwd_kernel"}
+
+
+ARRIVAL = ["STG.E.128 [R2], R4", "BAR.SYNC 0x0", "MEMBAR.ALL.GPU", "@P0 ATOMG.E.ADD.STRONG.GPU"]
+ARRIVAL += ["CCTL.IVALL", "BAR.SYNC 0x0", "LDG.E.STRONG.GPU R4"]
+FLAG = ["STG.E [R2], R4", "BAR.SYNC 0x0", "MEMBAR.SC.GPU", "ATOMG.E.EXCH.64.STRONG.GPU"]
+POLL = ["LDG.E.64.STRONG.GPU R2", "CCTL.IVALL", "BAR.SYNC 0x0", "LDG.E.STRONG.GPU R4"]
+TICKET = ["ATOMG.E.ADD.64.STRONG.GPU", "BAR.SYNC 0x0"]
+IN_ORDER = TICKET + POLL + ARRIVAL + FLAG
+
+
+def sass(instructions):
+    return "".join(f"/*{16 * i:04x}*/ {text} ;\n" for i, text in enumerate(instructions))
+
+
+def test_what_is_in_order_passes():
+    assert order(sass(IN_ORDER)) == ({"arrive": 1, "raise": 1, "poll": 1}, [])
+    # Partial results in float64 have 64 bits, as flags have.
+    wide = ["LDG.E.64.STRONG.GPU R4" if text == POLL[-1] else text for text in IN_ORDER]
+    assert order(sass(wide)) == ({"arrive": 1, "raise": 1, "poll": 1}, [])
+
+
+@pytest.mark.parametrize("part", [ARRIVAL, FLAG, POLL], ids=["arrival", "flag", "poll"])
+def test_what_is_out_of_order_is_noticed(part):
+    """Each two neighbours exchanged, and each instruction left out but for stores and loads."""
+    rest = [text for other in (ARRIVAL, FLAG, POLL) if other is not part for text in other]
+    broken = []
+    for i in range(len(part)):
+        exchanged = part.copy()
+        exchanged[i : i + 2] = reversed(exchanged[i : i + 2])
+        broken.append(exchanged)
+        if not part[i].startswith(("STG", "LDG.E.STRONG")):
+            broken.append(part[:i] + part[i + 1 :])
+    for code in broken:
+        if code != part:
+            assert order(sass(TICKET + rest + code)) != order(sass(IN_ORDER)), code
+
+
+@pytest.mark.parametrize("text", ["LDG.E.CONSTANT R2", "LDG.E.128.CONSTANT R4", "ACQBULK"])
+def test_what_must_not_be_there_is_noticed(text):
+    assert order(sass([*IN_ORDER, text]))[1]
 
 
 def test_a_lone_release_is_noticed():
