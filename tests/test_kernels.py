@@ -169,7 +169,7 @@ def test_launch_after_launch(device):
         for momentum in (0.1, None):
             check(Case(shape, activation="relu", momentum=momentum), device)
     assert not any(found.arrivals.any() for found in workspace._workspaces.values())
-    for _, tickets, _ in workspace._workspaces.values():
+    for _, tickets, *_ in workspace._workspaces.values():
         # No ticket drawn of the next generation, and no flag of it raised.
         assert tickets[0] % 2**32 == 0
         assert (tickets[1:] <= tickets[0] >> 32).all()

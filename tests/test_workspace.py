@@ -1,4 +1,4 @@
-"""The counters that programs of a launch share."""
+"""What the programs of a launch share: counters and partial results."""
 
 import contextlib
 import threading
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastbn.runtime import workspace
-from fastbn.runtime.workspace import GROUPS, get_workspace
+from fastbn.runtime.workspace import GROUPS, PARTIAL_BYTES, get_workspace
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,7 @@ def _none_before():
 
 @pytest.mark.parametrize("groups", [1, 2, 3, GROUPS - 1, GROUPS, GROUPS + 1, 70001])
 def test_zero_aligned_and_long_enough(groups):
-    arrivals, tickets, served = get_workspace(CPU, groups)
+    arrivals, tickets, *_, served, _ = get_workspace(CPU, groups)
     assert served >= groups
     assert arrivals.dtype == torch.int32
     assert tickets.dtype == torch.int64
@@ -43,6 +43,32 @@ def test_one_set_that_grows():
     assert get_workspace(CPU, 3) is more
     workspace.discard()
     assert get_workspace(CPU, 3) is not more
+
+
+@pytest.mark.parametrize("bytes", [0, 8, 12, PARTIAL_BYTES, PARTIAL_BYTES + 4])
+def test_partial_results_have_room(bytes):
+    found = get_workspace(CPU, 1, bytes)
+    assert found.partial_bytes >= bytes
+    for dtype, partials in found.partials.items():
+        assert partials.dtype == dtype
+        assert partials.nbytes >= bytes
+        assert partials.data_ptr() % 16 == 0
+    assert set(found.partials) == {torch.float32, torch.float64}
+    assert not found.arrivals.any()
+    for partials in found.partials.values():
+        partials.fill_(1.0)
+    assert not found.arrivals.any()
+    assert not found.tickets.any()
+
+
+def test_neither_part_shrinks():
+    many = get_workspace(CPU, GROUPS + 1)
+    large = get_workspace(CPU, 1, 2 * PARTIAL_BYTES)
+    assert large is not many
+    assert large.groups == GROUPS + 1
+    assert get_workspace(CPU, GROUPS + 1, PARTIAL_BYTES) is large
+    most = get_workspace(CPU, GROUPS + 2)
+    assert most.partial_bytes == 2 * PARTIAL_BYTES
 
 
 @pytest.fixture
@@ -73,13 +99,13 @@ def gpu(monkeypatch):
         yield
 
     monkeypatch.setattr(torch.cuda, "stream", entered)
-    zeros = workspace._zeros
+    make = workspace._make
 
-    def spy(device, groups):
+    def spy(device, *sizes):
         made.threads.append(threading.current_thread())
-        return zeros(CPU, groups)
+        return make(CPU, *sizes)
 
-    monkeypatch.setattr(workspace, "_zeros", spy)
+    monkeypatch.setattr(workspace, "_make", spy)
     made.device = type("Device", (), vars(device))()
     return made
 

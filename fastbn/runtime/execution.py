@@ -49,7 +49,7 @@ def run_forward(
         plan.apply((*outputs, running_mean, running_var), eps, param)
         return y, running_mean, mask
 
-    statistics = _empty_statistics(plan, x, 2, x.shape[1])
+    statistics = _empty_statistics(plan, x)
     cumulative = momentum is None
     rate = 0.0 if momentum is None else momentum
     written = (statistics, running_mean, running_var, num_batches_tracked)
@@ -58,8 +58,9 @@ def run_forward(
         counter = get_workspace(x.device, 1).arrivals if cumulative else None
         plan.single_launch((*outputs, *written, counter), rate, eps, param)
     else:
-        arrivals, tickets, _ = get_workspace(x.device, plan.groups)
-        partials = _empty_statistics(plan, x, 1, plan.partials)
+        workspace = get_workspace(x.device, plan.groups, plan.partial_bytes)
+        arrivals, tickets = workspace.arrivals, workspace.tickets
+        partials = workspace.partials[plan.statistics]
         if plan.single_launch is not None:
             arguments = (*outputs, *written, partials, arrivals, tickets)
             plan.single_launch(arguments, rate, eps, param)
@@ -113,9 +114,11 @@ def run_backward(
     sums = partials = arrivals = None
     need_sums = want_dw or want_db or (want_dx and var is None)
     if need_sums:
-        sums = _empty_statistics(plan, x, 2, x.shape[1])
-        partials = _empty_statistics(plan, x, 1, plan.partials)
-        arrivals, tickets, _ = get_workspace(x.device, plan.groups)
+        # The two passes are two launches, and so their sums are not in the workspace.
+        sums = _empty_statistics(plan, x)
+        workspace = get_workspace(x.device, plan.groups, plan.partial_bytes)
+        arrivals, tickets = workspace.arrivals, workspace.tickets
+        partials = workspace.partials[plan.statistics]
     if var is not None:
         assert plan.reduce is not None
         plan.reduce((*inputs, var, dw, db, sums, dx, dr, partials, arrivals), eps, param)
@@ -141,7 +144,7 @@ def parameter_like(weight: Tensor | None, bias: Tensor | None, statistics: Tenso
     return statistics.flatten()[: statistics.shape[-1]] if weight is None else weight
 
 
-def _empty_statistics(plan: ExecutionPlan, x: Tensor, rows: int, columns: int) -> Tensor:
-    """Allocates memory for statistics, sums or partial results."""
+def _empty_statistics(plan: ExecutionPlan, x: Tensor) -> Tensor:
+    """Allocates memory for two statistics or sums of each channel."""
     # PyTorch allocates faster if it need not compute the strides.
-    return x.new_empty_strided((rows, columns), (columns, 1), dtype=plan.statistics)
+    return x.new_empty_strided((2, x.shape[1]), (x.shape[1], 1), dtype=plan.statistics)

@@ -64,7 +64,7 @@ class ExecutionPlan:
         statistics: dtype of mean, rstd and sums.
         mask_bytes: size of the packed mask, 0 if the call saves none.
         groups: number of groups of channels, each of which needs a counter.
-        partials: number of elements of the partial results.
+        partial_bytes: size of the partial results.
         single_launch: launcher of the kernel that does everything, or None.
         reduce, apply: launchers of the two passes, for a plan without a single launch
             and for calls that the single launch can't serve.
@@ -75,7 +75,7 @@ class ExecutionPlan:
     statistics: torch.dtype
     mask_bytes: int
     groups: int
-    partials: int
+    partial_bytes: int
     single_launch: Launcher | None
     reduce: Launcher | None
     apply: Launcher | None
@@ -148,6 +148,7 @@ def _plan_forward(
 ) -> ExecutionPlan:  # fmt: skip
     dtype, residual, *_ = dtypes
     assert dtype is not None
+    statistics = statistics_dtype(dtype)
     x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
     problem = problem_of(x, training, residual is not None, "mask" if save_mask else None)
     schedule = make_schedule(problem, device_facts(device), False, strategy)
@@ -169,10 +170,10 @@ def _plan_forward(
     return ExecutionPlan(
         schedule=schedule,
         format=memory_format(x),
-        statistics=statistics_dtype(dtype),
+        statistics=statistics,
         mask_bytes=prod(mask_sizes(x)) if save_mask else 0,
         groups=reduce.groups(problem),
-        partials=2 * reduce.rows(problem) * problem.c,  # a mean and a sum of squares each
+        partial_bytes=2 * reduce.rows(problem) * problem.c * statistics.itemsize,
         single_launch=single_launch,
         reduce=first,
         apply=second,
@@ -187,6 +188,7 @@ def _plan_backward(
 ) -> ExecutionPlan:  # fmt: skip
     _, dtype, residual, mask, *_, var = dtypes
     assert dtype is not None
+    statistics = statistics_dtype(dtype)
     training = var is None
     saves = "mask" if mask is not None else None if residual is None else "residual"
     x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
@@ -210,10 +212,10 @@ def _plan_backward(
     return ExecutionPlan(
         schedule=schedule,
         format=memory_format(x),
-        statistics=statistics_dtype(dtype),
+        statistics=statistics,
         mask_bytes=prod(mask_sizes(x)) if saves == "mask" else 0,
         groups=reduce.groups(problem),
-        partials=2 * reduce.rows(problem) * problem.c,  # two sums each
+        partial_bytes=2 * reduce.rows(problem) * problem.c * statistics.itemsize,
         single_launch=single_launch,
         reduce=first,
         apply=second,
