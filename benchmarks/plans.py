@@ -49,7 +49,10 @@ def floor_units(case: Case, direction: str) -> tuple[float, float]:
 
 def plan_entry(case: Case, plan: Plan, device: str) -> dict:
     """A plan as it goes into the report."""
-    return {**case.labels, "device": device, **asdict(plan)}
+    entry = {**case.labels, "device": device, **asdict(plan)}
+    for direction in ("forward", "backward"):
+        entry[direction]["seconds"] = getattr(plan, direction).seconds
+    return entry
 
 
 def device_plan(case: Case, device: Device) -> dict:
@@ -58,7 +61,7 @@ def device_plan(case: Case, device: Device) -> dict:
 
 
 def in_brief(schedule: Schedule, problem: Problem) -> str:
-    """One direction of a plan in a line: strategy, tile, runs and slices, units, time."""
+    """One direction of a plan in a line: strategy, tile, runs and slices, units, times."""
     work = schedule.apply if schedule.strategy == "resident" else schedule.reduce
     tile = work.tile
     what = f"{schedule.strategy:8} {tile.n}x{tile.q} {tile.layout}"
@@ -67,9 +70,11 @@ def in_brief(schedule: Schedule, problem: Problem) -> str:
     if schedule.strategy == "ticketed":
         slices = -(-work.groups(problem) // schedule.slice_groups)
         what += f" {slices} slice{'s' * (slices > 1)}"
+    limits = asdict(schedule.prediction).items()
     return (
         f"{what:44} {tile.access_bytes(problem.itemsize):2} B {schedule.units:5.3g} units"
-        f" {schedule.seconds * 1e6:7.1f} us"
+        f" {schedule.seconds * 1e6:7.1f} us:"
+        + ",".join(f" {name} {seconds * 1e6:.1f}" for name, seconds in limits if seconds)
     )
 
 
@@ -97,7 +102,8 @@ def main() -> int:
         "  n slices   that a ticketed launch goes through, one after the other\n"
         "  n B        bytes of one memory access\n"
         "  n units    of traffic: a tensor read or written once\n"
-        "  n us       time\n"
+        "  n us       time, and what memory, the cache, instructions, counters and waiting for\n"
+        "             what was loaded would take alone, and what must come one after the other\n"
     )
     for case in cases(gpu=True, quick=False):
         problem = problem_of(case)

@@ -28,7 +28,8 @@ class Device:
             are read at full bandwidth.
         launch: seconds that a launch adds to the work, to start, to reach full
             speed and to drain.
-        latency: seconds for a round trip to memory or to a counter.
+        latency: seconds for a round trip to memory.
+        cache_latency: seconds for a round trip to the cache, where counters are.
         issues: instructions of single threads that a multiprocessor issues in a second:
             three quarters of the most that four schedulers can at 1.7 GHz.
         tile_bytes: bytes of a tile of one tensor.
@@ -46,6 +47,7 @@ class Device:
     row_rates: tuple[tuple[int, float], ...] = ((32, 0.5), (64, 0.8), (128, 0.9))
     launch: float = 2e-6
     latency: float = 0.7e-6
+    cache_latency: float = 0.35e-6
     issues: float = 0.75 * 4 * 32 * 1.7e9
     tile_bytes: int = 4096
     ticket: float = 1e-9
@@ -70,7 +72,8 @@ DEVICES = (H100, H200, A100, L4, RTX_4090, B200, MI300X)
 
 # Triton's interpreter runs programs one after the other. A few programs and small tiles exercise
 # runs and splits on small inputs, and more would only cost time. Strategies are chosen by traffic
-# alone.
+# and launches alone.
 INTERPRETER = Device(
-    "Triton interpreter", sm_count=1, l2_bytes=4 * MIB, issues=float("inf"), tile_bytes=1024
-)
+    "Triton interpreter", sm_count=1, l2_bytes=4 * MIB, latency=0.0, cache_latency=0.0,
+    issues=float("inf"), tile_bytes=1024,
+)  # fmt: skip

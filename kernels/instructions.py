@@ -6,7 +6,7 @@ sm_90` counts them, and a test compares them with this table.
 
 from __future__ import annotations
 
-from .tiling import WARPS, Tile
+from .tiling import ACCESS_BYTES, WARPS, Problem, Tile
 
 # By phase and layout of tiles: instructions of a thread for each element in the loop over
 # tiles, and for each run outside of it.
@@ -28,9 +28,17 @@ INSTRUCTIONS = {
 # What a residual adds to the loops of output and gradient.
 RESIDUAL = {"output": 6.0, "gradient": 0.6}
 
+# An access that is half as wide adds so many. This is an assumption.
+NARROW = 2.0
 
-def instructions_per_element(phase: str, tile: Tile, length: int, residual: bool = False) -> float:
-    """Returns the instructions of a phase for each element, in runs of so many tiles."""
-    loop, fixed = INSTRUCTIONS[phase, tile.layout]
-    run = length * tile.elements / (32 * WARPS)
-    return loop + residual * RESIDUAL.get(phase, 0.0) + fixed / run
+
+def loop_instructions(phase: str, problem: Problem, tile: Tile) -> float:
+    """Returns the instructions of a phase's loop for each element."""
+    loop, _ = INSTRUCTIONS[phase, tile.layout]
+    narrow = NARROW * (ACCESS_BYTES / tile.access_bytes(problem.itemsize) - 1)
+    return loop + problem.residual * RESIDUAL.get(phase, 0.0) + narrow
+
+
+def fixed_instructions(phase: str, tile: Tile) -> float:
+    """Returns the instructions of all threads that a run takes outside of a phase's loop."""
+    return INSTRUCTIONS[phase, tile.layout][1] * 32 * WARPS

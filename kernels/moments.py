@@ -8,9 +8,11 @@ import triton
 import triton.language as tl
 
 from .addressing import lead_of, per_channel, pieces_of_run
+from .tiling import MERGES_AHEAD
 
 # In the layout "columns" so many channels are summed up at a time.
 _CHANNELS = tl.constexpr(8)
+_AHEAD = tl.constexpr(MERGES_AHEAD)
 
 
 @triton.jit
@@ -193,14 +195,16 @@ def merge_partials(Means, M2s, first, end, c, sizes, acc: tl.constexpr, TILE: tl
     weighted = tl.zeros((MERGE, WIDTH), acc)
     squares = tl.zeros((MERGE, WIDTH), acc)
     m2 = tl.zeros((MERGE, WIDTH), acc)
-    for some in range(0, rows, MERGE):
-        row = some + tl.arange(0, MERGE)[:, None]
-        counts = tl.where(row < rows, values_of_row(row, c, first, sizes, acc, TILE), 0.0)
-        stored = (counts > 0) & (c < end)
-        away = load_partials(Means, row, c, stored, sizes) - about
-        weighted += counts * away
-        squares = tl.fma(counts * away, away, squares)
-        m2 += load_partials(M2s, row, c, stored, sizes)
+    AHEAD: tl.constexpr = _AHEAD[0] if TILE.layout == "channels" else 1
+    for some in range(0, rows, AHEAD * MERGE):
+        for ahead in tl.static_range(AHEAD):
+            row = some + ahead * MERGE + tl.arange(0, MERGE)[:, None]
+            counts = tl.where(row < rows, values_of_row(row, c, first, sizes, acc, TILE), 0.0)
+            stored = (counts > 0) & (c < end)
+            away = load_partials(Means, row, c, stored, sizes) - about
+            weighted += counts * away
+            squares = tl.fma(counts * away, away, squares)
+            m2 += load_partials(M2s, row, c, stored, sizes)
     count = (tl.cast(sizes.N, tl.int64) * sizes.S).to(acc)
     sum_away = tl.sum(weighted, axis=0, keep_dims=True)
     squares = tl.sum(squares, axis=0, keep_dims=True)
@@ -214,13 +218,15 @@ def sum_partials(P, first, end, c, sizes, acc: tl.constexpr, TILE: tl.constexpr)
     MERGE: tl.constexpr = TILE.merge_rows
     WIDTH: tl.constexpr = TILE.merge_channels
     total, rows = tl.zeros((MERGE, WIDTH), acc), rows_of(sizes, TILE)
-    for some in range(0, rows, MERGE):
-        row = some + tl.arange(0, MERGE)[:, None]
-        stored = (row < rows) & (c < end)
-        if TILE.layout == "columns":
-            piece = row % pieces_of_plane(sizes, TILE)
-            stored = stored & (columns_of_piece(piece, c - first, sizes, TILE) > 0)
-        total += load_partials(P, row, c, stored, sizes)
+    AHEAD: tl.constexpr = _AHEAD[1] if TILE.layout == "channels" else 1
+    for some in range(0, rows, AHEAD * MERGE):
+        for ahead in tl.static_range(AHEAD):
+            row = some + ahead * MERGE + tl.arange(0, MERGE)[:, None]
+            stored = (row < rows) & (c < end)
+            if TILE.layout == "columns":
+                piece = row % pieces_of_plane(sizes, TILE)
+                stored = stored & (columns_of_piece(piece, c - first, sizes, TILE) > 0)
+            total += load_partials(P, row, c, stored, sizes)
     return tl.sum(total, axis=0, keep_dims=True)
 
 

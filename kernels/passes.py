@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from math import ceil
 
 from .device import Device
-from .tiling import FIXED_TILES, PROGRAMS_PER_SM, Problem, Tile, group_width, plane_extent
+from .tiling import (
+    FIXED_TILES,
+    MERGES_AHEAD,
+    PROGRAMS_PER_SM,
+    Problem,
+    Tile,
+    group_width,
+    plane_extent,
+)
 
 # The last program to arrive merges all partial results of a group, alone, so there is a limit to
 # how often it may load some. 31 bits must be able to count all partial results.
@@ -59,15 +67,28 @@ class Pass:
             return self.splits
         return self.splits * ((problem.s + self.tile.q - 2) // self.tile.q + 1)
 
+    def merge_seconds(self, problem: Problem, device: Device, backward: bool) -> float:
+        """Returns how long the last program to arrive merges the partial results of a group.
 
-def filling_pass(problem: Problem, device: Device, reads: float, tile: Tile) -> Pass:
+        It does so for one part of its channels after the other, and loads some of the results at
+        a time: of moments first those about whose mean it merges, of sums one after the other.
+        """
+        channels = 1 if self.tile.layout == "planes" else -(-self.width // problem.s)
+        parts = -(-min(channels, problem.c) // self.tile.merge_channels)
+        ahead = MERGES_AHEAD[backward] if self.tile.layout == "channels" else 1
+        turns = -(-self.rows(problem) // (self.tile.merge_rows * ahead))
+        waits = 2 * turns if backward else 1 + turns
+        return parts * waits * device.cache_latency
+
+
+def filling_pass(problem: Problem, device: Device, tile: Tile, least: int = 1) -> Pass:
     """Returns a pass of runs as long as they can be in few and even waves of programs.
 
-    What it reduces are `reads` tensors.
+    Runs have at least so many tiles, as far as there are so many.
     """
     width = group_width(problem, tile)
     at_once = PROGRAMS_PER_SM * device.sm_count
-    along, least = tiles_along(problem, tile), least_length(problem, tile, reads)
+    along = tiles_along(problem, tile)
     side_by_side = make_pass(problem, tile, width, along).programs(problem)
     fewest = -(-along // LONGEST_RUN)
     # As many runs as so many waves have programs for.

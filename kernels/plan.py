@@ -7,10 +7,9 @@ from functools import lru_cache
 from math import ceil
 
 from .device import Device
-from .instructions import instructions_per_element
 from .passes import Pass, filling_pass, least_length, make_pass
+from .prediction import PHASES, Prediction, bandwidth_of, issue_seconds, run_seconds
 from .tiling import (
-    ACCESS_BYTES,
     MASK_BITS,
     MAX_WIDTH,
     PROGRAMS_PER_SM,
@@ -34,16 +33,8 @@ MAX_RUN = 8
 SLICE_BYTES = (128, 64)
 WIDE_BYTES = 256
 
-# The phases of a forward and of a backward, by which instructions are counted. What an access that
-# is half as wide adds to them for each element is an assumption.
-PHASES = (("moments", "output"), ("sums", "gradient"))
-NARROW = 2.0
-
 # One pass must be predicted to be faster than two by this fraction, for predictions err.
 MARGIN = 0.05
-
-# This bandwidth stands in for an unknown one, only to choose between strategies.
-UNKNOWN_BANDWIDTH = 1e12
 
 
 @dataclass(frozen=True)
@@ -66,7 +57,7 @@ class Schedule:
         units: number of tensors read or written; a packed mask counts as the fraction
             of a tensor that it is. Of a ticketed launch, these units cross memory.
         cached_units: further units that a ticketed launch reads from the cache.
-        seconds: the predicted time.
+        prediction: how long it takes.
     """
 
     strategy: str
@@ -77,7 +68,12 @@ class Schedule:
     launches: int
     units: float
     cached_units: float
-    seconds: float
+    prediction: Prediction
+
+    @property
+    def seconds(self) -> float:
+        """Returns the predicted time."""
+        return self.prediction.seconds
 
     @property
     def tile(self) -> Tile:
@@ -148,29 +144,43 @@ def fixed_stats(problem: Problem, device: Device, backward: bool) -> Schedule:
     units = _once(problem, backward)
     found = _schedule("fixed-stats", problem, device, backward, units)
     phase, work = ("sums", found.reduce) if backward else ("output", found.apply)
-    issue = _issue(problem, device, phase, work)
-    memory = units * problem.tensor_bytes / _bandwidth(device)
-    return replace(found, seconds=device.launch + max(memory, issue))
+    prediction = Prediction(
+        memory=units * problem.tensor_bytes / bandwidth_of(device),
+        issue=issue_seconds(problem, device, phase, work),
+        chain=device.launch + 2 * device.latency,
+    )
+    return replace(found, prediction=prediction)
 
 
 def two_pass(problem: Problem, device: Device, backward: bool) -> Schedule:
     """Schedules two passes.
 
     The second pass reads the data in reverse order, so that it finds in the cache what
-    the cache kept of the first. However small the problem is, the passes take six round
-    trips to memory: to load, to arrive and to merge; then to load statistics, to load
-    and to store.
+    the cache kept of the first. Apart from the data, each of the two takes two round trips to
+    memory, and the last program to arrive merges what all have found.
     """
-    unit, again = problem.tensor_bytes, _reads(problem, backward)
+    unit, again = problem.tensor_bytes, reads_of(problem, backward)
     units = _once(problem, backward) + again
     kept = min(again * unit, device.l2_share * device.l2_bytes)
     moved = units * unit - kept + kept / device.l2_speed
     found = _schedule("two-pass", problem, device, backward, units)
     first, second = PHASES[backward]
-    issue = _issue(problem, device, first, found.reduce)
-    issue += _issue(problem, device, second, found.apply)
-    seconds = max(moved / _bandwidth(device), issue, 6 * device.latency)
-    return replace(found, seconds=2 * device.launch + seconds)
+    issue = issue_seconds(problem, device, first, found.reduce)
+    issue += issue_seconds(problem, device, second, found.apply)
+    chain = (
+        2 * device.launch
+        + 4 * device.latency
+        + found.reduce.merge_seconds(problem, device, backward)
+    )
+    waiting = sum(
+        ceil(work.programs(problem) / (PROGRAMS_PER_SM * device.sm_count))
+        * run_seconds(problem, device, phase, work)
+        for phase, work in ((first, found.reduce), (second, found.apply))
+    )
+    prediction = Prediction(
+        memory=moved / bandwidth_of(device), issue=issue, waiting=waiting, chain=chain
+    )
+    return replace(found, prediction=prediction)
 
 
 def resident(problem: Problem, device: Device, backward: bool) -> Schedule:
@@ -186,11 +196,12 @@ def resident(problem: Problem, device: Device, backward: bool) -> Schedule:
     # 16 warps that hold 8192 values and as many results take all registers.
     at_once = device.sm_count * (16 // warps_of(tile, "resident"))
     busy = min(1.0, device.sm_speed * min(programs, device.sm_count) / device.sm_count)
-    rate = _bandwidth(device) * busy * device.row_rate(only.width * problem.itemsize)
+    rate = bandwidth_of(device) * busy * device.row_rate(only.width * problem.itemsize)
     waves = -(-programs // at_once)
-    seconds = device.launch + max(units * problem.tensor_bytes / rate, 3 * waves * device.latency)
+    chain = device.launch + 3 * waves * device.latency
     found = _schedule("resident", problem, device, backward, units, apply=only)
-    return replace(found, seconds=seconds)
+    prediction = Prediction(memory=units * problem.tensor_bytes / rate, chain=chain)
+    return replace(found, prediction=prediction)
 
 
 def ticketed(problem: Problem, device: Device, backward: bool) -> Schedule:
@@ -199,7 +210,7 @@ def ticketed(problem: Problem, device: Device, backward: bool) -> Schedule:
     Cache and memory work at the same time. The last programs to apply wait for the last
     to reduce; if slices have few tickets, the programs of every slice wait.
     """
-    unit, again = problem.tensor_bytes, _reads(problem, backward)
+    unit, again = problem.tensor_bytes, reads_of(problem, backward)
     units = _once(problem, backward)
     columns = _columns_in_cache(problem, device, backward)
     for row_bytes in SLICE_BYTES:
@@ -223,31 +234,32 @@ def ticketed(problem: Problem, device: Device, backward: bool) -> Schedule:
 
     tickets = slice_groups * reduce.tiles() * reduce.splits
     row = slice_groups * width * problem.itemsize
-    memory = units * unit / (_bandwidth(device) * device.row_rate(row))
-    cache = (units + again) * unit / (_bandwidth(device) * device.l2_speed)
-    counters = 2 * slices * tickets * device.ticket
-    waits = slices if tickets < at_once else 1
-    issue = sum(_issue(problem, device, phase, reduce) for phase in PHASES[backward])
-    seconds = max(memory, cache, issue, counters) + 4 * waits * device.latency
+    first, second = PHASES[backward]
+    turn = run_seconds(problem, device, first, reduce) + 2 * device.cache_latency
+    turn += run_seconds(problem, device, second, reduce, cached=True) + 2 * device.cache_latency
+    work = Prediction(
+        memory=units * unit / (bandwidth_of(device) * device.row_rate(row)),
+        cache=(units + again) * unit / (bandwidth_of(device) * device.l2_speed),
+        issue=sum(issue_seconds(problem, device, phase, reduce) for phase in PHASES[backward]),
+        counters=2 * slices * tickets * device.ticket,
+        waiting=max(1.0, slices * tickets / (PROGRAMS_PER_SM * device.sm_count)) * turn,
+    )
+    # From the last run of a slice that is reduced to the first that is applied there is time for
+    # the work of another slice; of the first and the last slice, for half of it.
+    handover = reduce.merge_seconds(problem, device, backward) + 3 * device.cache_latency
+    each = work.seconds / slices
+    waits = (slices - 2) * max(0.0, handover - each) + 2 * max(0.0, handover - each / 2)
+    chain = device.launch + (handover if slices == 1 else waits)
     found = _schedule(
         "ticketed", problem, device, backward, units,
         reduce=reduce, slice_groups=slice_groups, cached_units=again,
     )  # fmt: skip
-    return replace(found, seconds=device.launch + seconds)
-
-
-def _issue(problem: Problem, device: Device, phase: str, work: Pass) -> float:
-    """Returns the seconds that multiprocessors take to issue the instructions of a phase."""
-    elements = work.programs(problem) * work.length * work.tile.elements
-    each = instructions_per_element(phase, work.tile, work.length, problem.residual)
-    # Narrow accesses take as many more.
-    each += NARROW * (ACCESS_BYTES / work.tile.access_bytes(problem.itemsize) - 1)
-    return elements * each / (device.sm_count * device.issues)
+    return replace(found, prediction=replace(work, chain=chain))
 
 
 def _columns_in_cache(problem: Problem, device: Device, backward: bool) -> int:
     """Returns how many columns a slice may have for the cache to hold two slices."""
-    column = problem.n * problem.itemsize * _reads(problem, backward)
+    column = problem.n * problem.itemsize * reads_of(problem, backward)
     return int(device.l2_share * device.l2_bytes / (SLICES_IN_CACHE * column))
 
 
@@ -256,10 +268,10 @@ def _schedule(
     reduce: Pass | None = None, apply: Pass | None = None, slice_groups: int = 0,
     cached_units: float = 0,
 ) -> Schedule:  # fmt: skip
-    reads = _reads(problem, backward)
     narrow = choose_tile(problem, device, SLICE_BYTES[0])
-    reduce = reduce or filling_pass(problem, device, reads, narrow)
-    apply = apply or filling_pass(problem, device, reads, choose_tile(problem, device))
+    least = least_length(problem, narrow, reads_of(problem, backward))
+    reduce = reduce or filling_pass(problem, device, narrow, least)
+    apply = apply or filling_pass(problem, device, choose_tile(problem, device))
     return Schedule(
         strategy=strategy,
         reduce=reduce,
@@ -269,12 +281,8 @@ def _schedule(
         launches=2 if strategy == "two-pass" else 1,
         units=units,
         cached_units=cached_units,
-        seconds=0.0,
+        prediction=Prediction(0.0),
     )
-
-
-def _bandwidth(device: Device) -> float:
-    return device.bandwidth or UNKNOWN_BANDWIDTH
 
 
 def _mask(problem: Problem) -> float:
@@ -282,7 +290,7 @@ def _mask(problem: Problem) -> float:
     return 1 / (MASK_BITS * problem.itemsize) if problem.saves == "mask" else 0
 
 
-def _reads(problem: Problem, backward: bool) -> float:
+def reads_of(problem: Problem, backward: bool) -> float:
     """Returns the units that statistics or sums are computed from, which two passes read twice."""
     return 2 + (problem.saves == "residual") + _mask(problem) if backward else 1
 
@@ -290,5 +298,5 @@ def _reads(problem: Problem, backward: bool) -> float:
 def _once(problem: Problem, backward: bool) -> float:
     """Returns the units moved if each tensor is read or written once."""
     if backward:
-        return _reads(problem, backward) + 1 + (problem.saves is not None)
+        return reads_of(problem, backward) + 1 + (problem.saves is not None)
     return 2 + problem.residual + _mask(problem)

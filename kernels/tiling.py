@@ -45,7 +45,7 @@ SECTOR_BYTES = 32
 ROW_BYTES = 512
 FEW_ROWS = 8
 
-# Planes shorter than two rows of tiles lie side by side in tiles, if there are enough rows for
+# Planes shorter than four rows of tiles lie side by side in tiles, if there are enough rows for
 # runs that make up for what a run does once.
 MANY_ROWS = 64
 
@@ -56,9 +56,12 @@ FIXED_TILES = {"channels": 4, "columns": 6, "planes": 3}
 # The forward packs eight signs into a byte along the contiguous axis.
 MASK_BITS = 8
 
-# Elements of a table of partial results that are merged at a time, and the most channels.
+# Elements of a table of partial results that are merged at a time, and the most channels. With
+# channels last tables have many rows, so that a program asks for so many times as many, in a
+# forward and a backward, before it waits for the first ones.
 MERGE_ELEMENTS = 1024
 MERGE_CHANNELS = 64
+MERGES_AHEAD = (1, 4)
 
 # In the layout "columns" a group is widened until no more than this part of its tiles is waste,
 # and has fewer columns than kernels can divide by multiplication.
@@ -183,7 +186,7 @@ def planes_side_by_side(problem: Problem) -> bool:
     alike with fixed and with batch statistics.
     """
     many = problem.n >= MANY_ROWS or not (problem.training or problem.saves == "mask")
-    small = 1 < problem.s < 2 * ROW_BYTES // problem.itemsize
+    small = 1 < problem.s < 4 * ROW_BYTES // problem.itemsize
     return many and small and problem.c * problem.s % MASK_BITS == 0
 
 

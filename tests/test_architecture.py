@@ -139,7 +139,9 @@ def test_kernels_import_triton_and_nothing_else(name, path):
         assert module.split(".")[0] in allowed, module
 
 
-@pytest.mark.parametrize("name", ["plan", "passes", "instructions", "tiling", "device", "__init__"])
+@pytest.mark.parametrize(
+    "name", ["plan", "prediction", "passes", "instructions", "tiling", "device", "__init__"]
+)
 def test_planner_needs_no_triton(name):
     found = imports(name, ROOT / "kernels" / f"{name}.py", "kernels")
     assert not any("triton" in module for module in found)

@@ -84,7 +84,7 @@ def test_compiled_calls_run_by_it_too(device, launched):
 
 def test_what_cannot_be_served_takes_two_passes():
     """256 images don't fit a program's registers, and fixed statistics have one strategy."""
-    problem = Problem(256, 64, 56 * 56, 2)
+    problem = Problem(256, 1024, 14 * 14, 2)
     found = make_plan(problem, H100, "resident")
     assert (found.forward.strategy, found.backward.strategy) == ("two-pass", "two-pass")
     assert make_plan(problem, H100).forward.strategy == "ticketed"

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastbn.kernels.tiling import MERGE_ELEMENTS, PROGRAMS_PER_SM
+from fastbn.kernels.tiling import MERGE_ELEMENTS, PROGRAMS_PER_SM, power_of_2
 
 from ..timing import captured, clock_of, time_rounds
 from . import probes
@@ -100,7 +100,10 @@ def run(context: Context) -> None:
     def other(constant: str) -> None:
         context.record("constant", name=constant, value=getattr(constants, constant)())
 
-    for constant in ("launch", "latency", "ticket", "row_rates", "l2_speed", "l2_share"):
+    of_devices = (
+        "launch", "latency", "cache_latency", "ticket", "row_rates", "l2_speed", "l2_share",
+    )  # fmt: skip
+    for constant in of_devices:
         context.attempt(constant, partial(of_device, constant))
     for constant in ("program", "hand_over", "merge_seconds", "l2_share_without_hints"):
         context.attempt(constant, partial(other, constant))
@@ -142,7 +145,15 @@ class Constants:
 
     def latency(self) -> float:
         """Of a load that depends on the one before, through memory that no cache holds."""
-        places, steps = self.effort.places, self.effort.steps
+        return self._step(self.effort.places)
+
+    def cache_latency(self) -> float:
+        """Of a load that depends on the one before, through a quarter of the cache."""
+        itemsize = torch.int32.itemsize
+        return self._step(min(self.effort.places, power_of_2(self.l2_bytes // itemsize // 4)))
+
+    def _step(self, places: int) -> float:
+        steps = self.effort.steps
         # An odd stride visits all of 2^n places before it comes back, each in another cache line.
         stride = int(places * 0.382) | 1
         order = (torch.arange(places, device=self.device) + stride) % places

@@ -1,0 +1,74 @@
+"""How long passes take: predictions from a device's facts and from counted instructions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .device import Device
+from .instructions import fixed_instructions, loop_instructions
+from .passes import Pass
+from .tiling import WARPS, Problem
+
+# The phases of a forward and of a backward, by which instructions are counted.
+PHASES = (("moments", "output"), ("sums", "gradient"))
+
+# The higher, the less do limits that are nearly as long as the longest one add to the time.
+SHARPNESS = 5
+
+# This bandwidth stands in for an unknown one, only to choose between strategies.
+UNKNOWN_BANDWIDTH = 1e12
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How long a launch takes, as far as each of its limits decides.
+
+    Attributes:
+        memory, cache, issue, counters: seconds that memory, the cache, instructions and counters
+            take for all that there is to do. They work at the same time.
+        waiting: seconds that a program takes for its share, which for the most part it waits
+            for what it loads.
+        chain: seconds of what no program can do before others have finished.
+    """
+
+    memory: float
+    cache: float = 0.0
+    issue: float = 0.0
+    counters: float = 0.0
+    waiting: float = 0.0
+    chain: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Returns the whole time. What takes long makes the rest wait more often."""
+        limits = (self.memory, self.cache, self.issue, self.counters, self.waiting)
+        return sum(limit**SHARPNESS for limit in limits) ** (1 / SHARPNESS) + self.chain
+
+
+def bandwidth_of(device: Device) -> float:
+    """Returns the bandwidth of a device's memory, or what stands in for it."""
+    return device.bandwidth or UNKNOWN_BANDWIDTH
+
+
+def issue_seconds(problem: Problem, device: Device, phase: str, work: Pass) -> float:
+    """Returns the seconds that multiprocessors take to issue the instructions of a phase."""
+    run = work.length * work.tile.elements * loop_instructions(phase, problem, work.tile)
+    run += fixed_instructions(phase, work.tile)
+    return work.programs(problem) * run / (device.sm_count * device.issues)
+
+
+def run_seconds(
+    problem: Problem, device: Device, phase: str, work: Pass, cached: bool = False
+) -> float:
+    """Returns how long a program takes for a run from memory, or from the cache, all alone.
+
+    A forward has asked for the next tile before it waits for one.
+    """
+    latency = device.cache_latency if cached else device.latency
+    # A warp issues for one of four schedulers.
+    rate = device.issues * WARPS / 4
+    loop = work.tile.elements * loop_instructions(phase, problem, work.tile) / rate
+    fixed = fixed_instructions(phase, work.tile) / rate
+    if phase in PHASES[0]:
+        return latency + fixed + loop + (work.length - 1) * max(loop, (latency + loop) / 2)
+    return fixed + work.length * (latency + loop)
