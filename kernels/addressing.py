@@ -148,7 +148,7 @@ def plane_extent(sizes, TILE: tl.constexpr):
 
 
 @triton.jit
-def pieces_of_run(sizes, TILE: tl.constexpr):
+def runs_of_plane(sizes, TILE: tl.constexpr):
     """Returns how many runs share a plane in the layout "planes"."""
     return blocks_of(blocks_of(plane_extent(sizes, TILE), TILE.q), sizes.length)
 
@@ -179,7 +179,7 @@ def find_run(group, tile, split, sizes, TILE: tl.constexpr):
         plane = aligned(tl.cast(group, tl.int64) * sizes.S, TILE)
         step = tl.cast(BLOCK_Q, tl.int64)
         if TILE.layout == "planes":
-            runs = pieces_of_run(sizes, TILE)
+            runs = runs_of_plane(sizes, TILE)
             row = tl.cast(split // runs, tl.int64) * BLOCK_N
             first = tl.cast(split % runs, tl.int64) * sizes.length * BLOCK_Q
         else:

@@ -7,7 +7,7 @@ and in the layout "columns" also which of the tiles that a channel's plane is cu
 import triton
 import triton.language as tl
 
-from .addressing import lead_of, per_channel, pieces_of_run
+from .addressing import lead_of, per_channel, runs_of_plane
 from .tiling import MERGES_AHEAD
 
 # In the layout "columns" so many channels are summed up at a time.
@@ -146,7 +146,7 @@ def exist(run, values):
 def values_of_split(split, channel, sizes, TILE: tl.constexpr):
     """Returns how many values the run of a split has in a column, or of a channel."""
     if TILE.layout == "planes":
-        runs = pieces_of_run(sizes, TILE)
+        runs = runs_of_plane(sizes, TILE)
         rows = tl.minimum(sizes.N - tl.cast(split // runs, tl.int64) * TILE.n, TILE.n)
         lead = lead_of(channel, sizes, TILE).to(tl.int64)
         size = tl.cast(sizes.length, tl.int64) * TILE.q
