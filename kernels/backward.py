@@ -12,19 +12,21 @@ With g = dy * activation'(z) and M values to a channel:
 import triton
 import triton.language as tl
 
+from .access import (
+    centre,
+    load_tile,
+    per_channel,
+    store_tile,
+)
 from .addressing import (
     SIZES,
-    centre,
     channels_of,
     find_run,
     inside,
-    load_tile,
     masked_tile,
     masked_tiles,
-    per_channel,
     share_of,
     sizes_of,
-    store_tile,
     tiles_of_group,
 )
 from .epilogue import (

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .addressing import blocks_of, per_channel, plane_extent, rows_inside
+from .access import per_channel
+from .addressing import blocks_of, plane_extent, rows_inside
 from .tiling import MASK_BITS
 
 _BITS = tl.constexpr(MASK_BITS)

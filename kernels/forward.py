@@ -13,20 +13,22 @@ With M = N * S values x to a channel:
 import triton
 import triton.language as tl
 
+from .access import (
+    centre,
+    load_tile,
+    load_whole,
+    store_tile,
+)
 from .addressing import (
     SIZES,
-    centre,
     channels_of,
     find_run,
     groups_of,
     inside,
-    load_tile,
-    load_whole,
     masked_tile,
     masked_tiles,
     share_of,
     sizes_of,
-    store_tile,
     tiles_of_group,
     values_of,
 )

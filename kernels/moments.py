@@ -7,7 +7,8 @@ and in the layout "columns" also which of the tiles that a channel's plane is cu
 import triton
 import triton.language as tl
 
-from .addressing import lead_of, per_channel, runs_of_plane
+from .access import per_channel
+from .addressing import lead_of, runs_of_plane
 from .tiling import MERGES_AHEAD
 
 # In the layout "columns" so many channels are summed up at a time.

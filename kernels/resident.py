@@ -7,7 +7,14 @@ and written once, in one launch.
 import triton
 import triton.language as tl
 
-from .addressing import SIZES, centre, channels_of, find_run, inside, load_tile, sizes_of
+from .access import centre, load_tile
+from .addressing import (
+    SIZES,
+    channels_of,
+    find_run,
+    inside,
+    sizes_of,
+)
 from .backward import coefficients, gradient_of, store_gradients, store_parameter_gradients
 from .epilogue import affine_of, scaled
 from .forward import averaging_factor, count_batch, store_output, store_statistics

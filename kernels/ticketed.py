@@ -9,13 +9,13 @@ and tiles in their last use are loaded to leave it first.
 import triton
 import triton.language as tl
 
+from .access import load_whole
 from .addressing import (
     SIZES,
     Sizes,
     channels_of,
     find_run,
     groups_of,
-    load_whole,
     sizes_of,
     tiles_of_group,
 )

@@ -14,13 +14,13 @@ LIMIT = 300
 # what breaks: (file, what is there, what to put, tests that must fail)
 BREAKAGES = {
     "mask dropped from the moments": (
-        "kernels/addressing.py",
+        "kernels/access.py",
         "tl.where(inside(run, i, TILE), x.to(about.dtype) - about, 0.0)",
         "x.to(about.dtype) - about",
         "tests/test_kernels.py::test_shapes_and_dtypes",
     ),
     "mask dropped from the output": (
-        "kernels/addressing.py",
+        "kernels/access.py",
         "tl.store(at, x, inside(run, i, TILE), ",
         "tl.store(at, x, ",
         "tests/test_kernels.py::test_shapes_and_dtypes",
@@ -134,7 +134,7 @@ BREAKAGES = {
         "tests/test_kernels.py::test_tiles_that_begin_within_planes",
     ),
     "accesses stored whole where channels meet": (
-        "kernels/addressing.py",
+        "kernels/access.py",
         "beyond = (run.lead | run.columns) % TILE.align",
         "beyond = run.lead * 0",
         "tests/test_kernels.py::test_tiles_that_begin_within_planes",

@@ -1,0 +1,66 @@
+"""Loads and stores of tiles, and of values that are alike in a channel.
+
+`addressing.py` says where the tiles lie, and which of their elements are their own.
+"""
+
+import triton
+import triton.language as tl
+
+from .addressing import accessible, inside
+
+
+@triton.jit
+def load_tile(P, run, i, MASKED: tl.constexpr, EVICTION: tl.constexpr, TILE: tl.constexpr):
+    """Loads the run's i-th tile: zero outside the array, and anything where it is not its own."""
+    at = P + (run.start + i * run.step) + run.offsets
+    if MASKED:
+        return tl.load(at, accessible(run, i, TILE), other=0.0, eviction_policy=EVICTION)
+    else:
+        return tl.load(at, eviction_policy=EVICTION)
+
+
+@triton.jit
+def load_whole(P, run, i, EVICTION: tl.constexpr, TILE: tl.constexpr):
+    """Loads the run's i-th tile, if the whole ones don't end before it; else nothing is loaded.
+
+    The load has one predicate for all elements, and no branch, over which the compiler would
+    move nothing.
+    """
+    at = P + (run.start + i * run.step) + run.offsets
+    return tl.load(at, tl.full(at.shape, i < run.rest, tl.int1), eviction_policy=EVICTION)
+
+
+@triton.jit
+def store_tile(P, x, run, i, MASKED: tl.constexpr, EVICTION: tl.constexpr, TILE: tl.constexpr):
+    """Stores a tile where `load_tile` would load it, and only what is its own."""
+    at = P + (run.start + i * run.step) + run.offsets
+    x = x.to(P.dtype.element_ty)
+    if MASKED:
+        if TILE.layout == "channels" or TILE.layout == "columns":
+            tl.store(at, x, accessible(run, i, TILE), eviction_policy=EVICTION)
+        else:
+            # A thread's access may reach into another channel: then store element by element.
+            # Of the branches of a single `if` the compiler would make one store, a narrow one.
+            beyond = (run.lead | run.columns) % TILE.align
+            if beyond == 0:
+                tl.store(at, x, accessible(run, i, TILE), eviction_policy=EVICTION)
+            if beyond != 0:
+                tl.store(at, x, inside(run, i, TILE), eviction_policy=EVICTION)
+    else:
+        tl.store(at, x, eviction_policy=EVICTION)
+
+
+@triton.jit
+def centre(x, about, run, i, TILE: tl.constexpr):
+    """Returns x - about of the run's i-th tile, zero where it is not the tile's own."""
+    return tl.where(inside(run, i, TILE), x.to(about.dtype) - about, 0.0)
+
+
+@triton.jit
+def per_channel(P, channels, acc: tl.constexpr, CACHE: tl.constexpr):
+    """Loads one value a channel.
+
+    With CACHE ".cg" the load passes by the first-level cache, as it must for values that
+    other multiprocessors stored in this launch.
+    """
+    return tl.load(P + channels, cache_modifier=CACHE).to(acc)
