@@ -2,10 +2,10 @@
 
     python -m benchmarks.simulation [--device NAME]
 
-plays the launches that the planner chose, run by run, with the same facts of the device: where the
-planner takes the longest of what memory, cache, instructions and counters take, programs here
-queue for each of them, wait for what they load, and wait for each other. It is a model, not a
-measurement: what it shows is whether waiting adds up.
+plays the launches that the planner chose, run by run, with the same facts of the device. The
+planner combines formulas of what memory, cache, instructions and waiting take; here programs queue
+for each of them, wait for what they load, and wait for each other. It is a model, not a
+measurement, and shows whether waiting adds up.
 """
 
 from __future__ import annotations

@@ -207,8 +207,8 @@ def resident(problem: Problem, device: Device, backward: bool) -> Schedule:
 def ticketed(problem: Problem, device: Device, backward: bool) -> Schedule:
     """Schedules one launch that reads each slice from memory once and from the cache once.
 
-    Cache and memory work at the same time. The last programs to apply wait for the last
-    to reduce; if slices have few tickets, the programs of every slice wait.
+    Cache and memory work at the same time. Programs that apply a slice wait until its last run is
+    reduced and merged, if the work of another slice takes less time than that.
     """
     unit, again = problem.tensor_bytes, reads_of(problem, backward)
     units = _once(problem, backward)

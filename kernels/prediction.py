@@ -12,7 +12,8 @@ from .tiling import WARPS, Problem
 # The phases of a forward and of a backward, by which instructions are counted.
 PHASES = (("moments", "output"), ("sums", "gradient"))
 
-# The higher, the less do limits that are nearly as long as the longest one add to the time.
+# The higher, the less do limits that are nearly as long as the longest one add to the time. With
+# this value predictions agree best with `benchmarks/simulation.py`; no GPU has been asked.
 SHARPNESS = 5
 
 # This bandwidth stands in for an unknown one, only to choose between strategies.
