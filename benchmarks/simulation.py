@@ -199,7 +199,7 @@ def ticketed(problem: Problem, device: Device, schedule: Schedule, backward: boo
         before, drawn = drawn, drawn + tickets_of(slice) / device.sm_count
         queue += [(slice, applies)] * max(1, int(drawn) - int(before))
     left = [sum(ticket == (slice, False) for ticket in queue) for slice in range(slices)]
-    flags: list[float | None] = [None if count else 0.0 for count in left]
+    flags: list[float | None] = [None] * slices
 
     def program() -> Program:
         while queue:

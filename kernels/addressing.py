@@ -15,8 +15,9 @@ Tiles begin where a thread may access TILE.align elements at once. In the layout
 the first tile hence begins with some columns of the channel before, and such columns may also
 follow after the plane. They are in the array, so they are loaded, but they don't count.
 
-Only the first and the last tile of a run, or all tiles of the last columns of a group, may reach
-over their edge. Those are masked, and the tiles between them, which are whole, need no mask.
+Only the first and the last tile of a run, or all tiles of the last rows or of the last columns of
+a group, may reach over their edge. Those are masked, and the tiles between them, which are whole,
+need no mask.
 
 What is alike in a channel is a block that broadcasts against a tile: a value for each column,
 or in the layouts of one channel a single one.
@@ -41,7 +42,7 @@ class Sizes(NamedTuple):
         Q: number of columns.
         width: number of columns of a group of channels.
         length: number of tiles of a run, at most.
-        splits: number of runs that share a column of tiles, or a plane.
+        splits: number of runs that share a column of tiles, or in the layout "planes" a channel.
     """
 
     N: tl.tensor
@@ -59,7 +60,7 @@ class Run(NamedTuple):
     Attributes:
         group: number of the group of channels.
         split: number of the run among those that share a channel.
-        tile: number of the column of tiles in the group; 0 in the layout "planes".
+        tile: number of the column of tiles in the group; 0 except in the layout "columns".
         first_row: the first row.
         first_column: the first column; in the layouts of one channel it counts from where the
             plane's first tile begins.

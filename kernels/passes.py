@@ -41,7 +41,7 @@ class Pass:
         tile: the tile that a program handles at once.
         width: number of columns of a group of channels.
         length: number of tiles of a run.
-        splits: number of runs that share a column of tiles.
+        splits: number of runs that share a column of tiles, or in the layout "planes" a channel.
     """
 
     tile: Tile

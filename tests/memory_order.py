@@ -14,7 +14,7 @@ KINDS = {
     "arrive": r"\bATOM\S*\.ADD\.(?!64)",
     "raise": r"\bATOM\S*\.EXCH",
     "poll": r"\bLDG?\.E\.64\.STRONG\.GPU",
-    "load": r"\bLDG?\.E\.STRONG\.GPU",
+    "load": r"\bLDG?\.E\.(128\.)?STRONG\.GPU",
     "store": r"\bSTG?\.",
     "barrier": r"\bBAR\.",
     "fence": r"\bMEMBAR\.\S*GPU",

@@ -265,6 +265,9 @@ EVER_NEW_SIZES = {
     "rows": (lambda draw: (draw(1, 10_000), 512, 1), 1000, 12),
     "many images": (lambda draw: (256, 64, draw(2, 64) * draw(2, 64)), 1000, 16),
     "odd channels": (lambda draw: (16, 3, draw(2, 30_000)), 1000, 20),
+    "many images, 12 channels": (lambda draw: (256, 12, draw(2, 4096)), 1000, 22),
+    "any batch": (lambda draw: (draw(1, 256), 64, draw(2, 4096)), 1000, 18),
+    "any batch, 12 channels": (lambda draw: (draw(1, 256), 12, draw(2, 4096)), 1000, 30),
 }
 
 
