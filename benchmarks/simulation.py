@@ -232,7 +232,8 @@ def resident(problem: Problem, device: Device, schedule: Schedule, backward: boo
     programs = ceil(work.programs(problem) / device.sm_count)
     elements = problem.n * problem.c * problem.s / work.programs(problem)
     reads = reads_of(problem, backward) + (0 if backward else problem.residual)
-    writes = 1 + (problem.saves is not None and backward)
+    mask = reads_of(problem, True) - 2 if problem.saves == "mask" else 0.0
+    writes = 1 + (problem.saves is not None if backward else mask)
 
     def program() -> Program:
         yield sm.load(reads * elements * problem.itemsize, 0.0)
