@@ -214,7 +214,9 @@ def mask_at(run, i, sizes, TILE: tl.constexpr):
     if TILE.layout == "planes" or TILE.layout == "flat":
         plane = blocks_of(plane_extent(sizes, TILE), _BITS)
         row = sizes.C * plane
-        start = run.first_row * row + run.group * plane + run.first_column // _BITS + i * BYTES
+        # One image may have a mask of more than 2^31 bytes; tiles then have one row.
+        start = run.first_row * sizes.C * plane + tl.cast(run.group, tl.int64) * plane
+        start += run.first_column // _BITS + i * BYTES
         columns = run.columns - i * TILE.q
     else:
         row = blocks_of(sizes.Q, _BITS)

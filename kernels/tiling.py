@@ -198,7 +198,9 @@ def mask_by_rows(problem: Problem) -> bool:
 def plane_extent(problem: Problem) -> int:
     """Returns the elements of a plane and of what may lie before it in its first tile."""
     align = alignment(problem)
-    return problem.s + align - gcd(problem.s, align)
+    # The lowest bit that is set is the largest power of two that divides S. `gcd` would take a
+    # symbolic size for a number, and PyTorch's compiler would compile anew for each.
+    return problem.s + align - min(problem.s & -problem.s, align)
 
 
 @lru_cache(maxsize=4096)

@@ -1,8 +1,8 @@
 """A workspace holds what the programs of one launch share and no later launch needs.
 
 That is the counters by which they wait for each other, and their partial results. Every
-device and stream has one workspace. Its counters are zero before a launch, and the kernels
-leave them at zero (`kernels/tickets.py`), so no launch has to clear them. Launches in one
+device and stream has one workspace. The kernels leave its counters as the next launch needs
+them (`kernels/tickets.py`), so no launch has to clear them. Launches in one
 stream run one after the other and share a workspace; launches in two streams may overlap and
 must not. What one launch leaves for the next does not belong here: between the two another
 thread may launch in the same stream.
