@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastbn
@@ -407,3 +408,23 @@ def test_compile_with_cuda_graphs():
 def test_graphs_and_streams(check, strategy, force_strategy):
     force_strategy(strategy)
     check()
+
+
+def test_new_sizes_of_images_compile_nothing_anew(device):
+    """The size of a packed mask is computed from symbolic sizes, as all others are."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, dynamic=True)
+    def call(x, weight, bias):
+        count = torch.zeros((), dtype=torch.int64, device=device)
+        mean, var = torch.zeros_like(weight), torch.ones_like(weight)
+        return torch.ops.fastbn.forward_train(
+            x, x, weight, bias, mean, var, count, 0.1, 1e-5, "relu", 0.0, True
+        )
+
+    weight, bias = torch.ones(16, device=device), torch.zeros(16, device=device)
+    for size in (7, 9, 11, 13):
+        y, _, mask = call(torch.randn(4, 16, size, size, device=device), weight, bias)
+        assert y.shape[-1] == size
+        assert mask.numel() >= 2 * 4 * size * size
+    assert counter.frame_count == 1
