@@ -115,11 +115,11 @@ def store_gradients(
     EVICTION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Stores dx for batch statistics and the residual's gradient, each where it is wanted."""
+    if DR is not None:
+        store_tile(DR, g, run, i, MASKED, EVICTION, TILE)
     if DX is not None:
         dx = tl.fma(centred, slope, tl.fma(g, affine.scale, constant))
         store_tile(DX, dx, run, i, MASKED, EVICTION, TILE)
-    if DR is not None:
-        store_tile(DR, g, run, i, MASKED, EVICTION, TILE)
 
 
 @triton.jit
