@@ -18,8 +18,8 @@ from .strategy import get_strategy
 class BatchNorm(torch.autograd.Function):
     """Batch norm, residual and activation, with the gradient of the kernels.
 
-    `options` are training, momentum, eps, activation and its parameter, in a plain
-    tuple: a named one takes four times as long to make. `plan` is the forward's
+    `options` are training, momentum, correction, eps, activation and its parameter, in a
+    plain tuple: a named one takes four times as long to make. `plan` is the forward's
     execution plan, or None for a call that must go through PyTorch's dispatcher.
     """
 
@@ -33,14 +33,16 @@ class BatchNorm(torch.autograd.Function):
         running_mean: Tensor | None,
         running_var: Tensor | None,
         num_batches_tracked: Tensor | None,
-        options: tuple[bool, float | None, float, str, float],
+        options: tuple[bool, float | None, float, float, str, float],
         plan: ExecutionPlan | None,
     ) -> Tensor:
-        training, momentum, eps, activation, param = options
+        training, momentum, correction, eps, activation, param = options
         saved = saved_for(activation, residual is not None)
         tensors = (input, residual, weight, bias, running_mean, running_var, num_batches_tracked)
         if plan is not None:
-            output, statistics, mask = execution.run_forward(plan, tensors, momentum, eps, param)
+            output, statistics, mask = execution.run_forward(
+                plan, tensors, momentum, correction, eps, param
+            )
         else:
             output, statistics, mask = torch_ops.forward(tensors, *options, saved == "mask")
         mask = mask if saved == "mask" else None

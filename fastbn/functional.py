@@ -41,6 +41,7 @@ def batch_norm(
     activation: str | None = None,
     activation_param: float | None = None,
     residual: Tensor | None = None,
+    biased_running_var: bool = False,
 ) -> Tensor:
     """Returns activation((input - mean) / sqrt(var + eps) * weight + bias + residual).
 
@@ -65,6 +66,8 @@ def batch_norm(
         activation_param: negative slope of "leaky_relu" (default 0.01), alpha
             of "elu" (default 1.0); the other activations take none.
         residual: tensor of the input's shape, added before the activation.
+        biased_running_var: whether the running variance is updated by the batch's biased
+            variance, as Keras does.
 
     Returns:
         A tensor of the input's shape and memory format, and of its dtype unless a
@@ -80,7 +83,7 @@ def batch_norm(
     """
     return tracked_batch_norm(
         input, running_mean, running_var, None, weight, bias, training, momentum, eps,
-        activation, activation_param, residual,
+        activation, activation_param, residual, biased_running_var,
     )  # fmt: skip
 
 
@@ -97,6 +100,7 @@ def tracked_batch_norm(
     activation: str | None = None,
     activation_param: float | None = None,
     residual: Tensor | None = None,
+    biased_running_var: bool = False,
 ) -> Tensor:
     """Does what `batch_norm` does and counts batches; the modules call this function.
 
@@ -111,6 +115,7 @@ def tracked_batch_norm(
             lambda momentum: handle_torch_function(
                 batch_norm, given, *given[:5], training, momentum, eps,
                 activation=activation, activation_param=activation_param, residual=residual,
+                biased_running_var=biased_running_var,
             ),
             num_batches_tracked if training else None,
             momentum,
@@ -122,6 +127,7 @@ def tracked_batch_norm(
         momentum = as_float(momentum)
     if type(eps) is not float:
         eps = as_float(eps)
+    correction = 0.0 if biased_running_var else 1.0
     # Neither `torch.compile` nor the plan cache can tell two uses of one tensor apart, so
     # the second use gets a view.
     if residual is input:
@@ -140,19 +146,19 @@ def tracked_batch_norm(
         if plan is not None or _goes_to_kernels(*tensors, training, momentum, eps):
             if plan is None and key is not None:
                 plan = plan_cache.insert(key, tensors, plan_forward, *key[:4])
-            options = (training, momentum, eps, activation, param)
+            options = (training, momentum, correction, eps, activation, param)
             if needs_grad:
                 if bias is not None and reads_bias(activation, residual is not None):
                     # As behind unfused layers, the bias may change before the backward.
                     tensors = (*tensors[:3], bias.clone(), *tensors[4:])
                 return BatchNorm.apply(*tensors, options, plan)
             if plan is not None:
-                return execution.run_forward(plan, tensors, momentum, eps, param)[0]
+                return execution.run_forward(plan, tensors, *options[1:4], param)[0]
             return torch_ops.forward(tensors, *options, save_mask=False)[0]
 
     output = _counted(
         lambda momentum: native.batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps
+            input, running_mean, running_var, weight, bias, training, momentum, eps, correction
         ),
         num_batches_tracked if training else None,
         momentum,

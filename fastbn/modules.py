@@ -32,11 +32,40 @@ _TAKEN_FOR_A_NORM = (
 class _Fused(_BatchNorm):
     """The `forward` of the drop-in modules; the other base class is one of `nn.BatchNorm*d`."""
 
+    # A module of PyTorch's that became one of these has no attribute of its own.
+    biased_running_var = False
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        biased_running_var: bool = False,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        if biased_running_var:
+            self.biased_running_var = True
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + self._options()
+
+    def _options(self) -> str:
+        return ", biased_running_var=True" if self.biased_running_var else ""
+
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return record_call(self, input)
         self._check_input_dim(input)
-        return tracked_batch_norm(input, *arguments_of(self))
+        return tracked_batch_norm(
+            input, *arguments_of(self), biased_running_var=self.biased_running_var
+        )
 
 
 def arguments_of(
@@ -81,7 +110,7 @@ class FusedBatchNorm1d(_Fused, nn.BatchNorm1d):
     """`nn.BatchNorm1d` in fused kernels, for input of shape (N, C) or (N, C, L).
 
     Constructor, parameters, buffers, `state_dict` and results are the same as in
-    `nn.BatchNorm1d`.
+    `nn.BatchNorm1d`. The keyword `biased_running_var` is that of `batch_norm`.
     """
 
 
@@ -89,7 +118,7 @@ class FusedBatchNorm2d(_Fused, nn.BatchNorm2d):
     """`nn.BatchNorm2d` in fused kernels, for contiguous or channels-last (N, C, H, W).
 
     Constructor, parameters, buffers, `state_dict` and results are the same as in
-    `nn.BatchNorm2d`.
+    `nn.BatchNorm2d`. The keyword `biased_running_var` is that of `batch_norm`.
     """
 
 
@@ -97,7 +126,7 @@ class FusedBatchNorm3d(_Fused, nn.BatchNorm3d):
     """`nn.BatchNorm3d` in fused kernels, for contiguous or channels-last (N, C, D, H, W).
 
     Constructor, parameters, buffers, `state_dict` and results are the same as in
-    `nn.BatchNorm3d`.
+    `nn.BatchNorm3d`. The keyword `biased_running_var` is that of `batch_norm`.
     """
 
 
@@ -166,10 +195,13 @@ class _FusedAct(_Fused):
         drop_layer: Callable[..., nn.Module] | None = None,
         device: Any = None,
         dtype: Any = None,
+        *,
+        biased_running_var: bool = False,
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
-        )
+            num_features, eps, momentum, affine, track_running_stats, device, dtype,
+            biased_running_var=biased_running_var,
+        )  # fmt: skip
         self.drop = (
             nn.Identity() if drop_layer is None else _make_layer("drop_layer", drop_layer, {})
         )
@@ -198,7 +230,7 @@ class _FusedAct(_Fused):
         self._eps = value
 
     def extra_repr(self) -> str:
-        return self.without_activation().extra_repr()
+        return self.without_activation().extra_repr() + self._options()
 
     # TorchScript would compile the property.
     __jit_unused_properties__ = ("eps",)
@@ -224,10 +256,14 @@ class _FusedAct(_Fused):
         self._check_input_dim(input)
         fused = fused_activation(self)
         if fused is not None:
-            return tracked_batch_norm(input, *arguments_of(self), *fused, residual)
+            return tracked_batch_norm(
+                input, *arguments_of(self), *fused, residual, self.biased_running_var
+            )
         if residual is not None:
             check_residual(input, residual)
-        output = tracked_batch_norm(input, *arguments_of(self))
+        output = tracked_batch_norm(
+            input, *arguments_of(self), biased_running_var=self.biased_running_var
+        )
         if self.drop is not None:
             output = self.drop(output)
         if residual is not None:
@@ -253,6 +289,7 @@ _ACT_DOC = """`{base}`, an optional residual and an activation in one.
             output is always new memory.
         drop_layer: a module class applied between normalisation and residual;
             with one, only the normalisation is fused.
+        biased_running_var: as for `batch_norm`.
 
     Raises:
         TypeError: `act_layer` or `drop_layer` is a module and not a class, or

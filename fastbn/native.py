@@ -30,8 +30,14 @@ def batch_norm(
     training: bool,
     momentum: float,
     eps: float,
+    correction: float = 1.0,
 ) -> Tensor:
-    """Does what `torch.nn.functional.batch_norm` does, and raises the errors that it raises."""
+    """Does what `torch.nn.functional.batch_norm` does, and raises the errors that it raises.
+
+    With the correction 0, and not 1, the running variance is updated by the biased variance.
+    """
+    if training and correction == 0.0 and running_var is not None:
+        return _with_biased_variance(input, running_mean, running_var, weight, bias, momentum, eps)
     arguments = (running_mean, running_var, weight, bias, training, momentum, eps)
     if support.transforms_active():
         # PyTorch checks the arguments and updates the running statistics.
@@ -49,6 +55,23 @@ def batch_norm(
         # tensor, which takes as long as a small call.
         node: Any = output.grad_fn
         node._register_hook_dict(_hooked)
+    return output
+
+
+def _with_biased_variance(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Calls `batch_norm` for training, and takes Bessel's correction from its running variance."""
+    update = torch.zeros_like(running_var)
+    output = batch_norm(input, running_mean, update, weight, bias, True, momentum, eps)
+    count = input.numel() // input.shape[1]
+    running_var.mul_(1 - momentum).add_(update * ((count - 1) / count))
     return output
 
 

@@ -23,19 +23,24 @@ def batch_norm(
     activation: str = "none",
     activation_param: float = 0.0,
     residual: Tensor | None = None,
+    correction: float = 1.0,
 ) -> Tensor:
     """Returns y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual).
 
     This is algorithm 1 of Ioffe and Szegedy (2015). In training, mean and variance
     are those of `x` over all axes but the second, and the running statistics are
-    updated; otherwise the running statistics serve. At least float32 is used.
+    updated, the variance with Bessel's correction or another; otherwise the running
+    statistics serve. At least float32 is used.
     """
     z = accumulated(x)
     if training:
         axes = _axes(x)
         mean, var = z.mean(axes), z.var(axes, correction=0)
         count = x.numel() // x.shape[1]
-        for running, batch in ((running_mean, mean), (running_var, var * count / (count - 1))):
+        for running, batch in (
+            (running_mean, mean),
+            (running_var, var * count / (count - correction)),
+        ):
             if running is not None:
                 running.lerp_(batch.detach().to(running.dtype), momentum)
     else:

@@ -7,7 +7,9 @@ With M = N * S values x to a channel:
     rstd = 1 / sqrt(var + eps)
     y    = activation((x - mean) * rstd * weight + bias + residual)
     running_mean <- (1 - momentum) * running_mean + momentum * mean
-    running_var  <- (1 - momentum) * running_var  + momentum * var * M / (M - 1)
+    running_var  <- (1 - momentum) * running_var  + momentum * var * M / (M - correction)
+
+where the correction is 1 (Bessel's), or 0 for a running variance that is biased too.
 """
 
 import triton
@@ -63,7 +65,7 @@ def averaging_factor(momentum, NumBatchesTracked, CUMULATIVE: tl.constexpr, acc:
 
 @triton.jit
 def store_statistics(
-    count, mean, m2, Statistics, RunningMean, RunningVar, factor, eps, c, exists, C
+    count, mean, m2, Statistics, RunningMean, RunningVar, factor, correction, eps, c, exists, C
 ):
     """Writes statistics of channels, updates the running ones, and returns rstd."""
     rstd = 1.0 / tl.sqrt(m2 / count + tl.full((), eps, mean.dtype))
@@ -72,7 +74,8 @@ def store_statistics(
     if RunningMean is not None:
         update_running(RunningMean, mean, factor, c, exists)
     if RunningVar is not None:
-        update_running(RunningVar, m2 / (count - 1.0), factor, c, exists)
+        correction = tl.full((), correction, mean.dtype)
+        update_running(RunningVar, m2 / (count - correction), factor, c, exists)
     return rstd
 
 
@@ -138,7 +141,7 @@ def store_partial_moments(
 @triton.jit
 def finish_statistics(
     X, Partials, Statistics, RunningMean, RunningVar, NumBatchesTracked, Arrivals, group,
-    groups, momentum, eps, sizes, CUMULATIVE: tl.constexpr, TILE: tl.constexpr,
+    groups, momentum, correction, eps, sizes, CUMULATIVE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Merges the partial moments of a group of channels and stores its statistics."""
     acc: tl.constexpr = Statistics.dtype.element_ty
@@ -153,8 +156,8 @@ def finish_statistics(
             Partials, Partials + rows_of(sizes, TILE) * sizes.C, first, end, c, sizes, acc, TILE
         )
         store_statistics(
-            count, mean + near, m2, Statistics, RunningMean, RunningVar, factor, eps, c, c < end,
-            sizes.C,
+            count, mean + near, m2, Statistics, RunningMean, RunningVar, factor, correction, eps,
+            c, c < end, sizes.C,
         )  # fmt: skip
     count_batch(NumBatchesTracked, group == 0, Arrivals + groups, groups, CUMULATIVE)
 
@@ -220,6 +223,7 @@ def bn_stats_fwd_kernel(
     length,
     splits,
     momentum: "fp64",
+    correction: "fp64",
     eps: "fp64",
     CUMULATIVE: tl.constexpr,
     TILE: tl.constexpr,
@@ -233,7 +237,7 @@ def bn_stats_fwd_kernel(
     if last_to_arrive(Arrivals + group, splits * tiles_of_group(sizes, TILE)):
         finish_statistics(
             X, Partials, Statistics, RunningMean, RunningVar, NumBatchesTracked, Arrivals,
-            group, groups_of(sizes), momentum, eps, sizes, CUMULATIVE, TILE,
+            group, groups_of(sizes), momentum, correction, eps, sizes, CUMULATIVE, TILE,
         )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ def bn_resident_fwd_kernel(
     Q,
     width,
     momentum: "fp64",
+    correction: "fp64",
     eps: "fp64",
     param: "fp64",
     ACTIVATION: tl.constexpr,
@@ -57,12 +58,12 @@ def bn_resident_fwd_kernel(
     # The first mean is rounded; the mean of the differences from it corrects that.
     about = sum_rows(tl.where(inside(run, 0, TILE), x, 0.0) * (1.0 / count), TILE)
     away = centre(x, about, run, 0, TILE)
-    correction = sum_rows(away, TILE) / count
-    centred = centre(away, correction, run, 0, TILE)
+    rest = sum_rows(away, TILE) / count
+    centred = centre(away, rest, run, 0, TILE)
     m2 = sum_rows(centred * centred, TILE)
-    mean = about + correction
+    mean = about + rest
     rstd = store_statistics(
-        count, mean, m2, Statistics, RunningMean, RunningVar, factor, eps, channels,
+        count, mean, m2, Statistics, RunningMean, RunningVar, factor, correction, eps, channels,
         exist(run, mean), C,
     )  # fmt: skip
     store_output(

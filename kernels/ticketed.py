@@ -63,6 +63,7 @@ def bn_ticketed_fwd_kernel(
     splits,
     slice_groups,
     momentum: "fp64",
+    correction: "fp64",
     eps: "fp64",
     param: "fp64",
     ACTIVATION: tl.constexpr,
@@ -95,8 +96,8 @@ def bn_ticketed_fwd_kernel(
                 if last_to_arrive(Arrivals + group, splits * tiles):
                     finish_statistics(
                         X, Partials, Statistics, RunningMean, RunningVar,
-                        NumBatchesTracked, Arrivals, group, groups, momentum, eps,
-                        here, CUMULATIVE, TILE,
+                        NumBatchesTracked, Arrivals, group, groups, momentum, correction,
+                        eps, here, CUMULATIVE, TILE,
                     )  # fmt: skip
                     raise_flag(Tickets + 1 + group, generation)
         ticket, _ = draw_ticket(Tickets, total)

@@ -234,7 +234,7 @@ def _call(case: Case) -> None:
     epilogue = (1e-5, case.activation, 0.01)
     if case.training:
         _, statistics, mask = torch_ops._forward_train(
-            x, residual, weight, bias, mean, var, num_batches_tracked, 0.1, *epilogue, signs
+            x, residual, weight, bias, mean, var, num_batches_tracked, 0.1, 1.0, *epilogue, signs
         )
         var = None
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,7 @@ class Case:
     bias: bool = True
     statistics: bool = True
     momentum: float | None = 0.1
+    biased_running_var: bool = False
     eps: float = 1e-5
     mean: float = 0.7
     std: float = 1.5
@@ -148,7 +150,7 @@ def run_fastbn(arguments: Arguments) -> dict[str, Tensor]:
         return tracked_batch_norm(
             input, arguments.running_mean, arguments.running_var,
             arguments.num_batches_tracked if case.training else None, weight, bias, case.training,
-            case.momentum, case.eps, case.activation, None, residual,
+            case.momentum, case.eps, case.activation, None, residual, case.biased_running_var,
         )  # fmt: skip
 
     with fastbn.use_backend("triton"), poisoned():
@@ -157,7 +159,8 @@ def run_fastbn(arguments: Arguments) -> dict[str, Tensor]:
 
 def run_exact(arguments: Arguments) -> dict[str, Tensor]:
     """The same of the reference, in float64."""
-    return _run_torch(arguments.to(torch.float64), reference)
+    correction = 0.0 if arguments.case.biased_running_var else 1.0
+    return _run_torch(arguments.to(torch.float64), partial(reference, correction=correction))
 
 
 def run_native(arguments: Arguments) -> dict[str, Tensor]:
@@ -166,7 +169,20 @@ def run_native(arguments: Arguments) -> dict[str, Tensor]:
     def batch_norm(input, mean, var, weight, bias, *options):
         if weight is None and bias is not None:
             weight = torch.ones_like(bias)  # which the backward on a GPU needs
-        return F.batch_norm(input, mean, var, weight, bias, *options)
+        unbiased = None if var is None else var.clone()
+        output = F.batch_norm(input, mean, unbiased, weight, bias, *options)
+        if var is not None:
+            update(var, unbiased, input.numel() // input.shape[1])
+        return output
+
+    def update(var, unbiased, count):
+        if arguments.case.training and arguments.case.biased_running_var:
+            momentum = _momentum(arguments)
+            unbiased = unbiased - (1 - momentum) * var
+            var.mul_(1 - momentum)
+            var += unbiased * ((count - 1) / count)
+        else:
+            var.copy_(unbiased)
 
     fresh = clone(arguments)
     # With other strides along axes of size 1 PyTorch's gradients on a CPU are wrong.
@@ -178,9 +194,7 @@ def run_native(arguments: Arguments) -> dict[str, Tensor]:
 
 def _run_torch(arguments: Arguments, batch_norm) -> dict[str, Tensor]:
     case = arguments.case
-    momentum = case.momentum
-    if momentum is None:
-        momentum = 1 / (arguments.num_batches_tracked.item() + 1)
+    momentum = _momentum(arguments)
     if case.training:
         arguments.num_batches_tracked += 1
 
@@ -195,6 +209,12 @@ def _run_torch(arguments: Arguments, batch_norm) -> dict[str, Tensor]:
         return activation.function(z, activation.default)
 
     return _results(arguments, function)
+
+
+def _momentum(arguments: Arguments) -> float:
+    if arguments.case.momentum is None:
+        return 1 / (arguments.num_batches_tracked.item() + 1)
+    return arguments.case.momentum
 
 
 def _preactivation(arguments: Arguments) -> Tensor:

@@ -149,6 +149,11 @@ def test_momentum(momentum, num_batches_tracked, device):
     compare(make_arguments(Case((8, 3, 4), momentum=momentum), device, num_batches_tracked))
 
 
+@pytest.mark.parametrize("momentum", [None, 0.1])
+def test_biased_running_var(momentum, device):
+    check(Case((3, 5, 2), momentum=momentum, biased_running_var=True), device)
+
+
 @pytest.mark.parametrize("eps", [1e-12, 1e-3, 1.0])
 def test_eps(eps, device):
     check(Case((8, 3, 4), eps=eps), device)

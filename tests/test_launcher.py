@@ -121,7 +121,19 @@ def call(
     r = torch.empty_like(x) if residual else None
     want_dx, want_dw, want_db = wanted
     _, statistics, mask = torch_ops._forward_train(
-        x, r, weight, bias, mean, var, num_batches_tracked, momentum, eps, activation, 0.0, residual
+        x,
+        r,
+        weight,
+        bias,
+        mean,
+        var,
+        num_batches_tracked,
+        momentum,
+        1.0,
+        eps,
+        activation,
+        0.0,
+        residual,
     )
     mask, format = (mask, memory_format(x)) if residual else (None, None)
     options = (eps, activation, 0.0, (want_dx, residual, want_dw, want_db), format)

@@ -360,3 +360,22 @@ def test_counter_that_is_gone_is_not_asked_for(device):
         module.to(device).eval()(x)
         module.train().track_running_stats = False
         module(x)
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+@pytest.mark.parametrize("act", [False, True])
+def test_a_biased_running_var_is_the_normalising_variance(act, momentum, device):
+    kind = fastbn.FusedBatchNormAct2d if act else fastbn.FusedBatchNorm2d
+    norm = kind(3, momentum=momentum, biased_running_var=True).to(device)
+    expected = torch.ones(3, dtype=torch.float64, device=device)
+    for step in range(3):
+        x = torch.randn(2, 3, 1, 2, device=device)
+        norm(x)
+        share = 1 / (step + 1) if momentum is None else momentum
+        expected.lerp_(x.double().var((0, 2, 3), correction=0), share)
+        torch.testing.assert_close(norm.running_var.double(), expected, rtol=1e-6, atol=0)
+    assert "biased_running_var=True" in repr(norm)
+    assert norm.state_dict().keys() == nn.BatchNorm2d(3).state_dict().keys()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        norm(x[:1, :, :, :1])
+    torch.testing.assert_close(norm.running_var.double(), expected, rtol=1e-6, atol=0)

@@ -39,7 +39,8 @@ def test_a_mode_sees_and_replaces_a_call(device):
     ((args, kwargs),) = log.calls
     assert args[0] is x
     assert args[5:] == (True, 0.1, 1e-5)
-    assert kwargs == {"activation": "silu", "activation_param": None, "residual": residual}
+    given = {"activation": "silu", "residual": residual}
+    assert kwargs == {"activation_param": None, "biased_running_var": False} | given
     with Log(answer=lambda x, *args, **kwargs: x + 1):
         assert fastbn.batch_norm(x, None, None, training=True).equal(x + 1)
 

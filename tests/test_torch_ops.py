@@ -49,9 +49,23 @@ def test_opcheck_forward_train(channels_last, momentum, statistics, device):
     )
     if momentum is None and num_batches_tracked is None:
         momentum = 0.0
-    args = (x, r, w, b, mean, var, num_batches_tracked, momentum, 1e-5, "relu", 0.0, True)
+    args = (x, r, w, b, mean, var, num_batches_tracked, momentum, 1.0, 1e-5, "relu", 0.0, True)
     torch.library.opcheck(torch.ops.fastbn.forward_train.default, args, test_utils=TESTS)
-    args = (x, None, None, None, mean, var, num_batches_tracked, momentum, 1e-5, "gelu", 0.0, False)
+    args = (
+        x,
+        None,
+        None,
+        None,
+        mean,
+        var,
+        num_batches_tracked,
+        momentum,
+        1.0,
+        1e-5,
+        "gelu",
+        0.0,
+        False,
+    )
     torch.library.opcheck(torch.ops.fastbn.forward_train.default, args, test_utils=TESTS)
 
 
@@ -259,7 +273,7 @@ def test_operators_do_not_write_between_elements(device):
     memory = torch.zeros(8, device=device)
     with pytest.raises(RuntimeError, match="running statistics that are contiguous"):
         torch_ops._forward_train(
-            x, None, None, None, memory[::2], memory[::2], None, 0.5, 1e-5, "none", 0.0, False
+            x, None, None, None, memory[::2], memory[::2], None, 0.5, 1.0, 1e-5, "none", 0.0, False
         )
     assert memory.eq(0).all()
 
@@ -267,7 +281,8 @@ def test_operators_do_not_write_between_elements(device):
 def test_opcheck_backward_with_a_mask_of_another_format(device):
     """The results lie as the mask does, on paper too."""
     x, r, dy, w, b, mean, var, _ = tensors(device, channels_last=True)
-    *_, mask = torch_ops._forward_train(x, r, w, b, None, None, None, 0.1, 1e-5, "relu", 0.0, True)
+    numbers = (0.1, 1.0, 1e-5, "relu", 0.0)
+    *_, mask = torch_ops._forward_train(x, r, w, b, None, None, None, *numbers, True)
     args = (
         dy,
         x.contiguous(),
@@ -292,7 +307,7 @@ def test_operators_refuse_tensors_on_two_devices(device):
     for call in (
         lambda: torch_ops._forward_eval(x, None, None, None, mean, var, *numbers, False),
         lambda: torch_ops._forward_train(
-            x, None, None, None, mean, var, None, 0.1, *numbers, False
+            x, None, None, None, mean, var, None, 0.1, 1.0, *numbers, False
         ),
         lambda: torch_ops._backward(
             x, x, None, None, None, None, mean, var, *numbers, (True, False, False, False), None
@@ -419,7 +434,7 @@ def test_new_sizes_of_images_compile_nothing_anew(device):
         count = torch.zeros((), dtype=torch.int64, device=device)
         mean, var = torch.zeros_like(weight), torch.ones_like(weight)
         return torch.ops.fastbn.forward_train(
-            x, x, weight, bias, mean, var, count, 0.1, 1e-5, "relu", 0.0, True
+            x, x, weight, bias, mean, var, count, 0.1, 1.0, 1e-5, "relu", 0.0, True
         )
 
     weight, bias = torch.ones(16, device=device), torch.zeros(16, device=device)

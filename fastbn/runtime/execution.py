@@ -20,6 +20,7 @@ def run_forward(
     plan: ExecutionPlan,
     tensors: ForwardTensors,
     momentum: float | None,
+    correction: float,
     eps: float,
     param: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -30,6 +31,7 @@ def run_forward(
         tensors: as for `plan_forward`.
         momentum: the batch's share of the running statistics, None for averages over
             all batches.
+        correction: 1 for unbiased running variances, 0 for biased ones.
         eps: added to the variance.
         param: the activation's parameter.
 
@@ -56,21 +58,21 @@ def run_forward(
     if plan.schedule.strategy == "resident":
         assert plan.single_launch is not None
         counter = get_workspace(x.device, 1).arrivals if cumulative else None
-        plan.single_launch((*outputs, *written, counter), rate, eps, param)
+        plan.single_launch((*outputs, *written, counter), rate, correction, eps, param)
     else:
         workspace = get_workspace(x.device, plan.groups, plan.partial_bytes)
         arrivals, tickets = workspace.arrivals, workspace.tickets
         partials = workspace.partials[plan.statistics]
         if plan.single_launch is not None:
             arguments = (*outputs, *written, partials, arrivals, tickets)
-            plan.single_launch(arguments, rate, eps, param)
+            plan.single_launch(arguments, rate, correction, eps, param)
         else:
             assert plan.reduce is not None
             assert plan.apply is not None
             first, second = (x, *written, partials, arrivals), (*outputs, statistics, None)
             # Check the second launch's tensors before the first launch writes anything.
             plan.apply.check(second)
-            plan.reduce(first, rate, eps)
+            plan.reduce(first, rate, correction, eps)
             plan.apply(second, eps, param)
     # Autograd notices changes of saved tensors by their version, which a kernel doesn't raise.
     increment_version([t for t in written[1:] if t is not None])

@@ -40,8 +40,8 @@ def _dense(plan: ExecutionPlan, tensors: Sequence[Tensor | None]) -> tuple[Any, 
 
 
 def _forward_train(
-    x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,
-    activation, param, save_mask,
+    x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, correction,
+    eps, activation, param, save_mask,
 ):  # fmt: skip
     given, written = (x, residual, weight, bias), (running_mean, running_var, num_batches_tracked)
     _check_devices(*given, *written)
@@ -49,7 +49,7 @@ def _forward_train(
         raise RuntimeError("expected running statistics that are contiguous")
     plan = plan_forward((*given, *written), True, momentum is None, activation, save_mask)
     tensors = (*_dense(plan, given), *written)
-    y, statistics, mask = execution.run_forward(plan, tensors, momentum, eps, param)
+    y, statistics, mask = execution.run_forward(plan, tensors, momentum, correction, eps, param)
     return y, statistics, _or_empty(mask, x, torch.uint8)
 
 
@@ -57,7 +57,7 @@ def _forward_eval(x, residual, weight, bias, mean, var, eps, activation, param, 
     tensors = (x, residual, weight, bias, mean, var, None)
     _check_devices(*tensors)
     plan = plan_forward(tensors, False, False, activation, save_mask)
-    y, _, mask = execution.run_forward(plan, _dense(plan, tensors), 0.0, eps, param)
+    y, _, mask = execution.run_forward(plan, _dense(plan, tensors), 0.0, 1.0, eps, param)
     return y, _or_empty(mask, x, torch.uint8)
 
 
@@ -85,8 +85,8 @@ def _empty_mask(x: Tensor, wanted: bool) -> Tensor:
 
 
 def _fake_forward_train(
-    x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,
-    activation, param, save_mask,
+    x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, correction,
+    eps, activation, param, save_mask,
 ):  # fmt: skip
     statistics = x.new_empty((2, x.shape[1]), dtype=statistics_dtype(x.dtype))
     return _empty_like(x), statistics, _empty_mask(x, save_mask)
@@ -119,8 +119,8 @@ def _register(name: str, signature: str, implementation: Callable, fake: Callabl
 forward_train = _register(
     "forward_train",
     "(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean,"
-    " Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps,"
-    " str activation, float activation_param, bool save_mask)"
+    " Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float correction,"
+    " float eps, str activation, float activation_param, bool save_mask)"
     " -> (Tensor output, Tensor statistics, Tensor mask)",
     _forward_train,
     _fake_forward_train,
@@ -145,8 +145,8 @@ backward = _register(
 
 
 def forward(
-    tensors: ForwardTensors, training: bool, momentum: float | None, eps: float,
-    activation: str, param: float, save_mask: bool,
+    tensors: ForwardTensors, training: bool, momentum: float | None, correction: float,
+    eps: float, activation: str, param: float, save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Calls the forward operator for training or for fixed statistics.
 
@@ -154,7 +154,7 @@ def forward(
     unless it is saved.
     """
     if training:
-        return forward_train(*tensors, momentum, eps, activation, param, save_mask)
+        return forward_train(*tensors, momentum, correction, eps, activation, param, save_mask)
     output, mask = forward_eval(*tensors[:6], eps, activation, param, save_mask)
     mean = tensors[4]
     assert mean is not None
