@@ -3,6 +3,7 @@
 from .backend import get_backend, set_backend, use_backend
 from .explain import explain
 from .functional import batch_norm
+from .models import convert, fuse, revert
 from .modules import (
     FusedBatchNorm1d,
     FusedBatchNorm2d,
@@ -23,8 +24,11 @@ __all__ = [
     "FusedBatchNormAct2d",
     "FusedBatchNormAct3d",
     "batch_norm",
+    "convert",
     "explain",
+    "fuse",
     "get_backend",
+    "revert",
     "set_backend",
     "use_backend",
     "use_strategy",

@@ -169,7 +169,8 @@ def activation_of(module: nn.Module) -> tuple[str, float | None] | None:
         return None
     stock_forward, rows = _BY_MODULE[module_class]
     if (
-        getattr(module.forward, "__func__", None) is not stock_forward
+        stock_forward is None
+        or not runs(module, stock_forward)
         or _Module.__call__ is not _STOCK_CALL
         or has_hooks(module)
     ):
@@ -181,6 +182,14 @@ def activation_of(module: nn.Module) -> tuple[str, float | None] | None:
         else:
             return name, None if parameter is None else getattr(module, parameter)
     return None
+
+
+def runs(module: nn.Module, forward: Any) -> bool:
+    """Says whether a function is what a module has for its `forward`.
+
+    Their code is compared, since `torch.compile` can't tell what function a method is of.
+    """
+    return getattr(module.forward, "__code__", None) is forward.__code__
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch.nn as nn
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from .activations import saved_for
 from .backend import get_backend
 from .functional import as_float, check_residual
 from .kernels.plan import Plan, Schedule, make_plan
+from .models.report import ModelExplanation, explain_model
 from .modules import _Fused, _FusedAct, arguments_of, fused_activation
 from .runtime import support
 from .runtime.device import device_facts
@@ -108,29 +109,45 @@ def _error(
     return None
 
 
-def explain(module: nn.Module | None, input: Tensor, residual: Tensor | None = None) -> Explanation:
-    """Says which backend would serve a call, how, and what traffic it costs.
+@overload
+def explain(
+    module: _Fused | None, input: Tensor, residual: Tensor | None = None
+) -> Explanation: ...
+
+
+@overload
+def explain(
+    module: nn.Module | None, input: Any = None, residual: Tensor | None = None
+) -> Explanation | ModelExplanation: ...
+
+
+def explain(
+    module: nn.Module | None, input: Any = None, residual: Tensor | None = None
+) -> Explanation | ModelExplanation:
+    """Says which backend would serve a call, how, and what traffic it costs; or, of a model, what
+    is computed with each of its norms.
 
     Args:
-        module: one of fastbn's modules in the mode to explain, or None for a plain
-            batch norm in training.
-        input: the tensor that the module would get, of shape (N, C) or (N, C, ...).
+        module: one of fastbn's modules in the mode to explain, None for a plain batch norm in
+            training, or a model, of which the current mode is explained.
+        input: the tensor that the module would get, of shape (N, C) or (N, C, ...). For a model
+            it is optional and may be a tuple of arguments; with it bytes are counted.
         residual: the tensor that the module would add, if any.
 
     Returns:
-        A dataclass that prints as plain words. If PyTorch serves the call, `explain`
-        tries the call on copies of the statistics to find the error that it may end
-        with. Bytes count each tensor of the input's size once for every time that
-        the kernels read or write it. They don't count statistics, parameters, or
-        the copy that an input of other strides needs first.
+        A dataclass that prints as plain words, for a model a `ModelExplanation`. If PyTorch
+        serves a norm's call, `explain` tries the call on copies of the statistics to find the
+        error that it may end with. Bytes count each tensor of the input's size once for
+        every time that the kernels read or write it. They don't count statistics,
+        parameters, or the copy that an input of other strides needs first.
 
     Raises:
-        TypeError: the module is not one of fastbn's, or the input is no tensor.
+        TypeError: the module is no module, or the input of a norm is no tensor.
     """
     if module is not None and not isinstance(module, _Fused):
-        raise TypeError(
-            f"module must be one of fastbn's or None, but got a {type(module).__name__}"
-        )
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module must be a module or None, but got a {type(module).__name__}")
+        return explain_model(module, input)
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a tensor, but got a {type(input).__name__}")
     weight = bias = running_mean = running_var = num_batches_tracked = None

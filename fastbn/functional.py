@@ -175,13 +175,14 @@ def _counted(
     if num_batches_tracked is None:
         return call(momentum)
     # Count the batch first, since PyTorch may refuse to change the counter; if batch norm
-    # itself then fails, take the count back.
+    # itself then fails, take the count back. A checkpoint that recomputes a call ends it by
+    # an exception of another type when the call has done all that is needed.
     if momentum is None:
         momentum = 1.0 / (float(num_batches_tracked) + 1.0)
     num_batches_tracked.add_(1)
     try:
         return call(momentum)
-    except BaseException:
+    except (RuntimeError, TypeError, ValueError, IndexError):
         num_batches_tracked.sub_(1)
         raise
 

@@ -62,10 +62,21 @@ class _Fused(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return record_call(self, input)
+        return self.normalise(input)
+
+    def normalise(
+        self,
+        input: Tensor,
+        activation: str = "none",
+        activation_param: float | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Computes the norm, with activation and residual as `batch_norm` takes them."""
         self._check_input_dim(input)
         return tracked_batch_norm(
-            input, *arguments_of(self), biased_running_var=self.biased_running_var
-        )
+            input, *arguments_of(self), activation, activation_param, residual,
+            self.biased_running_var,
+        )  # fmt: skip
 
 
 def arguments_of(
@@ -253,17 +264,13 @@ class _FusedAct(_Fused):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if isinstance(input, Proxy) or isinstance(residual, Proxy):
             return record_call(self, input, *(() if residual is None else (residual,)))
-        self._check_input_dim(input)
         fused = fused_activation(self)
         if fused is not None:
-            return tracked_batch_norm(
-                input, *arguments_of(self), *fused, residual, self.biased_running_var
-            )
+            return self.normalise(input, *fused, residual)
+        self._check_input_dim(input)
         if residual is not None:
             check_residual(input, residual)
-        output = tracked_batch_norm(
-            input, *arguments_of(self), biased_running_var=self.biased_running_var
-        )
+        output = self.normalise(input)
         if self.drop is not None:
             output = self.drop(output)
         if residual is not None:

@@ -370,9 +370,9 @@ def test_explain_what_takes_no_residual(device):
     assert str(found) == "This call is an error: FusedBatchNorm2d takes no residual."
 
 
-@pytest.mark.parametrize("module", [torch.nn.BatchNorm2d(6), torch.nn.ReLU()])
+@pytest.mark.parametrize("module", [1, "BatchNorm2d"])
 def test_explain_what_is_not_ours(module):
-    message = f"module must be one of fastbn's or None, but got a {type(module).__name__}"
+    message = f"module must be a module or None, but got a {type(module).__name__}"
     with pytest.raises(TypeError, match=message):
         explain(module, torch.randn(2, 6, 4, 4))
 

@@ -37,6 +37,42 @@ BREAKAGES = {
         "m2 / count",
         "tests/test_kernels.py::test_momentum",
     ),
+    "a norm computed after its input has changed": (
+        "models/chains.py",
+        "if not _may_wait(node, chain.steps[-1], module, chain.steps):",
+        "if False:",
+        "tests/test_fuse.py::test_the_norms_input_is_changed_after_the_norm",
+    ),
+    "a graph taken for good": (
+        "models/owners.py",
+        "            return guard(module)",
+        "            return True",
+        "tests/test_fuse.py::test_a_flag_that_changes_later",
+    ),
+    "a module with random numbers called later": (
+        "models/chains.py",
+        "return all(_is_call(step, module, _is_identity) for step in between)",
+        "return True",
+        "tests/test_fuse.py::test_random_numbers_are_drawn_in_the_same_order",
+    ),
+    "hooks passed over": (
+        "models/fused.py",
+        "        and not has_hooks(module)",
+        "        and True",
+        "tests/test_fuse.py::test_hooks_come_and_go",
+    ),
+    "a residual broadcast in the kernels": (
+        "models/fused.py",
+        "return residual.dtype == input.dtype and",
+        "return",
+        "tests/test_fuse.py::test_another_dtype_is_added",
+    ),
+    "models unfused in silence": (
+        "models/fused.py",
+        "    if activation is not None and passes",
+        "    if False and passes",
+        "tests/test_fuse.py::test_a_network_fuses_across_modules",
+    ),
     "Bessel's correction of a biased variance": (
         "kernels/forward.py",
         "m2 / (count - correction)",

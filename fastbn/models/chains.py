@@ -1,0 +1,383 @@
+"""Finds the chains norm -> (drop layers) -> (add) -> activation of a graph.
+
+Each chain that can be one call becomes one call of `fused`, at the place of the chain's last
+step. So the norm is computed later than it was, which must change nothing in between.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import fx
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from .fused import Function, add_to, ends_in_norm, fused, iadd_to, is_activation, may_pass_unchanged
+
+# A step of a graph. PyTorch's type of it lets arguments be so much that each use needs a cast.
+Node = Any
+
+# Functions and methods that compute activations of the table, with the names of a parameter that
+# the kernels know, and of parameters that they don't.
+_FUNCTIONS: dict[Any, tuple[str, str | None]] = {
+    F.relu: ("relu", None),
+    torch.relu: ("relu", None),
+    torch.relu_: ("relu", None),
+    F.leaky_relu: ("leaky_relu", "negative_slope"),
+    F.silu: ("silu", None),
+    F.hardswish: ("hardswish", None),
+    F.relu6: ("relu6", None),
+    F.elu: ("elu", "alpha"),
+    F.sigmoid: ("sigmoid", None),
+    torch.sigmoid: ("sigmoid", None),
+    F.tanh: ("tanh", None),
+    torch.tanh: ("tanh", None),
+    "relu": ("relu", None),
+    "relu_": ("relu", None),
+    "sigmoid": ("sigmoid", None),
+    "tanh": ("tanh", None),
+}
+
+# What leaves its input alone and returns new memory: modules, and functions.
+_FRESH_MODULES = (
+    _ConvNd, nn.Linear, _BatchNorm, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Upsample,
+)  # fmt: skip
+_FRESH_FUNCTIONS = (fused, torch.cat, torch.add, operator.add, operator.mul)
+# Modules of other types that a trace has shown to do so.
+found_fresh: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_FRESH_PLACES = ("torch.nn.", "fastbn.", "timm.layers.", "torchvision.ops.")
+
+
+class Constant:
+    """An argument that a graph's code knows by a name."""
+
+    def __init__(self, value: Any) -> None:
+        self.value, self.name = value, f"constant_{id(value)}"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+# Names of the further arguments of a `forward` that goes on after its last norm.
+TAIL = ("fused_act", "fused_residual", "fused_add", "fused_before", "fused_after")
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What became of a norm in a graph.
+
+    Attributes:
+        path: of the module that is the norm or ends in it.
+        kind: "act", "add+act", "add" or "plain".
+        reason: why it is plain.
+        layers: paths of layers that must return their input for the norm not to be plain.
+    """
+
+    path: str
+    kind: str
+    reason: str = ""
+    layers: tuple[str, ...] = ()
+
+
+@dataclass
+class _Chain:
+    """Steps that follow a norm: their nodes, and what they do.
+
+    Attributes:
+        steps: all of them.
+        before, after: paths of the modules that may return their input, before and after the
+            addition.
+        residual, add: what is added, and how.
+        act: the path of the activation, or a function.
+    """
+
+    steps: list[Node]
+    before: list[str]
+    after: list[str]
+    residual: Node | None = None
+    add: Callable[[Any, Any], Any] = operator.add
+    act: str | Function | None = None
+
+
+def fold(graph: fx.Graph, module: nn.Module) -> list[Fold]:
+    """Makes one call of each chain in a graph of a module's; returns what became of all norms."""
+    folds = []
+    # If two norms feed an addition, the one that comes last takes the other's output.
+    for node in reversed(list(graph.nodes)):
+        if not _calls_norm(node, module):
+            continue
+        chain = _chain_after(node, module)
+        reason = _why_plain(node, chain, module)
+        if reason is None:
+            _replace(graph, node, chain)
+        if reason is None:
+            layers = (*chain.before, *chain.after)
+            folds.append(Fold(node.target, _kind(chain), layers=layers))
+        else:
+            folds.append(Fold(node.target, "plain", reason))
+    return folds[::-1]
+
+
+def tail_of(graph: fx.Graph, module: nn.Module) -> Node | None:
+    """Returns the call of a norm whose output a graph returns, if nothing else uses the output."""
+    result = next(node for node in reversed(graph.nodes) if node.op == "output")
+    node = result.args[0]
+    if not (isinstance(node, fx.Node) and _calls_norm(node, module)):
+        return None
+    return node if _only_user(node) is result and _may_wait(node, result, module) else None
+
+
+def open_tail(graph: fx.Graph, node: Node) -> None:
+    """Lets what follows the call that `tail_of` found be a part of it, by further arguments."""
+    result = next(node for node in reversed(graph.nodes) if node.op == "output")
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        rest = [graph.placeholder(name) for name in TAIL[::-1]][::-1]
+    with graph.inserting_before(result):
+        norm = graph.create_node("get_attr", node.target)
+        call = graph.call_function(fused, (norm, node.args[0], *rest))
+    node.replace_all_uses_with(call)
+    graph.erase_node(node)
+
+
+def _calls_norm(node: Node, module: nn.Module) -> bool:
+    return _is_call(node, module, ends_in_norm)
+
+
+def _is_call(node: Node, module: nn.Module, kind: Callable[[nn.Module], bool]) -> bool:
+    """Says whether a node calls a module of some kind on one value."""
+    if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+        return False
+    return isinstance(node.args[0], fx.Node) and kind(module.get_submodule(node.target))
+
+
+def _only_user(node: Node) -> Node | None:
+    """Returns the one step that uses a value, and uses it once."""
+    if len(node.users) != 1:
+        return None
+    (user,) = node.users
+    uses: list[Node] = []
+    fx.node.map_arg((user.args, user.kwargs), uses.append)
+    return user if uses.count(node) == 1 else None
+
+
+def _chain_after(node: Node, module: nn.Module) -> _Chain:
+    chain = _Chain([], [], [])
+    passed, end, user = _pass_layers(node, module)
+    found = None if user is None else _addition(user, end)
+    if user is not None and found is not None:
+        chain.steps = [*passed, user]
+        chain.before = [step.target for step in passed]
+        chain.residual, chain.add = found
+        passed, end, user = _pass_layers(user, module)
+    if user is not None:
+        chain.act = _activation(user, end, module)
+        if chain.act is not None:
+            chain.steps += [*passed, user]
+            chain.after = [step.target for step in passed]
+    return chain
+
+
+def _pass_layers(node: Node, module: nn.Module) -> tuple[list[Node], Node, Node | None]:
+    """Returns the steps after a node that may return their input, the last, and its user."""
+    passed, end, user = [], node, _only_user(node)
+    while user is not None and _is_call(user, module, may_pass_unchanged):
+        passed.append(user)
+        end, user = user, _only_user(user)
+    return passed, end, user
+
+
+def _addition(node: Node, summand: Node) -> tuple[Node, Callable] | None:
+    """Returns the other summand and the function, if a step adds two values."""
+    functions = (operator.add, torch.add, operator.iadd)
+    methods = ("add", "add_")
+    if node.kwargs or len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args):
+        return None
+    targets = {"call_function": functions, "call_method": methods}.get(node.op, ())
+    if node.target not in targets:
+        return None
+    left, right = node.args
+    inplace = node.target in (operator.iadd, "add_")
+    if left is summand:
+        return right, operator.iadd if inplace else operator.add
+    return left, iadd_to if inplace else add_to
+
+
+def _activation(node: Node, argument: Node, module: nn.Module) -> str | Function | None:
+    """Returns the path of the module or the function by which a step computes an activation."""
+    if _is_call(node, module, is_activation) and node.args[0] is argument:
+        return node.target
+    if node.op not in ("call_function", "call_method") or node.args[:1] != (argument,):
+        return None
+    kwargs = {name: value for name, value in node.kwargs.items() if name != "inplace"}
+    if node.target is F.gelu and len(node.args) == 1:
+        approximate = kwargs.get("approximate", "none")
+        name = {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
+        return name and Function(functools.partial(F.gelu, approximate=approximate), (name, None))
+    if node.target not in _FUNCTIONS:
+        return None
+    name, parameter = _FUNCTIONS[node.target]
+    rest = list(node.args[1:])
+    value = None
+    if parameter is not None:
+        value = rest.pop(0) if rest else kwargs.pop(parameter, None)
+    # What remains are `inplace` and arguments that the kernels don't know.
+    if kwargs or any(type(a) is not bool for a in rest) or isinstance(value, fx.Node):
+        return None
+    call = node.target if callable(node.target) else getattr(torch, node.target)
+    if value is not None and parameter is not None:
+        call = functools.partial(call, **{parameter: value})
+    return Function(call, (name, value))
+
+
+def _kind(chain: _Chain) -> str:
+    if chain.residual is None:
+        return "act"
+    return "add" if chain.act is None else "add+act"
+
+
+def _why_plain(node: Node, chain: _Chain, module: nn.Module) -> str | None:
+    """Returns why a norm and what follows it are not one call, or None if they can be."""
+    if len(node.users) > 1:
+        return "several steps use its output"
+    if chain.residual is None and chain.act is None:
+        user = next(iter(node.users), None)
+        if user is None or user.op == "output":
+            return "nothing follows it here"
+        if user.op == "call_module":
+            return f"next is {type(module.get_submodule(user.target)).__name__}"
+        if user.target is fused:
+            return "two norms feed one addition, and the other one takes it"
+        name = user.target if isinstance(user.target, str) else user.target.__name__
+        return f"next is {name}"
+    # In place, the other summand is changed: nobody must see that.
+    if chain.add is iadd_to and not _nobody_else_has(chain.residual, module):
+        return "it is added in place to another tensor"
+    if not _may_wait(node, chain.steps[-1], module, chain.steps):
+        return "what comes in between might change its input"
+    return None
+
+
+def _may_wait(node: Node, end: Node, module: nn.Module, steps: list[Node] | None = None) -> bool:
+    """Says whether a norm may be computed as late as another step, for all that lies between.
+
+    Nothing there may change the norm's input, or memory that the input shares, or use the norm.
+    If the call is of more than a norm, nothing may lie between, as the rest may draw random
+    numbers, say.
+    """
+    between, current = [], node.next
+    while current is not end:
+        if current not in (steps or ()) and current.op not in ("get_attr", "placeholder"):
+            between.append(current)
+        current = current.next
+    norm = module.get_submodule(node.target)
+    if not isinstance(norm, _BatchNorm):
+        return all(_is_call(step, module, _is_identity) for step in between)
+    shared = _may_share(node.args[0], module)
+    for step in between:
+        if shared & set(step.all_input_nodes) and not _is_fresh(step, module):
+            return False
+        paths = [step.target] if step.op == "call_module" else []
+        paths += [n.target for n in step.all_input_nodes if n.op == "get_attr"]
+        for path in paths:
+            found = module.get_submodule(path) if _is_module(module, path) else None
+            if found is not None and any(m is norm for m in found.modules()):
+                return False
+    return True
+
+
+def _is_identity(module: nn.Module) -> bool:
+    return type(module) is nn.Identity
+
+
+def _is_module(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def is_fresh(graph: fx.Graph, module: nn.Module) -> bool:
+    """Says whether a graph leaves its arguments alone and returns new memory."""
+    shared: set[Node] = set()
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            shared |= _may_share(node, module)
+    users = {user for node in shared for user in node.users}
+    return all(_is_fresh(user, module) for user in users)
+
+
+def _is_fresh(node: Node, module: nn.Module) -> bool:
+    """Says whether a step leaves its inputs alone and returns new memory."""
+    if node.op == "call_function":
+        return node.target in _FRESH_FUNCTIONS
+    return _is_call(node, module, _makes_fresh)
+
+
+def _nobody_else_has(node: Node, module: nn.Module) -> bool:
+    """Says whether a step's output is new memory that one other step uses."""
+    if _only_user(node) is None:
+        return False
+    if _is_call(node, module, may_pass_unchanged):
+        return _nobody_else_has(node.args[0], module)
+    return _is_fresh(node, module)
+
+
+def _makes_fresh(module: nn.Module) -> bool:
+    """Says whether a module leaves its input alone and returns new memory."""
+    if isinstance(module, nn.Sequential):
+        return len(module) > 0 and _makes_fresh(module[0])
+    known = type(module).forward.__module__.startswith(_FRESH_PLACES)
+    return (known and isinstance(module, _FRESH_MODULES)) or module in found_fresh
+
+
+def _may_share(node: Node, module: nn.Module) -> set[Node]:
+    """Returns the steps whose outputs may share memory with a step's."""
+    found, todo = set(), [node]
+    while todo:
+        step = todo.pop()
+        if step in found:
+            continue
+        found.add(step)
+        if not _is_fresh(step, module):
+            todo += step.all_input_nodes
+        todo += [user for user in step.users if not _is_fresh(user, module)]
+    return found
+
+
+def _replace(graph: fx.Graph, node: Node, chain: _Chain) -> None:
+    """Makes a call of `fused` of a norm and the steps that follow it."""
+    end = chain.steps[-1]
+    with graph.inserting_before(end):
+        norm = graph.create_node("get_attr", node.target)
+        before, after = (
+            tuple(graph.create_node("get_attr", path) for path in paths)
+            for paths in (chain.before, chain.after)
+        )
+        act: Any = chain.act
+        if isinstance(act, str):
+            act = graph.create_node("get_attr", act)
+        elif act is not None:
+            act = Constant(act)
+        arguments: Any = (
+            norm,
+            node.args[0],
+            act,
+            chain.residual,
+            Constant(chain.add),
+            before,
+            after,
+        )
+        call = graph.call_function(fused, arguments)
+    end.replace_all_uses_with(call)
+    for step in reversed([node, *chain.steps]):
+        graph.erase_node(step)

@@ -1,0 +1,175 @@
+"""`fused` computes norm, residual and activation in one call wherever that changes nothing.
+
+Whether it does is decided anew at each call: hooks, replaced modules, other shapes and other
+types are found when they are there.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn as nn
+from torch import Tensor
+from torch.fx.proxy import Proxy
+
+from ..activations import activation_of, has_global_hooks, has_hooks, runs
+from ..modules import _Fused, _FusedAct, fused_activation
+from .generated import Generated
+
+_NONE = ("none", None)
+
+
+class Function:
+    """An activation of the table as a function, with its arguments.
+
+    Attributes:
+        call: computes the activation.
+        activation: name and parameter by which the kernels know it.
+    """
+
+    def __init__(self, call: Callable[[Tensor], Tensor], activation: tuple[str, float | None]):
+        self.call, self.activation = call, activation
+
+    def __call__(self, input: Tensor) -> Tensor:
+        return self.call(input)
+
+
+def add_to(output: Any, residual: Any) -> Any:
+    return residual + output
+
+
+def iadd_to(output: Any, residual: Any) -> Any:
+    return operator.iadd(residual, output)
+
+
+def fused(
+    module: nn.Module,
+    input: Tensor,
+    act: Callable[[Tensor], Tensor] | None = None,
+    residual: Tensor | None = None,
+    add: Callable[[Any, Any], Any] = operator.add,
+    before: tuple[nn.Module, ...] = (),
+    after: tuple[nn.Module, ...] = (),
+) -> Tensor:
+    """Returns act(after(add(before(module(input)), residual))), in one call if possible.
+
+    Args:
+        module: one of fastbn's norms, or a Sequential or an owner that ends in one; any other
+            module is called as it is.
+        input: the module's input.
+        act: the activation, a module or a function, or None.
+        residual: what is added, or None.
+        add: computes the sum of the module's output and the residual.
+        before, after: layers that the module's output and the sum pass, such as drop layers,
+            which must return their input for the call to be one.
+    """
+    activation = _activation(act)
+    if activation is not None and passes_unchanged(before + after) and is_plain_call(module, input):
+        if isinstance(module, _Fused):
+            if _adds_plainly(residual, input, add) and is_bare_norm(module):
+                return module.normalise(input, *activation, residual)
+        elif isinstance(module, Generated) and module.ends_in_norm and _is_unpatched(module):
+            return module.forward_then(input, act, residual, add, before, after)
+    return unfused(module(input), act, residual, add, before, after)
+
+
+def unfused(
+    output: Tensor,
+    act: Callable[[Tensor], Tensor] | None,
+    residual: Tensor | None,
+    add: Callable[[Any, Any], Any],
+    before: tuple[nn.Module, ...],
+    after: tuple[nn.Module, ...],
+) -> Tensor:
+    """Returns what `fused` returns, from the module's output."""
+    for layer in before:
+        output = layer(output)
+    if residual is not None:
+        output = add(output, residual)
+    for layer in after:
+        output = layer(output)
+    return output if act is None else act(output)
+
+
+def _activation(act: Any) -> tuple[str, float | None] | None:
+    """Returns name and parameter of an activation, or None if the kernels don't know it."""
+    if act is None:
+        return _NONE
+    if isinstance(act, Function):
+        return act.activation
+    return activation_of(act)
+
+
+def _adds_plainly(residual: Tensor | None, input: Tensor, add: Any) -> bool:
+    """Says whether the kernels' sum is what `add` would return."""
+    if residual is None:
+        return True
+    if not isinstance(residual, Tensor) or residual.shape != input.shape:
+        return False
+    return residual.dtype == input.dtype and residual.device == input.device
+
+
+def is_plain_call(module: nn.Module, input: Any) -> bool:
+    """Says whether a call of a module with a tensor has no hooks and is not compiled by itself."""
+    return (
+        not isinstance(input, Proxy)
+        and not has_hooks(module)
+        and not has_global_hooks()
+        and module._compiled_call_impl is None
+    )
+
+
+def _is_unpatched(module: nn.Module) -> bool:
+    return runs(module, type(module).forward)
+
+
+def is_bare_norm(module: nn.Module) -> bool:
+    """Says whether a module is one of fastbn's norms, computes as such, and nothing after it."""
+    if not isinstance(module, _Fused):
+        return False
+    if isinstance(module, _FusedAct):
+        return runs(module, _FusedAct.forward) and fused_activation(module) == _NONE
+    return runs(module, _Fused.forward)
+
+
+def ends_in_norm(module: nn.Module) -> bool:
+    """Says whether something that follows a module may become part of its last norm."""
+    return is_bare_norm(module) or (isinstance(module, Generated) and module.ends_in_norm)
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Says whether a module computes an activation that the kernels know."""
+    return not isinstance(module, nn.Identity) and activation_of(module) is not None
+
+
+_DROPS = (
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+)  # fmt: skip
+# Stochastic depth in torchvision and timm, with the names of their probabilities.
+_DROP_PATHS = {
+    ("torchvision.ops.stochastic_depth", "StochasticDepth"): "p",
+    ("timm.layers.drop", "DropPath"): "drop_prob",
+}
+
+
+def may_pass_unchanged(module: nn.Module) -> bool:
+    """Says whether a module is of a type that returns its input, always or in eval mode."""
+    return type(module) in (nn.Identity, *_DROPS) or _name(module) in _DROP_PATHS
+
+
+def passes_unchanged(layers: tuple[nn.Module, ...]) -> bool:
+    """Says whether calls of all these layers would return their input."""
+    for layer in layers:
+        if has_hooks(layer) or not (may_pass_unchanged(layer) and _is_unpatched(layer)):
+            return False
+        if type(layer) is not nn.Identity and layer.training:
+            probability = _DROP_PATHS.get(_name(layer), "p")
+            if getattr(layer, probability) != 0:
+                return False
+    return True
+
+
+def _name(module: nn.Module) -> tuple[str, str]:
+    return type(module).__module__, type(module).__qualname__

@@ -1,0 +1,90 @@
+"""Classes that take the place of a module's own, and are like it but for their `forward`."""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn as nn
+
+
+class Generated(nn.Module):
+    """A base of all generated classes, the other one is the module's own class.
+
+    Copies are of the generated class too. A pickle holds the module's own class, so that whoever
+    loads it needs neither fastbn nor the code that was generated here.
+    """
+
+    original: type[nn.Module]
+
+    @property
+    def ends_in_norm(self) -> bool:
+        """Whether something that follows the module may become part of its last norm."""
+        raise NotImplementedError
+
+    def forward_then(
+        self,
+        input: Any,
+        act: Callable[[Any], Any] | None,
+        residual: Any,
+        add: Callable[[Any, Any], Any],
+        before: tuple[nn.Module, ...],
+        after: tuple[nn.Module, ...],
+    ) -> Any:
+        """Computes what `fused` does of a module that ends in a norm."""
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        # As pickles of protocols 0 and 1 make an object. A later one's insists on the class.
+        reconstruct: Any = vars(copyreg)["_reconstructor"]
+        return reconstruct, (self.original, object, None), *reduced[2:]
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        if hasattr(self.original, "__deepcopy__"):
+            made = self.original.__deepcopy__(self, memo)
+            made.__class__ = type(self)
+            return made
+        return self._rebuilt(lambda state: copy.deepcopy(state, memo), memo)
+
+    def __copy__(self) -> Any:
+        return self._rebuilt(lambda state: state, {})
+
+    def _rebuilt(self, copied: Callable[[Any], Any], memo: dict) -> Any:
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        # Before Python 3.11 objects have no `__getstate__` of their own.
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        made.__setstate__(copied(state))
+        return made
+
+
+def subclass(
+    original: type[nn.Module], base: type[Generated], members: dict[str, Any]
+) -> type[nn.Module]:
+    """Returns a class of the same name as a module's own."""
+    names = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "original": original,
+    }
+    return type(original.__name__, (base, original), names | members)
+
+
+def set_class(module: nn.Module, new: type[nn.Module]) -> None:
+    # mypy knows `__class__` as a thing that an `nn.Module` may have been given as an attribute.
+    object.__setattr__(module, "__class__", new)
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Says whether a module's class was derived from a generated one, as `fully_shard` does."""
+    return isinstance(module, Generated) and "original" not in vars(type(module))
+
+
+def revert_class(module: nn.Module) -> None:
+    """Gives a module its own class back."""
+    if isinstance(module, Generated) and not is_wrapped(module):
+        set_class(module, module.original)

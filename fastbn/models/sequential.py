@@ -1,0 +1,68 @@
+"""`nn.Sequential` that computes each norm and the activation after it in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn as nn
+
+from .fused import ends_in_norm, fused, is_activation
+from .generated import Generated, set_class, subclass
+
+
+class FusedSequential(Generated):
+    """The `forward` of generated classes whose other base class is a Sequential."""
+
+    _modules: dict[str, Any]
+
+    @property
+    def ends_in_norm(self) -> bool:
+        modules = list(self._modules.values())
+        return bool(modules) and ends_in_norm(modules[-1])
+
+    def forward(self, input: Any) -> Any:
+        return _run(list(self._modules.values()), input)
+
+    def forward_then(
+        self,
+        input: Any,
+        act: Callable[[Any], Any] | None,
+        residual: Any,
+        add: Callable[[Any, Any], Any],
+        before: tuple[nn.Module, ...],
+        after: tuple[nn.Module, ...],
+    ) -> Any:
+        *modules, last = self._modules.values()
+        # An activation that was the last module's is not there: it ends in a norm.
+        return fused(last, _run(modules, input), act, residual, add, before, after)
+
+
+def _run(modules: list[nn.Module], value: Any) -> Any:
+    i = 0
+    while i < len(modules):
+        module = modules[i]
+        if i + 1 < len(modules) and ends_in_norm(module) and is_activation(modules[i + 1]):
+            value = fused(module, value, modules[i + 1])
+            i += 2
+        else:
+            value = module(value)
+            i += 1
+    return value
+
+
+_classes: dict[Any, type[nn.Module]] = {}
+
+
+def fuse_sequential(module: nn.Sequential) -> bool:
+    """Gives a Sequential the peephole if it has a use for it; says whether it has one."""
+    if isinstance(module, FusedSequential):
+        return True
+    children = list(module._modules.values())
+    if not any(map(ends_in_norm, children)):
+        return False
+    kind: Any = type(module)
+    if kind not in _classes:
+        _classes[kind] = subclass(kind, FusedSequential, {})
+    set_class(module, _classes[kind])
+    return True
