@@ -3,7 +3,7 @@
 from .backend import get_backend, set_backend, use_backend
 from .explain import explain
 from .functional import batch_norm
-from .models import convert, fuse, revert
+from .models import convert, freeze, fuse, revert, unfreeze
 from .modules import (
     FusedBatchNorm1d,
     FusedBatchNorm2d,
@@ -26,10 +26,12 @@ __all__ = [
     "batch_norm",
     "convert",
     "explain",
+    "freeze",
     "fuse",
     "get_backend",
     "revert",
     "set_backend",
+    "unfreeze",
     "use_backend",
     "use_strategy",
 ]

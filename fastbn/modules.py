@@ -34,6 +34,8 @@ class _Fused(_BatchNorm):
 
     # A module of PyTorch's that became one of these has no attribute of its own.
     biased_running_var = False
+    # Whether the running statistics normalise in training too.
+    has_fixed_statistics = False
 
     def __init__(
         self,
@@ -102,7 +104,7 @@ def arguments_of(
     else:
         mean, var = module.running_mean, module.running_var
     num_batches_tracked, training, momentum = None, True, module.momentum
-    if not module.training:
+    if not module.training or module.has_fixed_statistics:
         training = mean is None and var is None
     elif not module.track_running_stats:
         # In training, statistics that are not tracked must not be updated.

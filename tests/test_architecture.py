@@ -58,7 +58,9 @@ BELOW = {
     "modules": {"activations", "functional", "fx"},
     "models.generated": set(),
     "models.fused": {"activations", "models.generated", "modules"},
-    "models.norm_types": {"models.generated", "modules"},
+    "models.frozen": {"modules"},
+    "models.norm_types": {"models.frozen", "models.generated", "modules"},
+    "models.freezing": {"models.frozen", "models.generated", "models.norm_types"},
     "models.tracing": set(),
     "models.chains": {"models.fused"},
     "models.sequential": {"models.fused", "models.generated"},
@@ -75,6 +77,7 @@ BELOW = {
         "runtime.layout",
     },
     "models.__init__": {
+        "models.freezing",
         "models.generated",
         "models.norm_types",
         "models.owners",

@@ -9,10 +9,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .freezing import freeze, unfreeze
 from .generated import is_wrapped, revert_class
 from .norm_types import convert_norm, revert_norm
 from .owners import fuse_owner
 from .sequential import fuse_sequential
+
+__all__ = ["convert", "freeze", "fuse", "revert", "unfreeze"]
 
 
 def convert(model: nn.Module) -> nn.Module:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from typing import cast
 
 import torch.nn as nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 from ..modules import (
     FusedBatchNorm1d,
@@ -13,6 +14,7 @@ from ..modules import (
     FusedBatchNorm3d,
     FusedBatchNormAct2d,
 )
+from .frozen import FrozenBatchNorm2d
 from .generated import set_class
 
 _TWINS: dict[type[nn.Module], type[nn.Module]] = {
@@ -20,29 +22,41 @@ _TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: FusedBatchNorm2d,
     nn.BatchNorm3d: FusedBatchNorm3d,
 }
+# What torchvision's frozen norm has no attributes for.
+_OF_A_NORM = {"momentum": 0.1, "affine": True, "track_running_stats": True}
 _ORIGINALS = {twin: original for original, twin in _TWINS.items()}
 
 
-def _timm_norm() -> type[nn.Module] | None:
-    """Returns timm's `BatchNormAct2d`, if the program has imported timm."""
-    layers = sys.modules.get("timm.layers.norm_act")
-    return getattr(layers, "BatchNormAct2d", None)
+# Norms of other libraries and their twins. A library that the program has not imported is not
+# looked for.
+_OTHERS = {
+    ("timm.layers.norm_act", "BatchNormAct2d"): FusedBatchNormAct2d,
+    ("torchvision.ops.misc", "FrozenBatchNorm2d"): FrozenBatchNorm2d,
+}
 
 
-def convert_norm(module: nn.Module) -> bool:
-    """Makes a norm fastbn's, if it is of a type that has a twin; says whether it was."""
-    kind = type(module)
+def _twin_of(kind: type[nn.Module]) -> type[nn.Module] | None:
     if kind in _TWINS:
-        set_class(module, _TWINS[kind])
-        return True
-    if kind is _timm_norm():
+        return _TWINS[kind]
+    twin = _OTHERS.get((kind.__module__, kind.__name__))
+    return twin if kind is getattr(sys.modules.get(kind.__module__), kind.__name__, None) else None
+
+
+def convert_norm(module: nn.Module) -> None:
+    """Makes a norm fastbn's, if it is of a type that has a twin."""
+    kind = type(module)
+    twin = _twin_of(kind)
+    if twin is None:
+        return
+    set_class(module, twin)
+    attributes = module.__dict__
+    if twin is FusedBatchNormAct2d:
         # The twin's eps is a property, which stores its value under another name.
-        eps = module.__dict__.pop("eps")
-        set_class(module, FusedBatchNormAct2d)
-        module.__dict__["_eps"] = eps
-        module.__dict__["_converted_from"] = kind
-        return True
-    return False
+        attributes["_eps"] = attributes.pop("eps")
+    if twin is FrozenBatchNorm2d:
+        attributes |= _OF_A_NORM | {"num_features": cast(Tensor, module.running_mean).numel()}
+    if kind not in _TWINS:
+        attributes["_converted_from"] = kind
 
 
 def revert_norm(module: nn.Module) -> None:
@@ -50,17 +64,13 @@ def revert_norm(module: nn.Module) -> None:
 
     One that was made as a `FusedBatchNormAct*d` stays: PyTorch has no such norm.
     """
-    original = module.__dict__.pop("_converted_from", None)
-    if original is not None:
-        eps = module.__dict__.pop("_eps")
-        set_class(module, original)
-        module.__dict__["eps"] = eps
-    elif type(module) in _ORIGINALS and not module.biased_running_var:
+    attributes = module.__dict__
+    if type(module) in _ORIGINALS and not module.biased_running_var:
         set_class(module, _ORIGINALS[type(module)])
-
-
-def is_unknown_norm(module: nn.Module) -> bool:
-    """Says whether a module is a batch norm of a type that has no twin and is none."""
-    return isinstance(module, _BatchNorm) and not isinstance(
-        module, (*_ORIGINALS, FusedBatchNormAct2d)
-    )
+    elif "_converted_from" in attributes and type(module) in _OTHERS.values():
+        if type(module) is FusedBatchNormAct2d:
+            attributes["eps"] = attributes.pop("_eps")
+        else:
+            for name in ("num_features", *_OF_A_NORM):
+                del attributes[name]
+        set_class(module, attributes.pop("_converted_from"))
