@@ -443,3 +443,30 @@ def test_new_sizes_of_images_compile_nothing_anew(device):
         assert y.shape[-1] == size
         assert mask.numel() >= 2 * 4 * size * size
     assert counter.frame_count == 1
+
+
+def test_aot_autograd_traces_the_operators(device):
+    """AOTAutograd, which `torch.compile` ends in, called by itself: its tensors are functional."""
+    from torch._functorch.aot_autograd import aot_module
+
+    seen = []
+
+    def compiler(graph, _):
+        seen.append([node for node in graph.graph.nodes if "fastbn" in f"{node.target}{node.args}"])
+        return make_boxed_func(graph.forward)
+
+    norm = fastbn.FusedBatchNormAct2d(3).to(device)
+    expected = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.ReLU()).to(device)
+    inputs = [torch.randn(4, 3, 5, 5, device=device).requires_grad_() for _ in range(2)]
+    with torch.no_grad():
+        inputs[1].copy_(inputs[0])
+    with fastbn.use_backend("triton"):
+        output = aot_module(norm, fw_compiler=compiler, bw_compiler=compiler)(inputs[0])
+        output.square().sum().backward()
+    right = expected(inputs[1])
+    right.square().sum().backward()
+    torch.testing.assert_close(output, right)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norm.running_var, expected[0].running_var)
+    assert norm.num_batches_tracked == 1
+    assert [len(nodes) for nodes in seen] == [1, 1]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import is_legacy_batchedtensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from ..backend import get_backend
@@ -189,6 +190,9 @@ def not_plain_reason(t: Tensor, device: torch.device) -> str | None:
         return f"is of layout {t.layout}"
     if t.device != device:
         return f"is on {t.device} and not, as the input, on {device}"
+    # AOTAutograd traces with functional tensors, for which the operators stand in the graph.
+    if type(t) is FunctionalTensor:
+        return None
     if type(t) not in PLAIN_TYPES:
         return f"is a tensor subclass, {type(t).__name__}"
     # Dynamo can't trace the questions below, and never sees such tensors.
