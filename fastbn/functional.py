@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.utils.checkpoint import _StopRecomputationError
 
 from . import native
 from .activations import ACTIVATIONS, reads_bias, saved_for
@@ -176,13 +177,15 @@ def _counted(
         return call(momentum)
     # Count the batch first, since PyTorch may refuse to change the counter; if batch norm
     # itself then fails, take the count back. A checkpoint that recomputes a call ends it by
-    # an exception of another type when the call has done all that is needed.
+    # an exception that is no failure.
     if momentum is None:
         momentum = 1.0 / (float(num_batches_tracked) + 1.0)
     num_batches_tracked.add_(1)
     try:
         return call(momentum)
-    except (RuntimeError, TypeError, ValueError, IndexError):
+    except BaseException as error:
+        if isinstance(error, _StopRecomputationError):
+            raise
         num_batches_tracked.sub_(1)
         raise
 

@@ -6,7 +6,6 @@ step. So the norm is computed later than it was, which must change nothing in be
 
 from __future__ import annotations
 
-import functools
 import operator
 import weakref
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from torch import fx
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from .fused import Function, add_to, ends_in_norm, fused, iadd_to, is_activation, may_pass_unchanged
+from .fused import ends_in_norm, fused, is_activation, may_pass_unchanged
 
 # A step of a graph. PyTorch's type of it lets arguments be so much that each use needs a cast.
 Node = Any
@@ -56,16 +55,6 @@ found_fresh: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _FRESH_PLACES = ("torch.nn.", "fastbn.", "timm.layers.", "torchvision.ops.")
 
 
-class Constant:
-    """An argument that a graph's code knows by a name."""
-
-    def __init__(self, value: Any) -> None:
-        self.value, self.name = value, f"constant_{id(value)}"
-
-    def __repr__(self) -> str:
-        return self.name
-
-
 # Names of the further arguments of a `forward` that goes on after its last norm.
 TAIL = ("fused_act", "fused_residual", "fused_add", "fused_before", "fused_after")
 
@@ -96,15 +85,15 @@ class _Chain:
         before, after: paths of the modules that may return their input, before and after the
             addition.
         residual, add: what is added, and how.
-        act: the path of the activation, or a function.
+        act: the path of the activation, or name and parameter of a function.
     """
 
     steps: list[Node]
     before: list[str]
     after: list[str]
     residual: Node | None = None
-    add: Callable[[Any, Any], Any] = operator.add
-    act: str | Function | None = None
+    add: str = "add"
+    act: str | tuple[str, Any] | None = None
 
 
 def fold(graph: fx.Graph, module: nn.Module) -> list[Fold]:
@@ -195,7 +184,7 @@ def _pass_layers(node: Node, module: nn.Module) -> tuple[list[Node], Node, Node 
     return passed, end, user
 
 
-def _addition(node: Node, summand: Node) -> tuple[Node, Callable] | None:
+def _addition(node: Node, summand: Node) -> tuple[Node, str] | None:
     """Returns the other summand and the function, if a step adds two values."""
     functions = (operator.add, torch.add, operator.iadd)
     methods = ("add", "add_")
@@ -207,12 +196,14 @@ def _addition(node: Node, summand: Node) -> tuple[Node, Callable] | None:
     left, right = node.args
     inplace = node.target in (operator.iadd, "add_")
     if left is summand:
-        return right, operator.iadd if inplace else operator.add
-    return left, iadd_to if inplace else add_to
+        return right, "iadd" if inplace else "add"
+    return left, "iadd_to" if inplace else "add_to"
 
 
-def _activation(node: Node, argument: Node, module: nn.Module) -> str | Function | None:
-    """Returns the path of the module or the function by which a step computes an activation."""
+def _activation(node: Node, argument: Node, module: nn.Module) -> str | tuple[str, Any] | None:
+    """Returns the path of the module, or name and parameter of the function, if a step computes
+    an activation.
+    """
     if _is_call(node, module, is_activation) and node.args[0] is argument:
         return node.target
     if node.op not in ("call_function", "call_method") or node.args[:1] != (argument,):
@@ -221,7 +212,7 @@ def _activation(node: Node, argument: Node, module: nn.Module) -> str | Function
     if node.target is F.gelu and len(node.args) == 1:
         approximate = kwargs.get("approximate", "none")
         name = {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
-        return name and Function(functools.partial(F.gelu, approximate=approximate), (name, None))
+        return name and (name, None)
     if node.target not in _FUNCTIONS:
         return None
     name, parameter = _FUNCTIONS[node.target]
@@ -232,10 +223,7 @@ def _activation(node: Node, argument: Node, module: nn.Module) -> str | Function
     # What remains are `inplace` and arguments that the kernels don't know.
     if kwargs or any(type(a) is not bool for a in rest) or isinstance(value, fx.Node):
         return None
-    call = node.target if callable(node.target) else getattr(torch, node.target)
-    if value is not None and parameter is not None:
-        call = functools.partial(call, **{parameter: value})
-    return Function(call, (name, value))
+    return name, value
 
 
 def _kind(chain: _Chain) -> str:
@@ -259,7 +247,7 @@ def _why_plain(node: Node, chain: _Chain, module: nn.Module) -> str | None:
         name = user.target if isinstance(user.target, str) else user.target.__name__
         return f"next is {name}"
     # In place, the other summand is changed: nobody must see that.
-    if chain.add is iadd_to and not _nobody_else_has(chain.residual, module):
+    if chain.add == "iadd_to" and not _nobody_else_has(chain.residual, module):
         return "it is added in place to another tensor"
     if not _may_wait(node, chain.steps[-1], module, chain.steps):
         return "what comes in between might change its input"
@@ -366,14 +354,12 @@ def _replace(graph: fx.Graph, node: Node, chain: _Chain) -> None:
         act: Any = chain.act
         if isinstance(act, str):
             act = graph.create_node("get_attr", act)
-        elif act is not None:
-            act = Constant(act)
         arguments: Any = (
             norm,
             node.args[0],
             act,
             chain.residual,
-            Constant(chain.add),
+            chain.add,
             before,
             after,
         )

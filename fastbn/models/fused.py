@@ -14,42 +14,39 @@ import torch.nn as nn
 from torch import Tensor
 from torch.fx.proxy import Proxy
 
-from ..activations import activation_of, has_global_hooks, has_hooks, runs
+from ..activations import ACTIVATIONS, activation_of, has_global_hooks, has_hooks, runs
 from ..modules import _Fused, _FusedAct, fused_activation
 from .generated import Generated
 
 _NONE = ("none", None)
 
 
-class Function:
-    """An activation of the table as a function, with its arguments.
-
-    Attributes:
-        call: computes the activation.
-        activation: name and parameter by which the kernels know it.
-    """
-
-    def __init__(self, call: Callable[[Tensor], Tensor], activation: tuple[str, float | None]):
-        self.call, self.activation = call, activation
-
-    def __call__(self, input: Tensor) -> Tensor:
-        return self.call(input)
-
-
-def add_to(output: Any, residual: Any) -> Any:
+def _add_to(output: Any, residual: Any) -> Any:
     return residual + output
 
 
-def iadd_to(output: Any, residual: Any) -> Any:
+def _iadd_to(output: Any, residual: Any) -> Any:
     return operator.iadd(residual, output)
+
+
+# How a residual may be added to an output, by names that fit the code of a graph.
+_ADDITIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "add": operator.add,
+    "iadd": operator.iadd,
+    "add_to": _add_to,
+    "iadd_to": _iadd_to,
+}
+
+# An activation: a module, or name and parameter of one that the kernels know.
+Act = nn.Module | tuple[str, float | None] | None
 
 
 def fused(
     module: nn.Module,
     input: Tensor,
-    act: Callable[[Tensor], Tensor] | None = None,
+    act: Act = None,
     residual: Tensor | None = None,
-    add: Callable[[Any, Any], Any] = operator.add,
+    add: str = "add",
     before: tuple[nn.Module, ...] = (),
     after: tuple[nn.Module, ...] = (),
 ) -> Tensor:
@@ -59,16 +56,17 @@ def fused(
         module: one of fastbn's norms, or a Sequential or an owner that ends in one; any other
             module is called as it is.
         input: the module's input.
-        act: the activation, a module or a function, or None.
+        act: the activation, a module, or name and parameter as `batch_norm` takes them.
         residual: what is added, or None.
-        add: computes the sum of the module's output and the residual.
+        add: how the two are added: "add", "iadd" (in place), or with the residual as the first
+            summand "add_to", "iadd_to".
         before, after: layers that the module's output and the sum pass, such as drop layers,
             which must return their input for the call to be one.
     """
     activation = _activation(act)
     if activation is not None and passes_unchanged(before + after) and is_plain_call(module, input):
         if isinstance(module, _Fused):
-            if _adds_plainly(residual, input, add) and is_bare_norm(module):
+            if _adds_plainly(residual, input) and is_bare_norm(module):
                 return module.normalise(input, *activation, residual)
         elif isinstance(module, Generated) and module.ends_in_norm and _is_unpatched(module):
             return module.forward_then(input, act, residual, add, before, after)
@@ -77,9 +75,9 @@ def fused(
 
 def unfused(
     output: Tensor,
-    act: Callable[[Tensor], Tensor] | None,
+    act: Act,
     residual: Tensor | None,
-    add: Callable[[Any, Any], Any],
+    add: str,
     before: tuple[nn.Module, ...],
     after: tuple[nn.Module, ...],
 ) -> Tensor:
@@ -87,23 +85,24 @@ def unfused(
     for layer in before:
         output = layer(output)
     if residual is not None:
-        output = add(output, residual)
+        output = _ADDITIONS[add](output, residual)
     for layer in after:
         output = layer(output)
+    if isinstance(act, tuple):
+        activation, param = ACTIVATIONS[act[0]], act[1]
+        return activation.function(output, activation.default if param is None else param)
     return output if act is None else act(output)
 
 
-def _activation(act: Any) -> tuple[str, float | None] | None:
+def _activation(act: Act) -> tuple[str, float | None] | None:
     """Returns name and parameter of an activation, or None if the kernels don't know it."""
     if act is None:
         return _NONE
-    if isinstance(act, Function):
-        return act.activation
-    return activation_of(act)
+    return act if isinstance(act, tuple) else activation_of(act)
 
 
-def _adds_plainly(residual: Tensor | None, input: Tensor, add: Any) -> bool:
-    """Says whether the kernels' sum is what `add` would return."""
+def _adds_plainly(residual: Tensor | None, input: Tensor) -> bool:
+    """Says whether the kernels' sum with a residual is what PyTorch's would be."""
     if residual is None:
         return True
     if not isinstance(residual, Tensor) or residual.shape != input.shape:

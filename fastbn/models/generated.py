@@ -27,9 +27,9 @@ class Generated(nn.Module):
     def forward_then(
         self,
         input: Any,
-        act: Callable[[Any], Any] | None,
+        act: Any,
         residual: Any,
-        add: Callable[[Any, Any], Any],
+        add: str,
         before: tuple[nn.Module, ...],
         after: tuple[nn.Module, ...],
     ) -> Any:

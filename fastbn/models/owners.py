@@ -22,7 +22,7 @@ import torch.nn as nn
 from torch import Tensor, fx
 from torch.fx.proxy import Proxy
 
-from .chains import Constant, Fold, fold, found_fresh, is_fresh, open_tail, tail_of
+from .chains import Fold, fold, found_fresh, is_fresh, open_tail, tail_of
 from .fused import ends_in_norm, is_activation, may_pass_unchanged, unfused
 from .generated import Generated, set_class, subclass
 from .tracing import GIVEN, Untraceable, trace
@@ -153,9 +153,9 @@ class FusedOwner(Generated):
     def forward_then(
         self,
         input: Any,
-        act: Callable[[Any], Any] | None,
+        act: Any,
         residual: Any,
-        add: Callable[[Any, Any], Any],
+        add: str,
         before: tuple[nn.Module, ...],
         after: tuple[nn.Module, ...],
     ) -> Any:
@@ -315,10 +315,6 @@ def _compiled(graph: fx.Graph) -> Callable:
     """Returns a function that does what a graph says."""
     code = graph.python_code("self")
     names = dict(code.globals)
-    for node in graph.nodes:
-        fx.node.map_aggregate(
-            node.args, lambda a: names.update({a.name: a.value}) if type(a) is Constant else a
-        )
     exec(compile(code.src, "<fastbn>", "exec"), names)
     return names["forward"]
 
@@ -328,11 +324,11 @@ def _guard(reads: tuple[tuple[str, str, Any], ...]) -> Callable[[nn.Module], boo
     checks: list[str] = []
     kept: list[Any] = []
     for path, name, value in reads:
-        attribute = ".".join(["module", *filter(None, path.split("."))])
-        for part in path.split("."):
-            if part.isdigit():
-                attribute = f"module.get_submodule({path!r})"
-        attribute += f".{name}"
+        attribute = "module"
+        for part in (*filter(None, path.split(".")), name):
+            attribute = (
+                f"{attribute}.{part}" if part.isidentifier() else f"getattr({attribute}, {part!r})"
+            )
         if isinstance(value, (nn.Module, Tensor)):
             checks.append(f"{attribute} is not None")
         elif name == "_modules":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch.nn as nn
@@ -27,9 +26,9 @@ class FusedSequential(Generated):
     def forward_then(
         self,
         input: Any,
-        act: Callable[[Any], Any] | None,
+        act: Any,
         residual: Any,
-        add: Callable[[Any, Any], Any],
+        add: str,
         before: tuple[nn.Module, ...],
         after: tuple[nn.Module, ...],
     ) -> Any:
