@@ -63,6 +63,7 @@ BELOW = {
     "models.freezing": {"models.frozen", "models.generated", "models.norm_types"},
     "models.tracing": set(),
     "models.chains": {"models.fused"},
+    "models.graph_modules": {"models.chains", "models.fused"},
     "models.sequential": {"models.fused", "models.generated"},
     "models.owners": {"models.chains", "models.fused", "models.generated", "models.tracing"},
     "models.report": {
@@ -78,6 +79,7 @@ BELOW = {
     },
     "models.__init__": {
         "models.freezing",
+        "models.graph_modules",
         "models.generated",
         "models.norm_types",
         "models.owners",

@@ -664,6 +664,47 @@ def test_symbolic_tracing_of_a_fused_model():
     assert_alike(traced, reference, [x(4, 3, 8, 8)])
 
 
+def test_a_graph_is_edited(tmp_path):
+    """One that `torch.fx` traced, of a network that is not fused."""
+    model, reference = (fx.symbolic_trace(net) for net in pair(Net))
+    steps = [(node.op, node.target) for node in model.graph.nodes]
+    assert fuse(model) is model
+    model.recompile()
+    images = x(4, 3, 8, 8)
+    _, calls = fused_calls(model, images)
+    assert calls == NET_CALLS
+    assert_alike(model, reference, [images])
+    found = explain(fuse(model))
+    assert sorted(found.kinds.values()) == sorted(["act"] * 3 + ["add+act"] * 2 + ["plain"])
+    assert set(found.reasons.values()) == {
+        "two norms feed one addition, and the other one takes it"
+    }
+    model.graph.lint()
+    torch.save(model, tmp_path / "graph.pt")
+    loaded = torch.load(tmp_path / "graph.pt", weights_only=False)
+    # Loading traces the code again, and so finds the calls that it stands for.
+    assert loaded(images).equal(model(images))
+    assert fused_calls(fuse(loaded), images)[1] == NET_CALLS
+    assert fused_calls(copy.deepcopy(model), images)[1] == NET_CALLS
+    assert [(node.op, node.target) for node in revert(model).graph.nodes] == steps
+    reference(images)
+    assert_alike(model, reference, [images])
+
+
+def test_a_graph_with_functions_is_edited():
+    def forward(self, x):
+        y = F.leaky_relu(self.bn(x), 0.3, inplace=True)
+        return torch.sigmoid(self.nothing(y + self.drop(self.bn2(x))))
+
+    parts = {"nothing": nn.Identity(), "drop": nn.Dropout(0.0)}
+    model, reference = (fx.symbolic_trace(m) for m in pair(lambda: Own(forward, **parts)))
+    fuse(model)
+    assert_alike(model, reference, [x()])
+    assert fused_calls(model, x())[1] == {"leaky_relu": 1, "add+sigmoid": 1}
+    assert_alike(revert(model), reference, [x()])
+    assert fused_calls(model, x())[1] == {}
+
+
 def test_replicas_of_data_parallel():
     model, reference = pair(Net)
     replica = fuse(model)._replicate_for_data_parallel()

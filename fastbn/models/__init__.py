@@ -7,10 +7,11 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from .freezing import freeze, unfreeze
 from .generated import is_wrapped, revert_class
+from .graph_modules import fuse_graph, revert_graph
 from .norm_types import convert_norm, revert_norm
 from .owners import fuse_owner
 from .sequential import fuse_sequential
@@ -67,7 +68,9 @@ def fuse(model: nn.Module) -> nn.Module:
     for module in reversed(list(model.modules())):
         if isinstance(module, torch.jit.ScriptModule) or is_wrapped(module):
             continue
-        if isinstance(module, nn.Sequential) and _has_stock_forward(module):
+        if isinstance(module, fx.GraphModule):
+            fuse_graph(module)
+        elif isinstance(module, nn.Sequential) and _has_stock_forward(module):
             fuse_sequential(module)
         elif module._modules and type(module).forward is not nn.Module.forward:
             fuse_owner(module)
@@ -92,6 +95,8 @@ def revert(model: nn.Module) -> nn.Module:
     """
     _check_model(model)
     for module in list(model.modules()):
+        if isinstance(module, fx.GraphModule):
+            revert_graph(module)
         revert_class(module)
         revert_norm(module)
     return model

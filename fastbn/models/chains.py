@@ -107,12 +107,25 @@ def fold(graph: fx.Graph, module: nn.Module) -> list[Fold]:
         reason = _why_plain(node, chain, module)
         if reason is None:
             _replace(graph, node, chain)
-        if reason is None:
             layers = (*chain.before, *chain.after)
-            folds.append(Fold(node.target, _kind(chain), layers=layers))
+            folds.append(Fold(node.target, _kind(chain.act, chain.residual), layers=layers))
         else:
             folds.append(Fold(node.target, "plain", reason))
     return folds[::-1]
+
+
+def folds_in(graph: fx.Graph, module: nn.Module) -> list[Fold]:
+    """Returns what became of the norms of a graph that `fold` was given."""
+    folds = []
+    for node in graph.nodes:
+        if node.target is fused:
+            norm, _, act, residual, _, before, after = node.args
+            layers = tuple(layer.target for layer in (*before, *after))
+            folds.append(Fold(norm.target, _kind(act, residual), layers=layers))
+        elif _calls_norm(node, module):
+            reason = _why_plain(node, _chain_after(node, module), module)
+            folds.append(Fold(node.target, "plain", reason or "the model is not fused"))
+    return folds
 
 
 def tail_of(graph: fx.Graph, module: nn.Module) -> Node | None:
@@ -226,10 +239,10 @@ def _activation(node: Node, argument: Node, module: nn.Module) -> str | tuple[st
     return name, value
 
 
-def _kind(chain: _Chain) -> str:
-    if chain.residual is None:
+def _kind(act: Any, residual: Any) -> str:
+    if residual is None:
         return "act"
-    return "add" if chain.act is None else "add+act"
+    return "add" if act is None else "add+act"
 
 
 def _why_plain(node: Node, chain: _Chain, module: nn.Module) -> str | None:

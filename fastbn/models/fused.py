@@ -89,9 +89,14 @@ def unfused(
     for layer in after:
         output = layer(output)
     if isinstance(act, tuple):
-        activation, param = ACTIVATIONS[act[0]], act[1]
-        return activation.function(output, activation.default if param is None else param)
+        return activate(output, *act)
     return output if act is None else act(output)
+
+
+def activate(output: Tensor, name: str, param: float | None) -> Tensor:
+    """Returns an activation of the table, by PyTorch's function."""
+    activation = ACTIVATIONS[name]
+    return activation.function(output, activation.default if param is None else param)
 
 
 def _activation(act: Act) -> tuple[str, float | None] | None:

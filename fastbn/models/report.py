@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..activations import saved_for
@@ -17,7 +17,7 @@ from ..kernels.device import H100
 from ..kernels.plan import make_plan
 from ..modules import _Fused
 from ..runtime.layout import problem_of
-from .chains import Fold
+from .chains import Fold, folds_in
 from .fused import ends_in_norm, is_activation, is_bare_norm, passes_unchanged
 from .owners import FusedOwner, plan_owner
 from .sequential import FusedSequential
@@ -99,6 +99,8 @@ def _folds(module: nn.Module) -> list[tuple[nn.Module, str, str]]:
     if isinstance(module, FusedSequential):
         followers = zip(children, [*children[1:], None])
         return [_fold_in_sequential(norm, after) for norm, after in followers if norm in norms]
+    if isinstance(module, fx.GraphModule):
+        return [_fold_in_owner(module, fold) for fold in folds_in(module.graph, module)]
     variant = module.current_variant() if isinstance(module, FusedOwner) else None
     if variant is not None:
         return [_fold_in_owner(module, fold) for fold in variant.folds]
