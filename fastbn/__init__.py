@@ -12,6 +12,7 @@ from .modules import (
     FusedBatchNormAct2d,
     FusedBatchNormAct3d,
 )
+from .recomputation import update_once
 from .strategy import use_strategy
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "revert",
     "set_backend",
     "unfreeze",
+    "update_once",
     "use_backend",
     "use_strategy",
 ]

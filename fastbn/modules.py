@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .activations import ACT_LAYERS, activation_of, has_global_hooks
 from .functional import check_residual, tracked_batch_norm
 from .fx import record_call
+from .recomputation import is_recomputing
 
 _NATIVE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # Name and parameter where there is no activation, and the types of layers that are none.
@@ -113,6 +114,11 @@ def arguments_of(
         num_batches_tracked = buffers["num_batches_tracked"]
     else:
         num_batches_tracked = module.num_batches_tracked
+    if training and is_recomputing():
+        # Copies are updated in their place, so that autograd saves as many tensors as before.
+        mean, var, num_batches_tracked = (
+            None if t is None else t.clone() for t in (mean, var, num_batches_tracked)
+        )
     if momentum is None and num_batches_tracked is None:
         momentum = 0.0
     eps = module._eps if isinstance(module, _FusedAct) else module.eps

@@ -55,7 +55,8 @@ BELOW = {
         "strategy",
     },
     "fx": {"activations"},
-    "modules": {"activations", "functional", "fx"},
+    "recomputation": set(),
+    "modules": {"activations", "functional", "fx", "recomputation"},
     "models.generated": set(),
     "models.fused": {"activations", "models.generated", "modules"},
     "models.frozen": {"modules"},
@@ -97,7 +98,15 @@ BELOW = {
         "runtime.support",
         "strategy",
     },
-    "__init__": {"backend", "explain", "functional", "models.__init__", "modules", "strategy"},
+    "__init__": {
+        "backend",
+        "explain",
+        "functional",
+        "models.__init__",
+        "modules",
+        "recomputation",
+        "strategy",
+    },
 }
 
 # Public names of fastbn that are modules too.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import pictures
+from benchmarks import models, pictures
 from benchmarks.shapes import BN_ADD_RELU, BN_RELU
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +45,24 @@ torch.testing.assert_close(y, F.silu(batch_norm(F.relu(batch_norm(batch_norm(x))
 
 @pytest.mark.parametrize(("interpret", "output"), [*enumerate(OUTPUTS)], ids=["torch", "triton"])
 def test_output_of_explain_is_real(interpret, output):
-    assert run(PYTHON[1], str(interpret)) == output
+    assert run(PYTHON[2], str(interpret)) == output
+
+
+def test_a_whole_model_is_fused_as_the_comment_says():
+    printed = run(PYTHON[1], interpret="0").split("\n")
+    claimed = re.search(r"# (\d+) norms: (\d+) .*, (\d+) .*, (\d+) plain", PYTHON[1])
+    assert [line.split()[0] for line in printed[:4]] == list(claimed.groups())
+
+
+def test_the_table_of_networks_is_the_benchmarks():
+    known = {network.name: network.norms for network in models.NETWORKS}
+    rows = re.findall(
+        r"^\| (?:torchvision )?(.*?)(?:,.*)? ((?:\| \d+ ){4})\|$", README, re.MULTILINE
+    )
+    assert len(rows) == 6
+    for name, cells in rows:
+        act, both, add, plain = (int(cell) for cell in cells.split("|")[1:])
+        assert (0, act, both, add, plain) == known[name], name
 
 
 def numbers(cell):
