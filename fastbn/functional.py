@@ -249,7 +249,9 @@ def _checked_activation(name: str | None, param: float | None) -> tuple[str, flo
         raise ValueError(f"activation must be None or one of {known}, but got {name!r}")
     activation = ACTIVATIONS[name or "none"]
     if param is None:
-        return activation.name, activation.default
+        # A literal, where it will do: with `dynamic=True` the compiler takes a number that it
+        # finds anywhere else for a variable, which PyTorch 2.14 can't hand to a second call.
+        return activation.name, 0.0 if activation.parameter is None else activation.default
     if activation.parameter is None:
         raise ValueError(
             f"activation_param must be None for activation {name!r}, but got {param!r}"
