@@ -7,6 +7,8 @@ from collections import Counter
 
 # There is a worker for each core, and more threads would only take turns.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Read when Keras is imported.
+os.environ["KERAS_BACKEND"] = "torch"
 
 import pytest
 import torch

@@ -107,10 +107,15 @@ BELOW = {
         "recomputation",
         "strategy",
     },
+    "keras.requirements": set(),
+    "keras.activations": {"keras.requirements"},
+    "keras.layer": {"functional", "keras.activations", "keras.requirements"},
+    "keras.conversion": {"keras.activations", "keras.layer", "keras.requirements"},
+    "keras.__init__": {"keras.conversion", "keras.layer"},
 }
 
 # Public names of fastbn that are modules too.
-PUBLIC = {"fastbn.explain", "fastbn.functional"}
+PUBLIC = {"fastbn.explain", "fastbn.functional", "fastbn.keras"}
 
 
 def modules(folder):
