@@ -19,8 +19,8 @@ def convert(model: Any) -> Any:
     The model stays as it is.
 
     In a Sequential or functional model, an activation layer that the kernels can compute moves
-    into the batch norm before it if nothing else reads that batch norm. An `Identity` of the
-    same name takes its place. A subclassed model is copied by its `get_config`, and its
+    into the batch norm before it if nothing else reads that batch norm. A linear one of the same
+    name takes its place. A subclassed model is copied by its `get_config`, and its
     activations stay where they are.
 
     Args:
@@ -61,12 +61,16 @@ def _copy(layer: Any, copies: dict[int, Any]) -> Any:
             )
         else:
             copy = type(layer).from_config(layer.get_config())
+        copies[id(layer)] = copy
         if isinstance(layer, keras.Model):
-            if layer.built and not copy.built:
-                copy.build_from_config(layer.get_build_config())
+            # A model that is not built may have layers that are.
+            for inner in (layer, *layer.layers):
+                made = copies.get(id(inner))
+                if inner.built and made is not None and not made.built:
+                    made.build_from_config(inner.get_build_config())
+                    made.built = True
             if layer.compiled and not copy.compiled:
                 copy.compile_from_config(layer.get_compile_config())
-        copies[id(layer)] = copy
     return copies[id(layer)]
 
 
@@ -85,8 +89,8 @@ def _fused_layers(model: Any) -> dict[int, Any]:
         for norm, activation in _only_readers(one):
             if owners[id(norm)] == owners[id(activation)] == 1 and _fuses(norm, activation):
                 fused[id(norm)] = _with_activation(norm, activation)
-                fused[id(activation)] = keras.layers.Identity(
-                    name=activation.name, dtype=activation.dtype_policy
+                fused[id(activation)] = keras.layers.Activation(
+                    "linear", name=activation.name, dtype=activation.dtype_policy
                 )
     return fused
 
