@@ -8,7 +8,7 @@ import math
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -48,9 +48,14 @@ class Data:
         return f"{self.label}: {train:,} training and {val:,} validation images"
 
 
-def load_data(path: Path | None, workers: int, max_train_samples: int | None) -> Data:
-    """Returns the data that ``--data-path`` asks for, on the CPU."""
-    data = load_path(path, workers) if path else download() or stand_in()
+def load_data(
+    path: Path | None,
+    workers: int,
+    max_train_samples: int | None,
+    download: Callable[[], Data | None] | None = None,
+) -> Data:
+    """Returns the data that ``--data-path`` asks for, or else what is downloaded, on the CPU."""
+    data = load_path(path, workers) if path else (download or download_cifar10)() or stand_in()
     # Always the same images, and not the first ones, since folders are sorted by class.
     order = torch.randperm(len(data.train[1]), generator=torch.Generator().manual_seed(0))
     chosen = order[:max_train_samples]
@@ -115,7 +120,7 @@ def read_cifar10(dataset: type[CIFAR10], root: Path, fetch: bool = False) -> Dat
     return Data("CIFAR-10", train.classes, *splits)
 
 
-def download() -> Data | None:
+def download_cifar10() -> Data | None:
     """Returns CIFAR-10 from an earlier download or the network, or None if there is neither."""
     try:
         return read_cifar10(CIFAR10, DOWNLOAD_FOLDER)

@@ -17,12 +17,22 @@ from torch import nn
 
 History = list[dict[str, float]]  # one dict an epoch
 
-LABELS = {"none": "no batch norm", "torch": "nn.BatchNorm", "fused": "FusedBatchNorm"}
-# The torch and fused curves should coincide: a thin line over a broad one shows both.
+LABELS = {
+    "none": "no batch norm",
+    "torch": "nn.BatchNorm",
+    "fused": "FusedBatchNorm",
+    "keras": "keras.layers",
+    "fastbn": "fastbn.keras",
+}
+# The curves of a norm and of fastbn's should coincide: a thin line over a broad one shows both.
+BROAD = {"color": "tab:green", "linewidth": 6, "markersize": 9, "alpha": 0.4}
+THIN = {"color": "tab:purple", "zorder": 3}
 LINES = {
     "none": {"color": "dimgray"},
-    "torch": {"color": "tab:green", "linewidth": 6, "markersize": 9, "alpha": 0.4},
-    "fused": {"color": "tab:purple", "zorder": 3},
+    "torch": BROAD,
+    "fused": THIN,
+    "keras": BROAD,
+    "fastbn": THIN,
 }
 
 

@@ -35,12 +35,22 @@ from fastbn import FusedBatchNorm1d, explain
 
 NORMS = {"none": None, "torch": nn.BatchNorm1d, "fused": FusedBatchNorm1d}
 ORDERS = ("norm-act", "act-norm")
-LABELS = {"none": "no batch norm", "torch": "nn.BatchNorm1d", "fused": "FusedBatchNorm1d"}
-# The torch and fused curves coincide: a thin line over a broad one shows both.
+LABELS = {
+    "none": "no batch norm",
+    "torch": "nn.BatchNorm1d",
+    "fused": "FusedBatchNorm1d",
+    "keras": "keras.layers",
+    "fastbn": "fastbn.keras",
+}
+# The curves of a norm and of fastbn's coincide: a thin line over a broad one shows both.
+BROAD = {"color": "tab:green", "linewidth": 5, "alpha": 0.4}
+THIN = {"color": "tab:purple", "zorder": 3}
 LINES = {
     "none": {"color": "dimgray"},
-    "torch": {"color": "tab:green", "linewidth": 5, "alpha": 0.4},
-    "fused": {"color": "tab:purple", "zorder": 3},
+    "torch": BROAD,
+    "fused": THIN,
+    "keras": BROAD,
+    "fastbn": THIN,
 }
 NOISE = 0.1  # standard deviation of the radius; the rings lie at 0.5 and 1
 LARGEST = 1e15  # of a coordinate: float32 still holds the squares in variances and gradients

@@ -1,0 +1,123 @@
+"""examples/keras_mlp.py and keras_cifar.py, run for real at tiny sizes."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastbn
+
+keras = pytest.importorskip("keras")
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+import cifar_data  # noqa: E402
+import keras_cifar  # noqa: E402
+import keras_mlp  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def plain_cpu(tmp_path, monkeypatch):
+    """One thread, and PyTorch's batch norm but where a test wants the kernels."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with fastbn.use_backend("torch"):
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    """No network, and few images of the stand-in: so many for training and for validation."""
+
+    def fail(url):
+        raise OSError("no network")
+
+    monkeypatch.setattr(cifar_data, "probe", fail)
+    return lambda *counts: monkeypatch.setattr(cifar_data, "STAND_IN_SIZES", counts)
+
+
+def run(main, *options):
+    assert main([*options, "--output-dir=out"]) == 0
+    return json.loads(Path("out/metrics.json").read_text())
+
+
+def test_circles_are_the_same_by_either_layer_through_the_kernels(capsys):
+    with fastbn.use_backend("triton"):
+        tiny = ["--epochs=2", "--samples=20", "-b=8"]
+        curves = run(keras_mlp.main, "--norm", "none", "keras", "fastbn", *tiny)
+    for key, values in curves["keras"].items():
+        assert len(values) == 2
+        assert curves["fastbn"][key] == pytest.approx(values, rel=1e-4), key
+    assert curves["none"]["train_loss"] != curves["keras"]["train_loss"]
+    assert Path("out/circles.png").stat().st_size > 10_000
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:4]]
+    assert [row[0] for row in rows] == ["none", "keras", "fastbn"]
+    assert rows[2][2] == f"{curves['fastbn']['val_loss'][-1]:.4f}"
+
+
+def test_circles_from_a_file_and_what_is_wrong_with_it(capsys):
+    path = Path("points.csv")
+    path.write_text("X,Y,class\n" + "".join(f"{i},{-i},{i % 2}\n" for i in range(10)))
+    curves = run(keras_mlp.main, "--norm", "fastbn", "--csv=points.csv", "--epochs=2")
+    assert len(curves["fastbn"]["val_loss"]) == 2
+    path.write_text("X,Y,class\n1,2,0\n")
+    assert keras_mlp.main(["--csv=points.csv", "--output-dir=none"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("keras_mlp.py: error: points.csv: 1 rows")
+    assert not Path("none").exists()
+
+
+@pytest.mark.parametrize("model", ["cnn", "gap"])
+def test_cifar_is_the_same_by_either_layer(model, few_images, capsys):
+    few_images(24, 12)
+    tiny = ["--epochs=2", "-b=8", f"--model={model}"]
+    metrics = run(keras_cifar.main, "--norm", "none", "keras", "fastbn", *tiny)
+    assert metrics["data"] == cifar_data.STAND_IN
+    theirs, ours = (metrics["norms"][norm]["history"] for norm in ("keras", "fastbn"))
+    for a, b in zip(theirs, ours, strict=True):
+        # Adam's first steps are the sign of the gradient, which amplifies rounding a little.
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-3)
+        assert b["val_loss"] == pytest.approx(a["val_loss"], rel=1e-2)
+    assert metrics["norms"]["none"]["history"][0]["train_loss"] != theirs[0]["train_loss"]
+    assert Path("out/curves.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert out.count("loaded again") == 3
+    assert "CIFAR-10 cannot be downloaded" in out
+
+
+def test_augmentation_is_the_same_by_either_layer(few_images):
+    few_images(24, 12)
+    tiny = ["--epochs=1", "-b=8", "--model=gap", "--norm", "keras", "fastbn"]
+    losses = []
+    for options in ([], ["--augment"]):
+        norms = run(keras_cifar.main, *tiny, *options)["norms"]
+        theirs, ours = (norms[norm]["history"][0]["train_loss"] for norm in ("keras", "fastbn"))
+        assert ours == pytest.approx(theirs, rel=1e-3)
+        losses.append(ours)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+
+
+def test_cifar_comes_from_keras_where_it_can(monkeypatch):
+    images = np.arange(4 * 32 * 32 * 3, dtype="uint8").reshape(4, 32, 32, 3)
+    labels = np.array([[3], [1], [4], [1]], dtype="uint8")
+    monkeypatch.setattr(cifar_data, "probe", lambda url: None)
+    monkeypatch.setattr(
+        keras.datasets.cifar10, "load_data", lambda: ((images, labels), (images[:2], labels[:2]))
+    )
+    data = cifar_data.load_data(None, 0, None, keras_cifar.download)
+    assert (data.label, data.classes[3]) == ("CIFAR-10", "cat")
+    found, classes = keras_cifar.arrays(data.val)
+    np.testing.assert_allclose(found, images[:2] / np.float32(255))
+    assert classes.tolist() == [3, 1]
+
+
+def test_bad_data_is_one_line_and_nothing_is_written(capsys):
+    assert keras_cifar.main(["--data-path=gone", "--output-dir=none"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("keras_cifar.py: error: --data-path: expected gone to hold")
+    assert not Path("none").exists()
