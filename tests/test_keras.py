@@ -327,6 +327,22 @@ def test_config_without_an_activation_is_keras_own():
     assert BatchNormalization(2, 0.9, 0.1).get_config()["epsilon"] == 0.1
 
 
+def test_weights_train_on_in_pytorch(backend):
+    """As examples/README.md says."""
+    theirs = keras.layers.BatchNormalization()
+    trained(theirs, (8, 5), steps=2)
+    norm = fastbn.FusedBatchNorm1d(5, eps=1e-3, momentum=0.01, biased_running_var=True)
+    names = ("weight", "bias", "running_mean", "running_var")
+    weights = (weight.value.detach().clone() for weight in theirs.weights)
+    norm.load_state_dict(dict(zip(names, weights)), strict=False)
+    norm.to(theirs.gamma.value.device)
+    for _ in range(STEPS):
+        x = 3 * on_device((8, 5))
+        torch.testing.assert_close(norm(x), theirs(x, training=True), **CLOSE)
+    torch.testing.assert_close(norm.running_var, theirs.moving_variance.value.detach())
+    torch.testing.assert_close(norm.eval()(x), theirs(x), **CLOSE)
+
+
 def test_synchronized_is_keras_error():
     with pytest.raises(ValueError, match="only supported with the TensorFlow backend"):
         BatchNormalization(synchronized=True)
