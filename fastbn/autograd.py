@@ -18,9 +18,10 @@ from .strategy import get_strategy
 class BatchNorm(torch.autograd.Function):
     """Batch norm, residual and activation, with the gradient of the kernels.
 
-    `options` are training, momentum, correction, eps, activation and its parameter, in a
-    plain tuple: a named one takes four times as long to make. `plan` is the forward's
-    execution plan, or None for a call that must go through PyTorch's dispatcher.
+    `options` are training, momentum, correction, eps, activation, its parameter and whether
+    to skip batches that are not finite, in a plain tuple: a named one takes four times as long
+    to make. `plan` is the forward's execution plan, or None for a call that must go through
+    PyTorch's dispatcher.
     """
 
     @staticmethod
@@ -33,10 +34,10 @@ class BatchNorm(torch.autograd.Function):
         running_mean: Tensor | None,
         running_var: Tensor | None,
         num_batches_tracked: Tensor | None,
-        options: tuple[bool, float | None, float, float, str, float],
+        options: tuple[bool, float | None, float, float, str, float, bool],
         plan: ExecutionPlan | None,
     ) -> Tensor:
-        training, momentum, correction, eps, activation, param = options
+        training, momentum, correction, eps, activation, param, _ = options
         saved = saved_for(activation, residual is not None)
         tensors = (input, residual, weight, bias, running_mean, running_var, num_batches_tracked)
         if plan is not None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
-from torch.utils.checkpoint import _StopRecomputationError
 
 from . import native
 from .activations import ACTIVATIONS, reads_bias, saved_for
@@ -19,6 +18,7 @@ from .backend import get_backend
 from .runtime import support
 from .runtime.support import HAS_TRITON
 from .strategy import get_strategy
+from .tracking import track
 
 if HAS_TRITON:
     from .autograd import BatchNorm
@@ -43,6 +43,7 @@ def batch_norm(
     activation_param: float | None = None,
     residual: Tensor | None = None,
     biased_running_var: bool = False,
+    skip_nonfinite: bool = False,
 ) -> Tensor:
     """Returns activation((input - mean) / sqrt(var + eps) * weight + bias + residual).
 
@@ -69,6 +70,10 @@ def batch_norm(
         residual: tensor of the input's shape, added before the activation.
         biased_running_var: whether the running variance is updated by the batch's biased
             variance, as Keras does.
+        skip_nonfinite: whether a batch of which any channel's mean or variance is NaN or
+            infinite, in the running statistics' dtype, leaves the running statistics of all
+            channels as they are, and in the modules is not counted. The device decides, and
+            the host does not wait for it. Output and gradients don't depend on this.
 
     Returns:
         A tensor of the input's shape and memory format, and of its dtype unless a
@@ -84,7 +89,7 @@ def batch_norm(
     """
     return tracked_batch_norm(
         input, running_mean, running_var, None, weight, bias, training, momentum, eps,
-        activation, activation_param, residual, biased_running_var,
+        activation, activation_param, residual, biased_running_var, skip_nonfinite,
     )  # fmt: skip
 
 
@@ -102,6 +107,7 @@ def tracked_batch_norm(
     activation_param: float | None = None,
     residual: Tensor | None = None,
     biased_running_var: bool = False,
+    skip_nonfinite: bool = False,
 ) -> Tensor:
     """Does what `batch_norm` does and counts batches; the modules call this function.
 
@@ -110,16 +116,25 @@ def tracked_batch_norm(
         momentum: as for `batch_norm`; None makes the running statistics averages over
             all batches counted.
     """
+    counter = num_batches_tracked if training else None
+    # Without both running statistics there is nothing to protect, or PyTorch refuses the call.
+    skip = (
+        bool(skip_nonfinite and training)
+        and isinstance(running_mean, Tensor)
+        and isinstance(running_var, Tensor)
+    )
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
         given = (input, running_mean, running_var, weight, bias, residual)
-        return _counted(
-            lambda momentum: handle_torch_function(
-                batch_norm, given, *given[:5], training, momentum, eps,
+        # Whoever overrides the function does not say whether a batch is to be counted.
+        decides = skip and counter is not None
+        return track(
+            lambda mean, var, momentum: handle_torch_function(
+                batch_norm, given, input, mean, var, weight, bias, training, momentum, eps,
                 activation=activation, activation_param=activation_param, residual=residual,
                 biased_running_var=biased_running_var,
+                skip_nonfinite=skip_nonfinite and not decides,
             ),
-            num_batches_tracked if training else None,
-            momentum,
+            running_mean, running_var, counter, momentum, decides,
         )  # fmt: skip
     activation, param = _checked_activation(activation, activation_param)
     if residual is not None:
@@ -140,14 +155,14 @@ def tracked_batch_norm(
         needs_grad = _needs_grad(tensors)
         key = plan = None
         if HAS_TRITON and not plan_cache.must_use_dispatcher():
-            key = _cache_key(tensors, training, momentum, activation, needs_grad)
+            key = _cache_key(tensors, training, momentum, activation, skip, needs_grad)
             # A cached plan skips the checks and serves any numbers, so check these first.
             if type(eps) is float and eps > 0 and type(momentum) in _MOMENTUM_TYPES:
                 plan = plan_cache.lookup(key, tensors)
         if plan is not None or _goes_to_kernels(*tensors, training, momentum, eps):
             if plan is None and key is not None:
-                plan = plan_cache.insert(key, tensors, plan_forward, *key[:4])
-            options = (training, momentum, correction, eps, activation, param)
+                plan = plan_cache.insert(key, tensors, plan_forward, *key[:5])
+            options = (training, momentum, correction, eps, activation, param, skip)
             if needs_grad:
                 if bias is not None and reads_bias(activation, residual is not None):
                     # As behind unfused layers, the bias may change before the backward.
@@ -157,37 +172,16 @@ def tracked_batch_norm(
                 return execution.run_forward(plan, tensors, *options[1:4], param)[0]
             return torch_ops.forward(tensors, *options, save_mask=False)[0]
 
-    output = _counted(
-        lambda momentum: native.batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, correction
+    output = track(
+        lambda mean, var, momentum: native.batch_norm(
+            input, mean, var, weight, bias, training, momentum, eps, correction
         ),
-        num_batches_tracked if training else None,
-        momentum,
-    )
+        running_mean, running_var, counter, momentum,
+        skip and type(momentum) in _MOMENTUM_TYPES,
+    )  # fmt: skip
     if residual is not None:
         output = output + residual
     return ACTIVATIONS[activation].function(output, param)
-
-
-def _counted(
-    call: Callable[[Any], Tensor], num_batches_tracked: Tensor | None, momentum: float | None
-) -> Tensor:
-    """Counts a batch, and calls a function with the batch's share of the running statistics."""
-    if num_batches_tracked is None:
-        return call(momentum)
-    # Count the batch first, since PyTorch may refuse to change the counter; if batch norm
-    # itself then fails, take the count back. A checkpoint that recomputes a call ends it by
-    # an exception that is no failure.
-    if momentum is None:
-        momentum = 1.0 / (float(num_batches_tracked) + 1.0)
-    num_batches_tracked.add_(1)
-    try:
-        return call(momentum)
-    except BaseException as error:
-        if isinstance(error, _StopRecomputationError):
-            raise
-        num_batches_tracked.sub_(1)
-        raise
 
 
 def as_float(value: Any) -> Any:
@@ -214,6 +208,7 @@ def _cache_key(
     training: bool,
     momentum: float | None,
     activation: str,
+    skip: bool,
     needs_grad: bool,
 ) -> tuple:
     """Returns a forward's key in the plan cache, which begins with the options of its plan."""
@@ -223,7 +218,7 @@ def _cache_key(
     inference = torch.is_inference_mode_enabled()
     # Guards compare shapes too, but a network has many, and a dictionary finds one faster.
     shape = getattr(tensors[0], "shape", None)
-    options = (bool(training), momentum is None, activation, save_mask)
+    options = (bool(training), momentum is None, activation, save_mask, skip)
     return *options, get_strategy(), inference, shape, *map(type, tensors)
 
 

@@ -35,6 +35,7 @@ class _Fused(_BatchNorm):
 
     # A module of PyTorch's that became one of these has no attribute of its own.
     biased_running_var = False
+    skip_nonfinite = False
     # Whether the running statistics normalise in training too.
     has_fixed_statistics = False
 
@@ -49,18 +50,22 @@ class _Fused(_BatchNorm):
         dtype: Any = None,
         *,
         biased_running_var: bool = False,
+        skip_nonfinite: bool = False,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
         if biased_running_var:
             self.biased_running_var = True
+        if skip_nonfinite:
+            self.skip_nonfinite = True
 
     def extra_repr(self) -> str:
         return super().extra_repr() + self._options()
 
     def _options(self) -> str:
-        return ", biased_running_var=True" if self.biased_running_var else ""
+        names = ("biased_running_var", "skip_nonfinite")
+        return "".join(f", {name}=True" for name in names if getattr(self, name))
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
@@ -78,7 +83,7 @@ class _Fused(_BatchNorm):
         self._check_input_dim(input)
         return tracked_batch_norm(
             input, *arguments_of(self), activation, activation_param, residual,
-            self.biased_running_var,
+            self.biased_running_var, self.skip_nonfinite,
         )  # fmt: skip
 
 
@@ -129,7 +134,8 @@ class FusedBatchNorm1d(_Fused, nn.BatchNorm1d):
     """`nn.BatchNorm1d` in fused kernels, for input of shape (N, C) or (N, C, L).
 
     Constructor, parameters, buffers, `state_dict` and results are the same as in
-    `nn.BatchNorm1d`. The keyword `biased_running_var` is that of `batch_norm`.
+    `nn.BatchNorm1d`. The keywords `biased_running_var` and `skip_nonfinite` are those of
+    `batch_norm`.
     """
 
 
@@ -137,7 +143,8 @@ class FusedBatchNorm2d(_Fused, nn.BatchNorm2d):
     """`nn.BatchNorm2d` in fused kernels, for contiguous or channels-last (N, C, H, W).
 
     Constructor, parameters, buffers, `state_dict` and results are the same as in
-    `nn.BatchNorm2d`. The keyword `biased_running_var` is that of `batch_norm`.
+    `nn.BatchNorm2d`. The keywords `biased_running_var` and `skip_nonfinite` are those of
+    `batch_norm`.
     """
 
 
@@ -145,7 +152,8 @@ class FusedBatchNorm3d(_Fused, nn.BatchNorm3d):
     """`nn.BatchNorm3d` in fused kernels, for contiguous or channels-last (N, C, D, H, W).
 
     Constructor, parameters, buffers, `state_dict` and results are the same as in
-    `nn.BatchNorm3d`. The keyword `biased_running_var` is that of `batch_norm`.
+    `nn.BatchNorm3d`. The keywords `biased_running_var` and `skip_nonfinite` are those of
+    `batch_norm`.
     """
 
 
@@ -216,10 +224,11 @@ class _FusedAct(_Fused):
         dtype: Any = None,
         *,
         biased_running_var: bool = False,
+        skip_nonfinite: bool = False,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
-            biased_running_var=biased_running_var,
+            biased_running_var=biased_running_var, skip_nonfinite=skip_nonfinite,
         )  # fmt: skip
         self.drop = (
             nn.Identity() if drop_layer is None else _make_layer("drop_layer", drop_layer, {})
@@ -304,7 +313,7 @@ _ACT_DOC = """`{base}`, an optional residual and an activation in one.
             output is always new memory.
         drop_layer: a module class applied between normalisation and residual;
             with one, only the normalisation is fused.
-        biased_running_var: as for `batch_norm`.
+        biased_running_var, skip_nonfinite: as for `batch_norm`.
 
     Raises:
         TypeError: `act_layer` or `drop_layer` is a module and not a class, or

@@ -43,50 +43,26 @@ from .moments import (
     sum_rows,
     typical_values,
 )
+from .running import averaging_factor, finish_batch, update_running
 from .tickets import last_to_arrive
 
 
 @triton.jit
-def update_running(Running, batch, momentum, c, mask):
-    """running <- (1 - momentum) * running + momentum * batch."""
-    running = tl.load(Running + c, mask, other=0.0).to(batch.dtype)
-    running = (1.0 - momentum) * running + momentum * batch
-    tl.store(Running + c, running.to(Running.dtype.element_ty), mask)
-
-
-@triton.jit
-def averaging_factor(momentum, NumBatchesTracked, CUMULATIVE: tl.constexpr, acc: tl.constexpr):
-    """Returns the batch's share of the running statistics; if CUMULATIVE, batches share alike."""
-    if CUMULATIVE:
-        return 1.0 / (tl.load(NumBatchesTracked) + 1).to(acc)
-    else:
-        return tl.full((), momentum, acc)
-
-
-@triton.jit
 def store_statistics(
-    count, mean, m2, Statistics, RunningMean, RunningVar, factor, correction, eps, c, exists, C
-):
-    """Writes statistics of channels, updates the running ones, and returns rstd."""
+    count, mean, m2, Statistics, Variances, RunningMean, RunningVar, factor, correction, eps, c,
+    exists, C,
+):  # fmt: skip
+    """Writes statistics of channels, updates the running ones unless that waits, returns rstd."""
     rstd = 1.0 / tl.sqrt(m2 / count + tl.full((), eps, mean.dtype))
     tl.store(Statistics + c, mean, exists)
     tl.store(Statistics + C + c, rstd, exists)
-    if RunningMean is not None:
+    var = m2 / (count - tl.full((), correction, mean.dtype))
+    if Variances is not None:
+        tl.store(Variances + c, var, exists)
+    else:
         update_running(RunningMean, mean, factor, c, exists)
-    if RunningVar is not None:
-        correction = tl.full((), correction, mean.dtype)
-        update_running(RunningVar, m2 / (count - correction), factor, c, exists)
+        update_running(RunningVar, var, factor, c, exists)
     return rstd
-
-
-@triton.jit
-def count_batch(NumBatchesTracked, first, Arrivals, readers, CUMULATIVE: tl.constexpr):
-    """Increments num_batches_tracked. All its readers call this, and the last one increments."""
-    if NumBatchesTracked is not None:
-        if CUMULATIVE:
-            first = last_to_arrive(Arrivals, readers)
-        if first:
-            tl.store(NumBatchesTracked, tl.load(NumBatchesTracked) + 1)
 
 
 @triton.jit
@@ -140,8 +116,9 @@ def store_partial_moments(
 
 @triton.jit
 def finish_statistics(
-    X, Partials, Statistics, RunningMean, RunningVar, NumBatchesTracked, Arrivals, group,
-    groups, momentum, correction, eps, sizes, CUMULATIVE: tl.constexpr, TILE: tl.constexpr,
+    X, Partials, Statistics, RunningMean, RunningVar, NumBatchesTracked, Variances, Arrivals,
+    group, groups, momentum, correction, eps, sizes, CUMULATIVE: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """Merges the partial moments of a group of channels and stores its statistics."""
     acc: tl.constexpr = Statistics.dtype.element_ty
@@ -156,10 +133,13 @@ def finish_statistics(
             Partials, Partials + rows_of(sizes, TILE) * sizes.C, first, end, c, sizes, acc, TILE
         )
         store_statistics(
-            count, mean + near, m2, Statistics, RunningMean, RunningVar, factor, correction, eps,
-            c, c < end, sizes.C,
+            count, mean + near, m2, Statistics, Variances, RunningMean, RunningVar, factor,
+            correction, eps, c, c < end, sizes.C,
         )  # fmt: skip
-    count_batch(NumBatchesTracked, group == 0, Arrivals + groups, groups, CUMULATIVE)
+    finish_batch(
+        Statistics, RunningMean, RunningVar, NumBatchesTracked, Variances, momentum, sizes.C,
+        group == 0, Arrivals + groups, groups, CUMULATIVE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -213,6 +193,7 @@ def bn_stats_fwd_kernel(
     RunningMean,  # pointer to the running mean, updated, or None
     RunningVar,  # pointer to the running variance, updated, or None
     NumBatchesTracked,  # pointer to num_batches_tracked, incremented, or None
+    Variances,  # pointer to (C,), written, or None: then no batch is skipped
     Partials,  # pointer to a (2, rows, C) table of means and sums of squares
     Arrivals,  # pointer to a zero for each group of channels, and one more
     N,
@@ -236,8 +217,8 @@ def bn_stats_fwd_kernel(
     store_partial_moments(X, Partials, run, sizes, acc, "", TILE)
     if last_to_arrive(Arrivals + group, splits * tiles_of_group(sizes, TILE)):
         finish_statistics(
-            X, Partials, Statistics, RunningMean, RunningVar, NumBatchesTracked, Arrivals,
-            group, groups_of(sizes), momentum, correction, eps, sizes, CUMULATIVE, TILE,
+            X, Partials, Statistics, RunningMean, RunningVar, NumBatchesTracked, Variances,
+            Arrivals, group, groups_of(sizes), momentum, correction, eps, sizes, CUMULATIVE, TILE,
         )  # fmt: skip
 
 

@@ -17,8 +17,9 @@ from .addressing import (
 )
 from .backward import coefficients, gradient_of, store_gradients, store_parameter_gradients
 from .epilogue import affine_of, scaled
-from .forward import averaging_factor, count_batch, store_output, store_statistics
+from .forward import store_output, store_statistics
 from .moments import exist, sum_rows
+from .running import averaging_factor, finish_batch
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -33,7 +34,8 @@ def bn_resident_fwd_kernel(
     RunningMean,  # pointer to the running mean, updated, or None
     RunningVar,  # pointer to the running variance, updated, or None
     NumBatchesTracked,  # pointer to num_batches_tracked, incremented, or None
-    Arrivals,  # pointer to a zero, if CUMULATIVE
+    Variances,  # pointer to (C,), written, or None: then no batch is skipped
+    Arrivals,  # pointer to a zero, if CUMULATIVE or Variances are given, or None
     N,
     C,
     S,
@@ -63,15 +65,17 @@ def bn_resident_fwd_kernel(
     m2 = sum_rows(centred * centred, TILE)
     mean = about + rest
     rstd = store_statistics(
-        count, mean, m2, Statistics, RunningMean, RunningVar, factor, correction, eps, channels,
-        exist(run, mean), C,
+        count, mean, m2, Statistics, Variances, RunningMean, RunningVar, factor, correction, eps,
+        channels, exist(run, mean), C,
     )  # fmt: skip
     store_output(
         x - mean, R, Y, Mask, scaled(mean, rstd, W, B, channels), param, run, 0, sizes,
         ACTIVATION, True, "", TILE,
     )  # fmt: skip
-    first = tl.program_id(0) == 0
-    count_batch(NumBatchesTracked, first, Arrivals, tl.num_programs(0), CUMULATIVE)
+    finish_batch(
+        Statistics, RunningMean, RunningVar, NumBatchesTracked, Variances, momentum, C,
+        tl.program_id(0) == 0, Arrivals, tl.num_programs(0), CUMULATIVE,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -51,6 +51,7 @@ def bn_ticketed_fwd_kernel(
     RunningMean,  # pointer to the running mean, updated, or None
     RunningVar,  # pointer to the running variance, updated, or None
     NumBatchesTracked,  # pointer to num_batches_tracked, incremented, or None
+    Variances,  # pointer to (C,), written, or None: then no batch is skipped
     Partials,  # pointer to a (2, rows, C) table of means and sums of squares
     Arrivals,  # pointer to a zero for each group of channels, and one more
     Tickets,  # pointer to the counter of tickets, and a flag for each group of channels
@@ -96,8 +97,8 @@ def bn_ticketed_fwd_kernel(
                 if last_to_arrive(Arrivals + group, splits * tiles):
                     finish_statistics(
                         X, Partials, Statistics, RunningMean, RunningVar,
-                        NumBatchesTracked, Arrivals, group, groups, momentum, correction,
-                        eps, here, CUMULATIVE, TILE,
+                        NumBatchesTracked, Variances, Arrivals, group, groups, momentum,
+                        correction, eps, here, CUMULATIVE, TILE,
                     )  # fmt: skip
                     raise_flag(Tickets + 1 + group, generation)
         ticket, _ = draw_ticket(Tickets, total)

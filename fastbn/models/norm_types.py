@@ -65,7 +65,7 @@ def revert_norm(module: nn.Module) -> None:
     One that was made as a `FusedBatchNormAct*d` stays: PyTorch has no such norm.
     """
     attributes = module.__dict__
-    if type(module) in _ORIGINALS and not module.biased_running_var:
+    if type(module) in _ORIGINALS and not (module.biased_running_var or module.skip_nonfinite):
         set_class(module, _ORIGINALS[type(module)])
     elif "_converted_from" in attributes and type(module) in _OTHERS.values():
         if type(module) is FusedBatchNormAct2d:

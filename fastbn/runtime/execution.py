@@ -54,10 +54,11 @@ def run_forward(
     statistics = _empty_statistics(plan, x)
     cumulative = momentum is None
     rate = 0.0 if momentum is None else momentum
-    written = (statistics, running_mean, running_var, num_batches_tracked)
+    variances = x.new_empty(x.shape[1], dtype=plan.statistics) if plan.skip else None
+    written = (statistics, running_mean, running_var, num_batches_tracked, variances)
     if plan.schedule.strategy == "resident":
         assert plan.single_launch is not None
-        counter = get_workspace(x.device, 1).arrivals if cumulative else None
+        counter = get_workspace(x.device, 1).arrivals if cumulative or plan.skip else None
         plan.single_launch((*outputs, *written, counter), rate, correction, eps, param)
     else:
         workspace = get_workspace(x.device, plan.groups, plan.partial_bytes)
@@ -75,7 +76,7 @@ def run_forward(
             plan.reduce(first, rate, correction, eps)
             plan.apply(second, eps, param)
     # Autograd notices changes of saved tensors by their version, which a kernel doesn't raise.
-    increment_version([t for t in written[1:] if t is not None])
+    increment_version([t for t in written[1:4] if t is not None])
     return y, statistics, mask
 
 

@@ -65,6 +65,7 @@ class ExecutionPlan:
         mask_bytes: size of the packed mask, 0 if the call saves none.
         groups: number of groups of channels, each of which needs a counter.
         partial_bytes: size of the partial results.
+        skip: a batch with statistics that are not finite updates nothing.
         single_launch: launcher of the kernel that does everything, or None.
         reduce, apply: launchers of the two passes, for a plan without a single launch
             and for calls that the single launch can't serve.
@@ -76,6 +77,7 @@ class ExecutionPlan:
     mask_bytes: int
     groups: int
     partial_bytes: int
+    skip: bool
     single_launch: Launcher | None
     reduce: Launcher | None
     apply: Launcher | None
@@ -83,7 +85,7 @@ class ExecutionPlan:
 
 def plan_forward(
     tensors: ForwardTensors, training: bool, cumulative: bool, activation: str,
-    save_mask: bool,
+    save_mask: bool, skip: bool,
 ) -> ExecutionPlan:  # fmt: skip
     """Plans a forward.
 
@@ -94,8 +96,9 @@ def plan_forward(
             batches.
         activation: name of the activation.
         save_mask: the signs of the activation's argument are saved for the backward.
+        skip: a batch with statistics that are not finite updates nothing.
     """
-    options = (training, cumulative, activation, save_mask, get_strategy())
+    options = (training, cumulative, activation, save_mask, skip, get_strategy())
     return _plan_forward(*_signature(tensors, tensors[0]), *options)
 
 
@@ -144,7 +147,7 @@ def _signature(tensors: Sequence[Tensor | None], x: Tensor) -> tuple:
 def _plan_forward(
     shape: tuple[int, ...], stride: tuple[int, ...], device: torch.device,
     dtypes: tuple[torch.dtype | None, ...], training: bool, cumulative: bool, activation: str,
-    save_mask: bool, strategy: str,
+    save_mask: bool, skip: bool, strategy: str,
 ) -> ExecutionPlan:  # fmt: skip
     dtype, residual, *_ = dtypes
     assert dtype is not None
@@ -174,6 +177,7 @@ def _plan_forward(
         mask_bytes=prod(mask_sizes(x)) if save_mask else 0,
         groups=reduce.groups(problem),
         partial_bytes=2 * reduce.rows(problem) * problem.c * statistics.itemsize,
+        skip=skip,
         single_launch=single_launch,
         reduce=first,
         apply=second,
@@ -216,6 +220,7 @@ def _plan_backward(
         mask_bytes=prod(mask_sizes(x)) if saves == "mask" else 0,
         groups=reduce.groups(problem),
         partial_bytes=2 * reduce.rows(problem) * problem.c * statistics.itemsize,
+        skip=False,
         single_launch=single_launch,
         reduce=first,
         apply=second,

@@ -41,13 +41,13 @@ def _dense(plan: ExecutionPlan, tensors: Sequence[Tensor | None]) -> tuple[Any, 
 
 def _forward_train(
     x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, correction,
-    eps, activation, param, save_mask,
+    eps, activation, param, save_mask, skip=False,
 ):  # fmt: skip
     given, written = (x, residual, weight, bias), (running_mean, running_var, num_batches_tracked)
     _check_devices(*given, *written)
     if not all(t is None or t.is_contiguous() for t in (running_mean, running_var)):
         raise RuntimeError("expected running statistics that are contiguous")
-    plan = plan_forward((*given, *written), True, momentum is None, activation, save_mask)
+    plan = plan_forward((*given, *written), True, momentum is None, activation, save_mask, skip)
     tensors = (*_dense(plan, given), *written)
     y, statistics, mask = execution.run_forward(plan, tensors, momentum, correction, eps, param)
     return y, statistics, _or_empty(mask, x, torch.uint8)
@@ -56,7 +56,7 @@ def _forward_train(
 def _forward_eval(x, residual, weight, bias, mean, var, eps, activation, param, save_mask):
     tensors = (x, residual, weight, bias, mean, var, None)
     _check_devices(*tensors)
-    plan = plan_forward(tensors, False, False, activation, save_mask)
+    plan = plan_forward(tensors, False, False, activation, save_mask, False)
     y, _, mask = execution.run_forward(plan, _dense(plan, tensors), 0.0, 1.0, eps, param)
     return y, _or_empty(mask, x, torch.uint8)
 
@@ -86,7 +86,7 @@ def _empty_mask(x: Tensor, wanted: bool) -> Tensor:
 
 def _fake_forward_train(
     x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, correction,
-    eps, activation, param, save_mask,
+    eps, activation, param, save_mask, skip=False,
 ):  # fmt: skip
     statistics = x.new_empty((2, x.shape[1]), dtype=statistics_dtype(x.dtype))
     return _empty_like(x), statistics, _empty_mask(x, save_mask)
@@ -120,7 +120,7 @@ forward_train = _register(
     "forward_train",
     "(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean,"
     " Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float correction,"
-    " float eps, str activation, float activation_param, bool save_mask)"
+    " float eps, str activation, float activation_param, bool save_mask, bool skip_nonfinite=False)"
     " -> (Tensor output, Tensor statistics, Tensor mask)",
     _forward_train,
     _fake_forward_train,
@@ -146,15 +146,16 @@ backward = _register(
 
 def forward(
     tensors: ForwardTensors, training: bool, momentum: float | None, correction: float,
-    eps: float, activation: str, param: float, save_mask: bool,
+    eps: float, activation: str, param: float, skip: bool, save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Calls the forward operator for training or for fixed statistics.
 
-    Args and results are as for `execution.run_forward`, but the mask is an empty tensor
-    unless it is saved.
+    Args and results are as for `plan_forward` and `execution.run_forward`, but the mask is an
+    empty tensor unless it is saved.
     """
     if training:
-        return forward_train(*tensors, momentum, correction, eps, activation, param, save_mask)
+        numbers = (momentum, correction, eps)
+        return forward_train(*tensors, *numbers, activation, param, save_mask, skip)
     output, mask = forward_eval(*tensors[:6], eps, activation, param, save_mask)
     mean = tensors[4]
     assert mean is not None

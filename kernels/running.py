@@ -1,0 +1,104 @@
+"""Running statistics and num_batches_tracked: how a batch updates them, and whether it does."""
+
+import triton
+import triton.language as tl
+
+from .tickets import last_to_arrive
+
+# The last program to finish looks at so many channels at a time.
+_CHANNELS = tl.constexpr(512)
+
+
+@triton.jit
+def averaging_factor(momentum, NumBatchesTracked, CUMULATIVE: tl.constexpr, acc: tl.constexpr):
+    """Returns the batch's share of the running statistics; if CUMULATIVE, batches share alike."""
+    if CUMULATIVE:
+        return 1.0 / (tl.load(NumBatchesTracked) + 1).to(acc)
+    else:
+        return tl.full((), momentum, acc)
+
+
+@triton.jit
+def update_running(Running, batch, factor, c, mask):
+    """running <- (1 - factor) * running + factor * batch, if there are running statistics."""
+    if Running is not None:
+        running = tl.load(Running + c, mask, other=0.0).to(batch.dtype)
+        running = (1.0 - factor) * running + factor * batch
+        tl.store(Running + c, running.to(Running.dtype.element_ty), mask)
+
+
+@triton.jit
+def finish_batch(
+    Statistics, RunningMean, RunningVar, NumBatchesTracked, Variances, momentum, C, first,
+    Arrivals, programs, CUMULATIVE: tl.constexpr,
+):  # fmt: skip
+    """Increments num_batches_tracked; with Variances, updates or skips all channels first.
+
+    All programs that finish channels call this. Where a batch may be skipped, or all programs
+    read num_batches_tracked, the last program acts; otherwise the first one does.
+    """
+    if Variances is not None:
+        if last_to_arrive(Arrivals, programs):
+            update_unless_nonfinite(
+                Statistics, RunningMean, RunningVar, NumBatchesTracked, Variances, momentum, C,
+                CUMULATIVE,
+            )  # fmt: skip
+    elif NumBatchesTracked is not None:
+        if CUMULATIVE:
+            first = last_to_arrive(Arrivals, programs)
+        if first:
+            count_batch(NumBatchesTracked)
+
+
+@triton.jit
+def update_unless_nonfinite(
+    Means, RunningMean, RunningVar, NumBatchesTracked, Variances, momentum, C,
+    CUMULATIVE: tl.constexpr,
+):  # fmt: skip
+    """Updates the running statistics of all channels and counts the batch, or does neither."""
+    if are_finite(Means, Variances, RunningMean, RunningVar, C):
+        factor = averaging_factor(momentum, NumBatchesTracked, CUMULATIVE, Means.dtype.element_ty)
+        for some in range(0, C, _CHANNELS):
+            c, exists = some_channels(some, C)
+            update_running(RunningMean, load(Means, c, exists), factor, c, exists)
+            update_running(RunningVar, load(Variances, c, exists), factor, c, exists)
+        count_batch(NumBatchesTracked)
+
+
+@triton.jit
+def count_batch(NumBatchesTracked):
+    """Increments num_batches_tracked, if there is one."""
+    if NumBatchesTracked is not None:
+        tl.store(NumBatchesTracked, tl.load(NumBatchesTracked) + 1)
+
+
+@triton.jit
+def are_finite(Means, Variances, RunningMean, RunningVar, C):
+    """Says whether the means and variances of all channels are finite."""
+    finite = tl.full((_CHANNELS,), 1, tl.int32)
+    for some in range(0, C, _CHANNELS):
+        c, exists = some_channels(some, C)
+        finite &= is_finite(load(Means, c, exists), RunningMean)
+        finite &= is_finite(load(Variances, c, exists), RunningVar)
+    return tl.min(finite, axis=0) == 1
+
+
+@triton.jit
+def is_finite(batch, Running):
+    """Returns 1 where a statistic of the batch is finite, in the running one's dtype too, or 0."""
+    if Running is not None:
+        batch = batch.to(Running.dtype.element_ty).to(batch.dtype)
+    return (tl.abs(batch) < float("inf")).to(tl.int32)
+
+
+@triton.jit
+def some_channels(first, C):
+    """Returns so many channels from one on as are looked at together, and which of them exist."""
+    c = first + tl.arange(0, _CHANNELS)
+    return c, c < C
+
+
+@triton.jit
+def load(P, c, exists):
+    """Loads statistics that other programs stored, past the first-level cache; zero if none."""
+    return tl.load(P + c, exists, other=0.0, cache_modifier=".cg")
