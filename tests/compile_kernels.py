@@ -62,13 +62,14 @@ class Case:
     activation: str = "none"
     residual: bool = False
     training: bool = True
+    skip: bool = False
 
     def __str__(self) -> str:
         layout = "NHWC" if self.channels_last else "NCHW"
         epilogue = ("+add" if self.residual else "") + (
             "" if self.activation == "none" else f"+{self.activation}"
         )
-        mode = "" if self.training else " eval"
+        mode = " skip" if self.skip else "" if self.training else " eval"
         return f"{'x'.join(map(str, self.shape))} {layout} {self.dtype} BN{epilogue}{mode}"
 
 
@@ -106,6 +107,13 @@ CASES = [
     Case((512, 4096), False, "bf16", "gelu", residual=True),
     Case((512, 1000), False, "fp32", "gelu_tanh", residual=True),
     Case((512, 1000), False, "fp64", "gelu_tanh", residual=True),
+    # Every strategy and layout that may skip a batch.
+    *(Case(IMAGE, last, "fp16", "relu", skip=True) for last in (False, True)),
+    Case(IMAGE, False, "bf16", "silu", residual=True, skip=True),
+    Case((128, 512, 7, 7), False, "bf16", "gelu", skip=True),
+    Case((64, 256, 14, 14), True, "bf16", skip=True),
+    Case((8192, 1024), False, "fp64", skip=True),
+    Case((512, 1024), False, "fp16", skip=True),
     # Sizes and splits of 1, which Triton compiles in as constants.
     Case((16, 1, 64, 64), False, "bf16", "relu"),
     Case((2, 3, 4, 4), False, "fp32", "gelu_tanh", residual=True),
@@ -179,6 +187,7 @@ def few() -> list[Case]:
                 launcher.kernel.fn.__name__,
                 launcher.constants["TILE"].layout,
                 case.residual,
+                case.skip,
             )
             for launcher, _ in launches(case, H100, nvidia=True)
         }
@@ -234,8 +243,9 @@ def _call(case: Case) -> None:
     epilogue = (1e-5, case.activation, 0.01)
     if case.training:
         _, statistics, mask = torch_ops._forward_train(
-            x, residual, weight, bias, mean, var, num_batches_tracked, 0.1, 1.0, *epilogue, signs
-        )
+            x, residual, weight, bias, mean, var, num_batches_tracked, 0.1, 1.0, *epilogue, signs,
+            case.skip,
+        )  # fmt: skip
         var = None
     else:
         statistics = mean
@@ -321,7 +331,7 @@ def _nvidia_resources(compiled) -> dict:
         for kind in ("ld", "st")
     )
     # Kernels in which programs hand results to each other.
-    shares = re.search("stats|reduce|ticketed", compiled.metadata.name)
+    shares = re.search(r"\batom\.", text)
     hand_over, misordered = order(_sass(compiled)) if shares else ({}, [])
     return {
         "hand_over": hand_over,

@@ -51,6 +51,7 @@ class Case:
     statistics: bool = True
     momentum: float | None = 0.1
     biased_running_var: bool = False
+    skip_nonfinite: bool = False
     eps: float = 1e-5
     mean: float = 0.7
     std: float = 1.5
@@ -151,6 +152,7 @@ def run_fastbn(arguments: Arguments) -> dict[str, Tensor]:
             input, arguments.running_mean, arguments.running_var,
             arguments.num_batches_tracked if case.training else None, weight, bias, case.training,
             case.momentum, case.eps, case.activation, None, residual, case.biased_running_var,
+            case.skip_nonfinite,
         )  # fmt: skip
 
     with fastbn.use_backend("triton"), poisoned():

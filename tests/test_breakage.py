@@ -37,6 +37,24 @@ BREAKAGES = {
         "m2 / count",
         "tests/test_kernels.py::test_momentum",
     ),
+    "bad batches counted": (
+        "kernels/running.py",
+        "tl.min(finite, axis=0) == 1",
+        "tl.min(finite, axis=0) >= 0",
+        "tests/test_skip_nonfinite.py::test_the_function_without_a_count[ticketed]",
+    ),
+    "only the last block of channels looked at": (
+        "kernels/running.py",
+        "finite &= is_finite(load(Variances, c, exists), RunningVar)",
+        "finite = is_finite(load(Variances, c, exists), RunningVar)",
+        "tests/test_skip_nonfinite.py::test_one_bad_channel_of_very_many_decides[resident]",
+    ),
+    "each group decides for itself": (
+        "kernels/running.py",
+        "    if Variances is not None:\n        if last_to_arrive(Arrivals, programs):",
+        "    if Variances is not None:\n        if first:",
+        "tests/test_skip_nonfinite.py::test_the_last_of_many_groups_decides[two-pass]",
+    ),
     "a norm computed after its input has changed": (
         "models/chains.py",
         "if not _may_wait(node, chain.steps[-1], module, chain.steps):",

@@ -136,10 +136,14 @@ def test_results_are_handed_over_in_order(rows):
         if row.get("hand_over"):
             assert not row["misordered"], row
             ticketed = "ticketed" in row["kernel"]
+            arrivals = "resident" not in row["kernel"]
+            # The last program to finish its channels decides whether a batch is skipped.
+            arrivals += row["case"].endswith(" skip") and "fwd" in row["kernel"]
+            expected = {"arrive": arrivals, "raise": ticketed, "poll": ticketed}
             if not row["case"].endswith(" eval"):
-                assert row["hand_over"] == {"arrive": 1, "raise": ticketed, "poll": ticketed}, row
+                assert row["hand_over"] == expected, row
             seen.add(row["kernel"])
-    shares = {"bn_stats_fwd_kernel", "bn_reduce_bwd_kernel"}
+    shares = {"bn_stats_fwd_kernel", "bn_reduce_bwd_kernel", "bn_resident_fwd_kernel"}
     assert seen == shares | {"bn_ticketed_fwd_kernel", "bn_ticketed_bwd_kernel"}
 
 

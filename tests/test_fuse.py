@@ -578,10 +578,13 @@ def test_revert_gives_the_classes_back():
 
 def test_revert_keeps_what_pytorch_has_no_type_for():
     model = nn.Sequential(
-        FusedBatchNormAct2d(4), FusedBatchNorm2d(4, biased_running_var=True), FusedBatchNorm2d(4)
+        FusedBatchNormAct2d(4),
+        FusedBatchNorm2d(4, biased_running_var=True),
+        FusedBatchNorm2d(4, skip_nonfinite=True),
+        FusedBatchNorm2d(4),
     )
     kinds = [type(m) for m in revert(model)]
-    assert kinds == [FusedBatchNormAct2d, FusedBatchNorm2d, nn.BatchNorm2d]
+    assert kinds == [FusedBatchNormAct2d, FusedBatchNorm2d, FusedBatchNorm2d, nn.BatchNorm2d]
 
 
 class MyNorm(nn.BatchNorm2d):

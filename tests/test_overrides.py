@@ -40,7 +40,8 @@ def test_a_mode_sees_and_replaces_a_call(device):
     assert args[0] is x
     assert args[5:] == (True, 0.1, 1e-5)
     given = {"activation": "silu", "residual": residual}
-    assert kwargs == {"activation_param": None, "biased_running_var": False} | given
+    defaults = {"activation_param": None, "biased_running_var": False, "skip_nonfinite": False}
+    assert kwargs == defaults | given
     with Log(answer=lambda x, *args, **kwargs: x + 1):
         assert fastbn.batch_norm(x, None, None, training=True).equal(x + 1)
 
