@@ -205,3 +205,34 @@ def test_models_in_the_wrappers_of_distributed_training(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", DISTRIBUTED, tmp_path / "rendezvous"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_onnx_of_a_fused_model_holds_standard_nodes(tmp_path):
+    import onnx
+
+    model, reference = pair(Net)
+    fuse(model).eval()
+    images = torch.randn(4, 3, 8, 8)
+    nodes = []
+    for net in (model, reference.eval()):
+        torch.onnx.export(net, (images,), tmp_path / "model.onnx", dynamo=False, verbose=False)
+        nodes.append([node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node])
+    assert sorted(nodes[0]) == sorted(nodes[1])
+
+
+def test_timms_checkpoints_set_after_fusing():
+    import timm
+
+    with fastbn.use_backend("torch"):
+        model, reference = pair(lambda: timm.create_model("resnet18", num_classes=5))
+        fuse(model)
+        images = torch.randn(2, 3, 32, 32)
+        for checkpoints in (True, False):
+            for net in (model, reference):
+                net.set_grad_checkpointing(checkpoints)
+            assert_alike(model, reference, [images])
+            # The network's own forward then runs, in which a checkpoint can't be recorded.
+            stem = checkpoints
+            calls = fused_calls(model.train(), images)[1]
+            assert calls == {"relu": 9 - stem, "add+relu": 8, "none": 3 + stem}
