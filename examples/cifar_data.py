@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from command_line import UserError
-from PIL import Image
+from image_folder import find_parts
 from torch import Tensor
 from torchvision.datasets import CIFAR10, ImageFolder
 from tqdm import tqdm
@@ -70,36 +70,23 @@ def load_path(path: Path, workers: int) -> Data:
             raise UserError(f"--data-path: cannot read {path / BATCHES}: {error}") from None
     if not ((path / "train").is_dir() and (path / "test").is_dir()):
         raise UserError(f"--data-path: expected {path} to hold {BATCHES}, or train and test")
-    classes, train = read_folder(path / "train", workers)
-    test_classes, val = read_folder(path / "test", workers)
-    if classes != test_classes:
-        odd = ", ".join(sorted(set(classes) ^ set(test_classes)))
-        raise UserError(f"--data-path: expected the same classes in train and test, not so: {odd}")
-    return Data(f"image folder {path.name}", classes, train, val)
+    parts = find_parts(path / "train", path / "test", "--data-path")
+    train, val = (read(part, workers) for part in parts)
+    return Data(f"image folder {path.name}", parts[0].classes, train, val)
 
 
-def read_folder(folder: Path, workers: int) -> tuple[list[str], Split]:
-    """Reads every image below ``folder/<class>/`` and brings it to 32x32."""
-    try:
-        dataset = ImageFolder(folder)
-    except FileNotFoundError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--data-path: expected images in {folder}/<class>: {reason}") from None
+def read(dataset: ImageFolder, workers: int) -> Split:
+    """Reads every image and brings it to 32x32."""
     paths, labels = zip(*dataset.samples, strict=True)
-    progress = {"desc": f"reading {folder.name}", "unit": "img", "leave": False, "disable": None}
+    title = f"reading {Path(dataset.root).name}"
+    progress = {"desc": title, "unit": "img", "leave": False, "disable": None}
+
+    def decode(path: str) -> np.ndarray:
+        return np.asarray(dataset.loader(path).resize((SIZE, SIZE)))
+
     with ThreadPool(max(workers, 1)) as pool:
         images = list(tqdm(pool.imap(decode, paths, chunksize=64), total=len(paths), **progress))
-    return dataset.classes, (to_channels_first(np.stack(images)), torch.tensor(labels))
-
-
-def decode(path: str) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            # A palette may hold transparency, which Pillow won't drop on the way to RGB.
-            image = image.convert("RGBA") if image.mode == "P" else image
-            return np.asarray(image.convert("RGB").resize((SIZE, SIZE)))
-    except (OSError, SyntaxError, ValueError):  # what Pillow raises for a damaged file
-        raise UserError(f"--data-path: expected an image in {path}") from None
+    return to_channels_first(np.stack(images)), torch.tensor(labels)
 
 
 def to_channels_first(images: np.ndarray) -> Tensor:

@@ -1,7 +1,5 @@
 """What a run of train_cifar.py leaves: checkpoints, a table, metrics.json and a picture."""
 
-import json
-import math
 from argparse import Namespace
 from pathlib import Path
 from statistics import median
@@ -13,6 +11,7 @@ from cifar_models import build_model
 from command_line import UserError
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from results import align, device_name, plain_options, write_json
 from torch import nn
 
 History = list[dict[str, float]]  # one dict an epoch
@@ -84,38 +83,20 @@ def table(norms: dict[str, Any]) -> str:
                 "-" if memory is None else f"{memory / 2**20:,.0f} MiB",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    return align(rows)
 
 
 def write_metrics(path: Path, options: Namespace, data: Data, norms: dict[str, Any]) -> None:
-    plain = int, float, str, list, type(None)
     metrics = {
         "data": data.label,
         "train_images": len(data.train[1]),
         "val_images": len(data.val[1]),
-        "options": {k: v if isinstance(v, plain) else str(v) for k, v in vars(options).items()},
+        "options": plain_options(options),
         "device": device_name(options.device),
         "torch": torch.__version__,
         "norms": norms,
     }
-    path.write_text(json.dumps(without_nan(metrics), indent=1, allow_nan=False) + "\n")
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def without_nan(value: Any) -> Any:
-    """Puts None for NaN and infinity, which the loss may be and JSON can't hold."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_json(path, metrics)
 
 
 def draw_curves(path: Path, model: str, data: Data, histories: dict[str, History]) -> None:

@@ -19,6 +19,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"expected an existing folder, not {text!r}")
+    return Path(text)
+
+
 def integer(low: int, high: int = 10**9) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if text.isdecimal() and len(text) < 20 and low <= int(text) <= high:

@@ -34,22 +34,16 @@ from command_line import (
     UserError,
     default_device,
     device,
+    folder,
     integer,
     learning_rate,
     make_output_dir,
 )
+from results import stand_in_for_kernels
 from torch import nn
 from tqdm import tqdm
 
-import fastbn
-
 AMP_DTYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def folder(text: str) -> Path:
-    if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"expected an existing folder, not {text!r}")
-    return Path(text)
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -250,9 +244,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     cifar_results.draw_curves(options.output_dir / "curves.png", options.model, data, histories)
     print(f"\nValidation accuracy, {options.model} on {data}")
     print(cifar_results.table(norms))
-    served = fastbn.explain(None, torch.randn(2, 3, device=options.device)).backend
-    if "fused" in norms and (served == "torch" or options.device.type == "cpu"):
-        who = "PyTorch" if served == "torch" else "Triton's interpreter"
+    who = stand_in_for_kernels(options.device)
+    if "fused" in norms and who:
         print(f"{who} computed the fused norm: its time says nothing of fastbn's kernels.")
     print(f"metrics.json, curves.png and the checkpoints are in {options.output_dir}")
     for norm, history in histories.items():
