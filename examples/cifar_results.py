@@ -10,8 +10,8 @@ from cifar_data import Data
 from cifar_models import build_model
 from command_line import UserError
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
-from results import align, device_name, plain_options, write_json
+from matplotlib.ticker import PercentFormatter
+from results import align, device_name, plain_options, tidy, write_json
 from torch import nn
 
 History = list[dict[str, float]]  # one dict an epoch
@@ -112,9 +112,7 @@ def draw_curves(path: Path, model: str, data: Data, histories: dict[str, History
     accuracy.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     loss.set(title="training loss", xlabel="epoch", ylim=(0, None))
     for axes in (accuracy, loss):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", alpha=0.3)
+        tidy(axes)
     accuracy.legend(frameon=False)
     figure.savefig(path, dpi=120)
 

@@ -1,4 +1,4 @@
-"""What the results of the examples have in common: tables, JSON and who computed the norms."""
+"""What the results of the examples have in common: tables, JSON, axes, devices."""
 
 import json
 import math
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 import fastbn
 
@@ -38,6 +40,13 @@ def plain_options(options: Namespace) -> dict[str, Any]:
     """Returns the options as JSON can hold them."""
     plain = int, float, str, list, type(None)
     return {k: v if isinstance(v, plain) else str(v) for k, v in vars(options).items()}
+
+
+def tidy(axes: Axes) -> None:
+    """Marks whole epochs only, and leaves out lines that say nothing."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
 
 
 def device_name(device: torch.device) -> str:
