@@ -14,6 +14,7 @@ from .modules import (
 )
 from .recomputation import update_once
 from .strategy import use_strategy
+from .sync import FusedSyncBatchNorm, FusedSyncBatchNormAct, convert_sync_batchnorm
 
 __version__ = "0.1.0"
 
@@ -24,8 +25,11 @@ __all__ = [
     "FusedBatchNormAct1d",
     "FusedBatchNormAct2d",
     "FusedBatchNormAct3d",
+    "FusedSyncBatchNorm",
+    "FusedSyncBatchNormAct",
     "batch_norm",
     "convert",
+    "convert_sync_batchnorm",
     "explain",
     "freeze",
     "fuse",

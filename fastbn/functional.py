@@ -136,7 +136,7 @@ def tracked_batch_norm(
             ),
             running_mean, running_var, counter, momentum, decides,
         )  # fmt: skip
-    activation, param = _checked_activation(activation, activation_param)
+    activation, param = checked_activation(activation, activation_param)
     if residual is not None:
         check_residual(input, residual)
     if type(momentum) not in _MOMENTUM_TYPES:
@@ -159,7 +159,7 @@ def tracked_batch_norm(
             # A cached plan skips the checks and serves any numbers, so check these first.
             if type(eps) is float and eps > 0 and type(momentum) in _MOMENTUM_TYPES:
                 plan = plan_cache.lookup(key, tensors)
-        if plan is not None or _goes_to_kernels(*tensors, training, momentum, eps):
+        if plan is not None or goes_to_kernels(*tensors, training, momentum, eps):
             if plan is None and key is not None:
                 plan = plan_cache.insert(key, tensors, plan_forward, *key[:5])
             options = (training, momentum, correction, eps, activation, param, skip)
@@ -237,7 +237,7 @@ def check_residual(input: Tensor, residual: Tensor) -> None:
         )
 
 
-def _checked_activation(name: str | None, param: float | None) -> tuple[str, float]:
+def checked_activation(name: str | None, param: float | None) -> tuple[str, float]:
     """Returns the activation's name, "none" for None, and its parameter or the default."""
     if name is not None and not (isinstance(name, str) and name in ACTIVATIONS):
         known = ", ".join(known for known in ACTIVATIONS if known != "none")
@@ -260,7 +260,7 @@ def _checked_activation(name: str | None, param: float | None) -> tuple[str, flo
     return activation.name, float(param)
 
 
-def _goes_to_kernels(input: Tensor, *arguments: Any) -> bool:
+def goes_to_kernels(input: Tensor, *arguments: Any) -> bool:
     """Says whether the kernels serve a call; PyTorch serves, or refuses, all others."""
     reason = support.unsupported_reason(input, *arguments)
     if reason is None:

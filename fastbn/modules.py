@@ -269,7 +269,7 @@ class _FusedAct(_Fused):
         Tools that fold or replace batch norms can take it. `drop`, the residual and `act` have
         to follow it.
         """
-        native = next(native for native in _NATIVE if isinstance(self, native))
+        native = next((native for native in _NATIVE if isinstance(self, native)), nn.SyncBatchNorm)
         norm = native(
             self.num_features, self._eps, self.momentum, self.affine,
             self.track_running_stats, device="meta",

@@ -34,7 +34,7 @@ def batch_norm(
     """
     z = accumulated(x)
     if training:
-        axes = _axes(x)
+        axes = axes_of(x)
         mean, var = z.mean(axes), z.var(axes, correction=0)
         count = x.numel() // x.shape[1]
         for running, batch in (
@@ -47,7 +47,7 @@ def batch_norm(
         assert running_mean is not None
         assert running_var is not None
         mean, var = running_mean, running_var
-    z = (z - _per_channel(mean, z)) * torch.rsqrt(_per_channel(var, z) + eps)
+    z = (z - per_channel(mean, z)) * torch.rsqrt(per_channel(var, z) + eps)
     z = _argument(z, weight, bias, residual)
     return ACTIVATIONS[activation].function(z, activation_param).to(x.dtype)
 
@@ -79,24 +79,24 @@ def batch_norm_backward(
     Args:
         fixed: the fixed mean and variance, or None for those of the batch.
     """
-    axes, count = _axes(x), x.numel() // x.shape[1]
+    axes, count = axes_of(x), x.numel() // x.shape[1]
     z = accumulated(x)
     mean, var = (z.mean(axes), z.var(axes, correction=0)) if fixed is None else fixed
-    rstd = torch.rsqrt(_per_channel(var, z) + eps)
-    x_hat = (z - _per_channel(mean, z)) * rstd
+    rstd = torch.rsqrt(per_channel(var, z) + eps)
+    x_hat = (z - per_channel(mean, z)) * rstd
     g = accumulated(dy)
     if activation != "none":
         z = _argument(x_hat, weight, bias, residual)
         g = ACTIVATIONS[activation].derivative(g, z, activation_param)
     dw, db = (g * x_hat).sum(axes), g.sum(axes)
     if fixed is None:
-        dx = g - _per_channel(db / count, z) - x_hat * _per_channel(dw / count, z)
+        dx = g - per_channel(db / count, z) - x_hat * per_channel(dw / count, z)
     else:
         # The value is g. As a function of the input it requires a gradient where PyTorch's does.
         dx = torch.where(torch.zeros_like(z, dtype=torch.bool), x_hat, g)
     dx = dx * rstd
     if weight is not None:
-        dx = dx * _per_channel(weight, z)
+        dx = dx * per_channel(weight, z)
     return dx, g, dw, db
 
 
@@ -106,9 +106,9 @@ def _argument(
     """Returns the activation's argument, z = x_hat * weight + bias + residual."""
     z = x_hat
     if weight is not None:
-        z = z * _per_channel(weight, z)
+        z = z * per_channel(weight, z)
     if bias is not None:
-        z = z + _per_channel(bias, z)
+        z = z + per_channel(bias, z)
     return z if residual is None else z + residual
 
 
@@ -117,9 +117,9 @@ def accumulated(x: Tensor) -> Tensor:
     return x.double() if x.dtype == torch.float64 else x.float()
 
 
-def _axes(x: Tensor) -> list[int]:
+def axes_of(x: Tensor) -> list[int]:
     return [0, *range(2, x.dim())]
 
 
-def _per_channel(value: Tensor, z: Tensor) -> Tensor:
+def per_channel(value: Tensor, z: Tensor) -> Tensor:
     return value.to(z.dtype).reshape(1, -1, *[1] * (z.dim() - 2))

@@ -94,19 +94,26 @@ def finish_sums(
 
 
 @triton.jit
-def coefficients(sum_g, sum_gx, affine, sizes):
-    """Returns a and b of dx = scale * g + a + b * (x - mean), which are alike in a channel."""
-    count = (tl.cast(sizes.N, tl.int64) * sizes.S).to(sum_g.dtype)
+def coefficients(sum_g, sum_gx, affine, Count, sizes):
+    """Returns a and b of dx = scale * g + a + b * (x - mean), which are alike in a channel.
+
+    Count points to the number of values of a channel if the sums are of several devices.
+    """
+    if Count is not None:
+        count = tl.load(Count).to(sum_g.dtype)
+    else:
+        count = (tl.cast(sizes.N, tl.int64) * sizes.S).to(sum_g.dtype)
     constant = -affine.scale * (sum_g / count)
     return constant, -affine.scale * (affine.rstd * (affine.rstd * (sum_gx / count)))
 
 
 @triton.jit
-def load_coefficients(Sums, affine, channels, sizes, CACHE: tl.constexpr):
+def load_coefficients(Sums, Count, affine, channels, sizes, CACHE: tl.constexpr):
     """Loads the sums of channels and returns their `coefficients`."""
     acc: tl.constexpr = affine.mean.dtype
     sum_g = per_channel(Sums, channels, acc, CACHE)
-    return coefficients(sum_g, per_channel(Sums + sizes.C, channels, acc, CACHE), affine, sizes)
+    sum_gx = per_channel(Sums + sizes.C, channels, acc, CACHE)
+    return coefficients(sum_g, sum_gx, affine, Count, sizes)
 
 
 @triton.jit
@@ -257,6 +264,7 @@ def bn_apply_bwd_kernel(
     B,  # pointer to the bias, or None
     Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps)
     Sums,  # pointer to (2, C): sum(g), sum(g * (x - mean)), if DX is wanted
+    Count,  # pointer to the number of values that the sums are of, or None: those of the input
     DX,  # pointer to the input's gradient, or None
     DR,  # pointer to the residual's gradient, or None
     N,
@@ -278,7 +286,7 @@ def bn_apply_bwd_kernel(
     affine = affine_of(Statistics, None, W, B, 0.0, channels, C, acc, "")
     constant, slope = affine.mean, affine.mean
     if DX is not None:
-        constant, slope = load_coefficients(Sums, affine, channels, sizes, "")
+        constant, slope = load_coefficients(Sums, Count, affine, channels, sizes, "")
     apply_run_backward(
         DY, X, R, Mask, affine, constant, slope, param, DX, DR, run, sizes,
         ACTIVATION, "", TILE,

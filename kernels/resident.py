@@ -113,5 +113,5 @@ def bn_resident_bwd_kernel(
     sum_g, sum_gx = sum_rows(g, TILE), sum_rows(g * centred, TILE)
     exists = exist(run, sum_g)
     store_parameter_gradients(sum_g, sum_gx, affine.rstd, DW, DB, channels, exists)
-    constant, slope = coefficients(sum_g, sum_gx, affine, sizes)
+    constant, slope = coefficients(sum_g, sum_gx, affine, None, sizes)
     store_gradients(g, x - affine.mean, affine, constant, slope, DX, DR, run, 0, True, "", TILE)

@@ -149,7 +149,7 @@ def bn_ticketed_bwd_kernel(
                 channels = channels_of(run, here, TILE)
                 affine = affine_of(Statistics, None, W, B, 0.0, channels, C, acc, "")
                 wait_for_flag(Tickets + 1 + group, generation)
-                constant, slope = load_coefficients(Sums, affine, channels, here, ".cg")
+                constant, slope = load_coefficients(Sums, None, affine, channels, here, ".cg")
                 apply_run_backward(
                     DY, X, R, Mask, affine, constant, slope, param, DX, DR, run, here,
                     ACTIVATION, "evict_first", TILE,

@@ -31,6 +31,13 @@ BELOW = {
     "runtime.execution": {"runtime.execution_plan", "runtime.workspace"},
     "runtime.plan_cache": {"runtime.execution_plan", "runtime.layout", "runtime.support"},
     "runtime.torch_ops": {"runtime.execution", "runtime.execution_plan", "runtime.layout"},
+    "runtime.sync_ops": {
+        "runtime.execution",
+        "runtime.execution_plan",
+        "runtime.layout",
+        "runtime.torch_ops",
+        "runtime.workspace",
+    },
     "native": {"reference", "runtime.layout", "runtime.support"},
     "autograd": {
         "activations",
@@ -59,6 +66,29 @@ BELOW = {
     "fx": {"activations"},
     "recomputation": set(),
     "modules": {"activations", "functional", "fx", "recomputation"},
+    "sync.collectives": set(),
+    "sync.steps": {"activations", "reference", "runtime.layout"},
+    "sync.autograd": {
+        "activations",
+        "reference",
+        "runtime.layout",
+        "runtime.support",
+        "runtime.sync_ops",
+        "sync.collectives",
+        "sync.steps",
+    },
+    "sync.functional": {
+        "activations",
+        "functional",
+        "runtime.support",
+        "runtime.sync_ops",
+        "sync.autograd",
+        "sync.collectives",
+        "sync.steps",
+    },
+    "sync.modules": {"modules", "sync.functional"},
+    "sync.convert": {"modules", "sync.modules"},
+    "sync.__init__": {"sync.convert", "sync.modules"},
     "models.generated": set(),
     "models.fused": {"activations", "models.generated", "modules"},
     "models.frozen": {"modules"},
@@ -87,6 +117,7 @@ BELOW = {
         "models.norm_types",
         "models.owners",
         "models.sequential",
+        "sync.convert",
     },
     "explain": {
         "activations",
@@ -108,6 +139,7 @@ BELOW = {
         "modules",
         "recomputation",
         "strategy",
+        "sync.__init__",
     },
     "keras.requirements": set(),
     "keras.activations": {"keras.requirements"},
@@ -160,8 +192,8 @@ def imported_modules(name, path):
             yield "kernels"
         elif ".".join(parts[1:]) in BELOW:
             yield ".".join(parts[1:])
-        elif parts[1:] == ["models"]:
-            yield "models.__init__"
+        elif parts[1:] in (["models"], ["sync"]) and not name.startswith(f"{parts[1]}."):
+            yield f"{parts[1]}.__init__"
 
 
 def test_every_module_has_its_place():
@@ -202,7 +234,7 @@ def test_one_way_to_the_kernels():
         planner = name == "runtime.execution_plan"
         assert ("_fwd_kernel" in path.read_text()) == planner, path
         assert ("runtime.launcher" in found) == planner, path
-        runs = name in ("runtime.torch_ops", "autograd", "functional")
+        runs = name in ("runtime.torch_ops", "runtime.sync_ops", "autograd", "functional")
         assert ("runtime.execution" in found) == runs, path
 
 

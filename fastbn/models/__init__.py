@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from .freezing import freeze, unfreeze
+from ..sync.convert import revert_sync_norm
 from .generated import is_wrapped, revert_class
 from .graph_modules import fuse_graph, revert_graph
 from .norm_types import convert_norm, revert_norm
@@ -78,11 +79,13 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Gives a model's modules the classes back that `convert` and `fuse` changed, in place.
+    """Gives a model's modules the classes back that they had before `convert`, `fuse` and
+    `convert_sync_batchnorm`, in place.
 
     `FusedBatchNorm*d` becomes `nn.BatchNorm*d`, even if the model was made with it, unless it
-    has options that `nn.BatchNorm*d` does not have. `FusedBatchNormAct*d` that were no norms
-    of timm's before stay.
+    has options that `nn.BatchNorm*d` does not have; and so `FusedSyncBatchNorm` becomes
+    `nn.SyncBatchNorm`. `FusedBatchNormAct*d` and `FusedSyncBatchNormAct` that were no norms of
+    timm's before stay.
 
     Args:
         model: any module.
@@ -98,6 +101,7 @@ def revert(model: nn.Module) -> nn.Module:
         if isinstance(module, fx.GraphModule):
             revert_graph(module)
         revert_class(module)
+        revert_sync_norm(module)
         revert_norm(module)
     return model
 

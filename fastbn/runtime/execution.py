@@ -133,7 +133,7 @@ def run_backward(
             plan.reduce((*inputs, None, dw, db, sums, None, None, partials, arrivals), eps, param)
         if want_dx or want_dr:
             assert plan.apply is not None
-            plan.apply((*inputs, sums, dx, dr), param)
+            plan.apply((*inputs, sums, None, dx, dr), param)
     return dx, dr, dw, db
 
 

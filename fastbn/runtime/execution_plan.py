@@ -16,6 +16,12 @@ from ..kernels.forward import bn_apply_fwd_kernel, bn_stats_fwd_kernel
 from ..kernels.passes import Pass
 from ..kernels.plan import Schedule, make_schedule
 from ..kernels.resident import bn_resident_bwd_kernel, bn_resident_fwd_kernel
+from ..kernels.synchronised import (
+    MERGED_CHANNELS,
+    MERGED_RANKS,
+    bn_merge_fwd_kernel,
+    bn_moments_fwd_kernel,
+)
 from ..kernels.ticketed import bn_ticketed_bwd_kernel, bn_ticketed_fwd_kernel
 from ..kernels.tiling import (
     PROGRAMS_PER_SM,
@@ -85,7 +91,7 @@ class ExecutionPlan:
 
 def plan_forward(
     tensors: ForwardTensors, training: bool, cumulative: bool, activation: str,
-    save_mask: bool, skip: bool,
+    save_mask: bool, skip: bool, synchronised: bool = False,
 ) -> ExecutionPlan:  # fmt: skip
     """Plans a forward.
 
@@ -97,8 +103,11 @@ def plan_forward(
         activation: name of the activation.
         save_mask: the signs of the activation's argument are saved for the backward.
         skip: a batch with statistics that are not finite updates nothing.
+        synchronised: the plan has two passes, and the first one leaves the moments of the input
+            as they are, so that other processes' moments can be merged with them.
     """
-    options = (training, cumulative, activation, save_mask, skip, get_strategy())
+    strategy = "two-pass" if synchronised else get_strategy()
+    options = (training, cumulative, activation, save_mask, skip, strategy, synchronised)
     return _plan_forward(*_signature(tensors, tensors[0]), *options)
 
 
@@ -107,6 +116,7 @@ def plan_backward(
     activation: str,
     wanted: tuple[bool, ...],
     format: torch.memory_format | None,
+    synchronised: bool = False,
 ) -> ExecutionPlan:
     """Plans a backward.
 
@@ -116,6 +126,7 @@ def plan_backward(
         wanted: which gradients are wanted, of input, residual, weight and bias.
         format: memory format of the tensors that the mask was made for; None without
             a mask.
+        synchronised: the plan has two passes, between which processes add up their sums.
 
     Raises:
         RuntimeError: hooks on saved tensors changed the dtype of mean and rstd.
@@ -126,13 +137,27 @@ def plan_backward(
             f"saved statistics must be of {statistics_dtype(tensors[1].dtype)},"
             f" but hooks made them {statistics.dtype}"
         )
-    options = (activation, wanted, format, get_strategy())
+    strategy = "two-pass" if synchronised else get_strategy()
+    options = (activation, wanted, format, strategy, synchronised)
     return _plan_backward(*_signature(tensors, tensors[1]), *options)
+
+
+def plan_merge(gathered: Tensor, written: Sequence[Tensor | None], cumulative: bool) -> Launcher:
+    """Returns the launcher of the kernel that merges the moments of several processes.
+
+    Args:
+        gathered: shape (processes, 2 * C + 1), the moments.
+        written: running mean and variance, and num_batches_tracked.
+        cumulative: as for `plan_forward`.
+    """
+    dtypes = tuple(None if t is None else t.dtype for t in (gathered, *written))
+    return _plan_merge(gathered.shape, gathered.device, dtypes, cumulative)
 
 
 def clear() -> None:
     """Drops all cached plans and schedules, so that the next call is planned anew."""
-    for cached in (make_schedule, choose_tile, group_width, _plan_forward, _plan_backward):
+    plans = _plan_forward, _plan_backward, _plan_merge
+    for cached in (make_schedule, choose_tile, group_width, *plans):
         cached.cache_clear()
 
 
@@ -147,7 +172,7 @@ def _signature(tensors: Sequence[Tensor | None], x: Tensor) -> tuple:
 def _plan_forward(
     shape: tuple[int, ...], stride: tuple[int, ...], device: torch.device,
     dtypes: tuple[torch.dtype | None, ...], training: bool, cumulative: bool, activation: str,
-    save_mask: bool, skip: bool, strategy: str,
+    save_mask: bool, skip: bool, strategy: str, synchronised: bool,
 ) -> ExecutionPlan:  # fmt: skip
     dtype, residual, *_ = dtypes
     assert dtype is not None
@@ -167,7 +192,9 @@ def _plan_forward(
             bn_ticketed_fwd_kernel, reduce, ACTIVATION=activation, CUMULATIVE=cumulative
         )
     else:
-        if training:
+        if synchronised:
+            first = launcher(bn_moments_fwd_kernel, reduce)
+        elif training:
             first = launcher(bn_stats_fwd_kernel, reduce, CUMULATIVE=cumulative)
         second = launcher(bn_apply_fwd_kernel, apply, ACTIVATION=activation)
     return ExecutionPlan(
@@ -188,7 +215,7 @@ def _plan_forward(
 def _plan_backward(
     shape: tuple[int, ...], stride: tuple[int, ...], device: torch.device,
     dtypes: tuple[torch.dtype | None, ...], activation: str, wanted: tuple[bool, ...],
-    format: torch.memory_format | None, strategy: str,
+    format: torch.memory_format | None, strategy: str, synchronised: bool,
 ) -> ExecutionPlan:  # fmt: skip
     _, dtype, residual, mask, *_, var = dtypes
     assert dtype is not None
@@ -225,6 +252,17 @@ def _plan_backward(
         reduce=first,
         apply=second,
     )
+
+
+@lru_cache(maxsize=1024)
+def _plan_merge(
+    shape: tuple[int, int], device: torch.device, dtypes: tuple[torch.dtype | None, ...],
+    cumulative: bool,
+) -> Launcher:  # fmt: skip
+    ranks, channels = shape[0], shape[1] // 2
+    constants = {"CUMULATIVE": cumulative, "RANKS": MERGED_RANKS, "WIDTH": MERGED_CHANNELS}
+    programs = -(-channels // MERGED_CHANNELS)
+    return Launcher(bn_merge_fwd_kernel, device, programs, (channels, ranks), constants | _OPTIONS)
 
 
 def _launcher(

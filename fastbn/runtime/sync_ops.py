@@ -1,0 +1,156 @@
+"""The operators of batch norm whose statistics several processes share.
+
+Between `moments` and `merge`, and between `sums` and `gradients`, the processes exchange what
+the former returned; `fastbn.sync` does that. As in `torch_ops`, an operator returns an empty
+tensor for what was not asked for. An input may be empty: its process shares the others'
+statistics all the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.graph import increment_version
+
+from .execution import parameter_like
+from .execution_plan import plan_backward, plan_forward, plan_merge
+from .layout import dense, statistics_dtype
+from .torch_ops import _check_devices, _dense, _empty_like, _empty_mask, _or_empty, _register
+from .workspace import get_workspace
+
+
+def _moments(x):
+    if x.numel() == 0:
+        return x.new_zeros(2 * x.shape[1] + 1, dtype=statistics_dtype(x.dtype))
+    plan = plan_forward((x, *[None] * 6), True, False, "none", False, False, True)
+    workspace = get_workspace(x.device, plan.groups, plan.partial_bytes)
+    found = x.new_empty(2 * x.shape[1] + 1, dtype=plan.statistics)
+    partials = workspace.partials[plan.statistics]
+    assert plan.reduce is not None
+    plan.reduce((dense(x, plan.format), found, partials, workspace.arrivals))
+    return found
+
+
+def _merge(gathered, running_mean, running_var, num_batches_tracked, momentum, correction, eps):
+    written = (running_mean, running_var, num_batches_tracked)
+    _check_devices(gathered, *written)
+    if not all(t is None or t.is_contiguous() for t in (gathered, *written)):
+        raise RuntimeError("expected moments and running statistics that are contiguous")
+    statistics = gathered.new_empty(2, gathered.shape[1] // 2)
+    count = gathered.new_empty(1)
+    cumulative = momentum is None
+    counter = get_workspace(gathered.device, 1).arrivals if cumulative else None
+    launch = plan_merge(gathered, written, cumulative)
+    rate = 0.0 if cumulative else momentum
+    launch((gathered, statistics, count, *written, counter), rate, correction, eps)
+    # Autograd notices changes of saved tensors by their version, which a kernel doesn't raise.
+    increment_version([t for t in written if t is not None])
+    return statistics, count
+
+
+def _normalise(x, residual, weight, bias, statistics, activation, param, save_mask):
+    tensors = (x, residual, weight, bias)
+    _check_devices(*tensors, statistics)
+    y, mask = _fake_normalise(x, residual, weight, bias, statistics, activation, param, save_mask)
+    if x.numel():
+        none = (None, None, None)
+        plan = plan_forward((*tensors, *none), True, False, activation, save_mask, False, True)
+        x, residual, weight, bias = _dense(plan, tensors)
+        assert plan.apply is not None
+        packed = mask if save_mask else None
+        plan.apply((x, residual, y, packed, weight, bias, statistics, None), 0.0, param)
+    return y, mask
+
+
+def _sums(dy, x, residual, mask, weight, bias, statistics, activation, param, wanted, format):
+    tensors = (dy, x, residual, mask, weight, bias, statistics)
+    _check_devices(*tensors)
+    _, _, want_dw, want_db = wanted
+    parameter = parameter_like(weight, bias, statistics)
+    # An empty input has no share in the sums.
+    make = torch.empty_like if x.numel() else torch.zeros_like
+    sums = make(statistics)
+    dw, db = (make(parameter) if want else None for want in (want_dw, want_db))
+    if x.numel():
+        plan = plan_backward((*tensors, None), activation, tuple(wanted), format, True)
+        workspace = get_workspace(x.device, plan.groups, plan.partial_bytes)
+        shared = workspace.partials[plan.statistics], workspace.arrivals
+        assert plan.reduce is not None
+        given = _dense(plan, tensors)
+        plan.reduce((*given, None, dw, db, sums, None, None, *shared), 0.0, param)
+    return sums, _or_empty(dw, x, parameter.dtype), _or_empty(db, x, parameter.dtype)
+
+
+def _gradients(
+    dy, x, residual, mask, weight, bias, statistics, sums, count, activation, param, wanted, format
+):
+    tensors = (dy, x, residual, mask, weight, bias, statistics)
+    _check_devices(*tensors, sums, count)
+    dx, dr = _fake_gradients(*tensors, sums, count, activation, param, wanted, format)
+    if x.numel():
+        want_dx, want_dr, *_ = wanted
+        plan = plan_backward((*tensors, None), activation, tuple(wanted), format, True)
+        results = (dx if want_dx else None, dr if want_dr else None)
+        assert plan.apply is not None
+        plan.apply((*_dense(plan, tensors), sums, count, *results), param)
+    return dx, dr
+
+
+def _fake_moments(x):
+    return x.new_empty(2 * x.shape[1] + 1, dtype=statistics_dtype(x.dtype))
+
+
+def _fake_merge(
+    gathered, running_mean, running_var, num_batches_tracked, momentum, correction, eps
+):
+    return gathered.new_empty(2, gathered.shape[1] // 2), gathered.new_empty(1)
+
+
+def _fake_normalise(x, residual, weight, bias, statistics, activation, param, save_mask):
+    return _empty_like(x), _empty_mask(x, save_mask and x.numel() > 0)
+
+
+def _fake_sums(dy, x, residual, mask, weight, bias, statistics, activation, param, wanted, format):
+    _, _, want_dw, want_db = wanted
+    dtype = parameter_like(weight, bias, statistics).dtype
+    dw = x.new_empty(x.shape[1] if want_dw else 0, dtype=dtype)
+    db = x.new_empty(x.shape[1] if want_db else 0, dtype=dtype)
+    return torch.empty_like(statistics), dw, db
+
+
+def _fake_gradients(
+    dy, x, residual, mask, weight, bias, statistics, sums, count, activation, param, wanted, format
+):
+    want_dx, want_dr, *_ = wanted
+    if format is not None:
+        x = x.contiguous(memory_format=format)
+    return _empty_like(x, want_dx), _empty_like(x, want_dr)
+
+
+moments = _register("sync_moments", "(Tensor input) -> Tensor", _moments, _fake_moments)
+merge = _register(
+    "sync_merge",
+    "(Tensor gathered, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
+    " Tensor(c!)? num_batches_tracked, float? momentum, float correction, float eps)"
+    " -> (Tensor statistics, Tensor count)",
+    _merge,
+    _fake_merge,
+)
+normalise = _register(
+    "sync_normalise",
+    "(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor statistics,"
+    " str activation, float activation_param, bool save_mask) -> (Tensor output, Tensor mask)",
+    _normalise,
+    _fake_normalise,
+)
+_SAVED = (
+    "(Tensor grad_output, Tensor input, Tensor? residual, Tensor? mask, Tensor? weight,"
+    " Tensor? bias, Tensor statistics,"
+)
+_OPTIONS = " str activation, float activation_param, bool[4] wanted, MemoryFormat? format)"
+sums = _register("sync_sums", f"{_SAVED}{_OPTIONS} -> (Tensor, Tensor, Tensor)", _sums, _fake_sums)
+gradients = _register(
+    "sync_gradients",
+    f"{_SAVED} Tensor sums, Tensor count,{_OPTIONS} -> (Tensor, Tensor)",
+    _gradients,
+    _fake_gradients,
+)

@@ -1,0 +1,185 @@
+"""The steps of `runtime/sync_ops.py` by PyTorch's operations, with the same arguments and results.
+
+Processes may take the steps in either way, since they exchange the same numbers. Only the mask
+is another one: a boolean for each element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..activations import ACTIVATIONS
+from ..reference import accumulated, axes_of, per_channel
+from ..runtime.layout import dense, memory_format
+
+
+def moments(x: Tensor) -> Tensor:
+    """Returns the means of the channels, sums of squares about them, and how many values each has.
+
+    Returns:
+        Shape (2 * C + 1,); zeros of an empty input.
+    """
+    z, axes = accumulated(x), axes_of(x)
+    if x.numel() == 0:
+        return z.new_zeros(2 * x.shape[1] + 1)
+    count = x.numel() // x.shape[1]
+    var, mean = torch.var_mean(z, axes, correction=0)
+    return torch.cat([mean, var * count, mean.new_full((1,), count)])
+
+
+def merge(
+    gathered: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    correction: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Merges moments (Chan, Golub and LeVeque, 1983), and updates the running statistics.
+
+    Args:
+        gathered: shape (processes, 2 * C + 1), the moments of each process.
+
+    Returns:
+        The (2, C) mean and 1 / sqrt(var + eps) of all values, and how many each channel has.
+    """
+    means, m2s = gathered[:, :-1].chunk(2, dim=1)
+    counts = gathered[:, -1:]
+    count = counts.sum()
+    about = (counts / count * means).sum(0)
+    # A process without values has no mean.
+    away = torch.where(counts > 0, means - about, 0.0)
+    sum_away = (counts * away).sum(0)
+    between = ((counts * away * away).sum(0) - sum_away * (sum_away / count)).clamp(min=0)
+    mean, m2 = about + sum_away / count, m2s.sum(0) + between
+    rate: float | Tensor = 0.0 if momentum is None else momentum
+    if momentum is None and num_batches_tracked is not None:
+        rate = 1.0 / (num_batches_tracked + 1).to(mean.dtype)
+    for running, batch in ((running_mean, mean), (running_var, m2 / (count - correction))):
+        if running is not None:
+            updated = (1.0 - rate) * running.to(mean.dtype) + rate * batch
+            # A batch without any value has no statistics.
+            running.copy_(torch.where(count > 0, updated, running))
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    return torch.stack([mean, torch.rsqrt(m2 / count + eps)]), count.reshape(1)
+
+
+def normalise(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    activation: str,
+    param: float,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns activation((x - mean) * rstd * weight + bias + residual) and the argument's signs."""
+    z = _argument(_centred(x, statistics), residual, weight, bias, statistics)
+    y = ACTIVATIONS[activation].function(z, param)
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    mask = z.new_empty(0, dtype=torch.bool)
+    if save_mask:
+        # PyTorch takes the derivative of ReLU at NaN for 1, and that of leaky ReLU for the slope.
+        mask = ~(z <= 0) if activation == "relu" else z > 0
+    return dense(y.to(dtype), memory_format(x)), mask
+
+
+def sums(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    activation: str,
+    param: float,
+    wanted: Sequence[bool],
+    format: torch.memory_format | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the sums of g and of g * (x - mean), and the gradients of weight and bias.
+
+    Here g is the gradient before the activation.
+    """
+    centred, axes = _centred(x, statistics), axes_of(x)
+    g = _gradient(dy, centred, residual, mask, weight, bias, statistics, activation, param)
+    sum_g, sum_gx = g.sum(axes), (g * centred).sum(axes)
+    return torch.stack([sum_g, sum_gx]), sum_gx * statistics[1], sum_g
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    totals: Tensor,
+    count: Tensor,
+    activation: str,
+    param: float,
+    wanted: Sequence[bool],
+    format: torch.memory_format | None,
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of input and residual, of the totals of `sums` over all processes.
+
+    With M values to a channel in all processes,
+
+    dx = weight * rstd * (g - sum(g) / M - (x - mean) * rstd^2 * sum(g * (x - mean)) / M)
+    """
+    centred, rstd = _centred(x, statistics), statistics[1]
+    g = _gradient(dy, centred, residual, mask, weight, bias, statistics, activation, param)
+    constant, slope = totals / count
+    dx = g - per_channel(constant, g) - centred * per_channel(slope * rstd * rstd, g)
+    scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
+    return dense(dx * per_channel(scale, g), memory_format(x)).to(x.dtype), g
+
+
+def _centred(x: Tensor, statistics: Tensor) -> Tensor:
+    z = accumulated(x)
+    return z - per_channel(statistics[0], z)
+
+
+def _argument(
+    centred: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+) -> Tensor:
+    """Returns the activation's argument."""
+    rstd = statistics[1]
+    scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
+    z = centred * per_channel(scale, centred)
+    if bias is not None:
+        z = z + per_channel(bias, centred)
+    return z if residual is None else z + residual
+
+
+def _gradient(
+    dy: Tensor,
+    centred: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    activation: str,
+    param: float,
+) -> Tensor:
+    """Returns the gradient before the activation."""
+    g = accumulated(dy)
+    if activation == "none":
+        return g
+    if mask is not None:
+        z = 2 * mask.to(g.dtype) - 1
+    else:
+        z = _argument(centred, residual, weight, bias, statistics)
+    return ACTIVATIONS[activation].derivative(g, z, param)
