@@ -15,14 +15,14 @@ from .processes import run
 SPLITS = {2: [(4, 4), (7, 1), (0, 8)], 3: [(3, 2, 3), (0, 7, 1)], 4: [(2, 2, 2, 2), (0, 5, 0, 3)]}
 
 CASES = [
-    Case((8, 5, 6, 7), torch.float64),
+    Case((8, 3, 6, 7), torch.float64),
     Case((8, 5, 6, 7), torch.float64, activation="relu", residual=True, channels_last=True),
-    Case((8, 12, 3), torch.float64, activation="gelu", residual=True),
+    Case((8, 3, 5), torch.float64, activation="gelu", residual=True),
     Case((8, 12), torch.float64, activation="silu", momentum=None),
     Case((8, 3, 2, 3, 4), torch.float64, activation="leaky_relu", channels_last=True),
-    Case((8, 5, 6, 7), mean=3.0, std=1.0, biased_running_var=True),
-    Case((8, 40, 3, 3), torch.bfloat16, activation="relu", residual=True),
-    Case((8, 12, 4, 4), torch.float16, channels_last=True, momentum=None, statistics=False),
+    Case((8, 5, 6, 7), mean=3.0, channels_last=True, biased_running_var=True),
+    Case((8, 40, 3, 3), torch.bfloat16, None, True, True, "relu", residual=True, momentum=None),
+    Case((8, 12, 4, 4), torch.float16, channels_last=True, statistics=False),
     Case((8, 5, 1, 1), activation="tanh", weight=False, bias=False),
 ]
 
@@ -88,14 +88,16 @@ def joined(parts: list[dict]) -> dict:
 @pytest.mark.parametrize("world", SPLITS)
 def test_parts_give_what_one_process_makes_of_the_whole(world, backend, device):
     """Outputs, gradients, running statistics and counters, by the rule for one process."""
-    found = run(world, parity, SPLITS[world], CASES, backend, device)
+    # The interpreter is slow.
+    cases = CASES if backend == "torch" or world == 2 else CASES[:4]
+    found = run(world, parity, SPLITS[world], cases, backend, device)
     for i, split in enumerate(SPLITS[world]):
-        for j, case in enumerate(CASES):
+        for j, case in enumerate(cases):
             torch.manual_seed(0)
             arguments = make_arguments(case, device)
-            actual = joined([of_rank[i * len(CASES) + j] for of_rank in found])
+            actual = joined([of_rank[i * len(cases) + j] for of_rank in found])
             expected = expect(arguments)
             if not case.statistics:
                 actual["num_batches_tracked"] = expected.native["num_batches_tracked"]
-            print(split, case)
+            print(split)
             assert_right(actual, arguments, expected)
