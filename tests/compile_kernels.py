@@ -37,7 +37,7 @@ from benchmarks.plans import problem_of
 from benchmarks.shapes import cases as benchmark_cases
 from fastbn.kernels.device import H100, Device
 from fastbn.kernels.plan import make_schedule
-from fastbn.runtime import execution_plan, plan_cache, torch_ops
+from fastbn.runtime import execution_plan, plan_cache, sync_ops, torch_ops
 from fastbn.runtime.launcher import Launcher
 from fastbn.runtime.layout import memory_format
 
@@ -63,13 +63,15 @@ class Case:
     residual: bool = False
     training: bool = True
     skip: bool = False
+    synchronised: bool = False
 
     def __str__(self) -> str:
         layout = "NHWC" if self.channels_last else "NCHW"
         epilogue = ("+add" if self.residual else "") + (
             "" if self.activation == "none" else f"+{self.activation}"
         )
-        mode = " skip" if self.skip else "" if self.training else " eval"
+        kinds = {" skip": self.skip, " sync": self.synchronised, " eval": not self.training}
+        mode = "".join(name for name, is_so in kinds.items() if is_so)
         return f"{'x'.join(map(str, self.shape))} {layout} {self.dtype} BN{epilogue}{mode}"
 
 
@@ -103,6 +105,8 @@ CASES = [
     *(Case(IMAGE, last, "bf16", "relu", training=False) for last in (False, True)),
     Case((2, 32, 128, 128, 128), False, "bf16", "leaky_relu"),
     Case((8192, 1024), False, "fp64", "none"),
+    *(Case(IMAGE, last, "bf16", "relu", True, synchronised=True) for last in (False, True)),
+    Case((8192, 1024), False, "fp64", "gelu", synchronised=True),
     *(Case((128, 512, 7, 7), False, dtype, "gelu") for dtype in ("bf16", "fp32")),
     Case((512, 4096), False, "bf16", "gelu", residual=True),
     Case((512, 1000), False, "fp32", "gelu_tanh", residual=True),
@@ -185,7 +189,7 @@ def few() -> list[Case]:
         kinds = {
             (
                 launcher.kernel.fn.__name__,
-                launcher.constants["TILE"].layout,
+                getattr(launcher.constants.get("TILE"), "layout", None),
                 case.residual,
                 case.skip,
             )
@@ -202,8 +206,8 @@ def compile_case(case: Case, target_name: str) -> list[dict]:
     target = TARGETS[target_name]
     rows = []
     for kernel, arguments in compile_launches(case, target, H100):
-        tile = arguments["TILE"]
-        itemsize = arguments["X"].element_size()
+        # The kernel that merges moments has no tile.
+        tile, itemsize = arguments.get("TILE"), case_itemsize(case)
         threads = kernel.metadata.num_warps * target.warp_size
         rows.append(
             {
@@ -213,11 +217,13 @@ def compile_case(case: Case, target_name: str) -> list[dict]:
                 "threads": threads,
                 "shared": kernel.metadata.shared,
                 # What a thread moves of one tensor's tile, and how wide it can be moved.
-                "thread_bytes": tile.elements * itemsize // threads,
+                "thread_bytes": tile.elements * itemsize // threads if tile else 0,
                 "access_bytes": min(
                     tile.access_bytes(itemsize), tile.elements * itemsize // threads
-                ),
-                "layout": tile.layout,
+                )
+                if tile
+                else 0,
+                "layout": tile.layout if tile else None,
                 "contracted": kernel.metadata.enable_fp_fusion,
                 "elements": math.prod(case.shape),
                 "phases": _phases(kernel, arguments, case),
@@ -241,6 +247,10 @@ def _call(case: Case) -> None:
     residual = torch.empty_like(x) if case.residual else None
     signs = case.residual and case.activation in ("relu", "leaky_relu")
     epilogue = (1e-5, case.activation, 0.01)
+    if case.synchronised:
+        written = (mean, var, num_batches_tracked)
+        _call_synchronised(case, x, residual, weight, bias, written, signs)
+        return
     if case.training:
         _, statistics, mask = torch_ops._forward_train(
             x, residual, weight, bias, mean, var, num_batches_tracked, 0.1, 1.0, *epilogue, signs,
@@ -258,11 +268,24 @@ def _call(case: Case) -> None:
     torch_ops._backward(x, x, *saved, weight, bias, statistics, var, *options)
 
 
+def _call_synchronised(case: Case, x, residual, weight, bias, written, signs: bool) -> None:
+    """The same with the moments of four processes."""
+    gathered = sync_ops._moments(x).expand(4, -1).contiguous()
+    momentum = None if case.channels_last else 0.1
+    statistics, count = sync_ops._merge(gathered, *written, momentum, 1.0, 1e-5)
+    epilogue = (case.activation, 0.01)
+    _, mask = sync_ops._normalise(x, residual, weight, bias, statistics, *epilogue, signs)
+    saved = (None, mask, weight, None) if signs else (residual, None, weight, bias)
+    options = (*epilogue, (True, case.residual, True, True), memory_format(x) if signs else None)
+    sums, _, _ = sync_ops._sums(x, x, *saved, statistics, *options)
+    sync_ops._gradients(x, x, *saved, statistics, sums, count, *options)
+
+
 def _phases(kernel, arguments: dict, case: Case) -> list[dict]:
     """The instructions of the phases that a launch has, for each element of a tensor."""
     name = kernel.metadata.name
     hip = kernel.metadata.target.backend == "hip"
-    if hip or case.dtype != "bf16" or not case.training or "resident" in name:
+    if hip or case.dtype != "bf16" or not case.training or case.synchronised or "resident" in name:
         return []
     tile, length = arguments["TILE"], arguments["length"]
     each = tile.elements / (kernel.metadata.num_warps * kernel.metadata.target.warp_size)

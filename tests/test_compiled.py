@@ -69,6 +69,7 @@ def test_every_kernel_on_every_target(rows):
     kernels = {"bn_stats_fwd_kernel", "bn_apply_fwd_kernel", "bn_reduce_bwd_kernel"}
     kernels |= {"bn_resident_fwd_kernel", "bn_resident_bwd_kernel"}
     kernels |= {"bn_ticketed_fwd_kernel", "bn_ticketed_bwd_kernel"}
+    kernels |= {"bn_moments_fwd_kernel", "bn_merge_fwd_kernel"}
     for target in {row["target"] for row in rows}:
         compiled = {row["kernel"] for row in rows if row["target"] == target}
         assert compiled == kernels | {"bn_apply_bwd_kernel"}
@@ -102,7 +103,8 @@ def test_accesses_are_as_wide_as_the_layout_allows(rows):
 def test_outputs_are_stored_wide(rows):
     for row in rows:
         kernel = row["kernel"]
-        if "stats" not in kernel and ("reduce" not in kernel or row["case"].endswith(" eval")):
+        takes_moments = "stats" in kernel or "moments" in kernel
+        if not takes_moments and ("reduce" not in kernel or row["case"].endswith(" eval")):
             wide = sum(
                 int(bytes) * count
                 for bytes, count in row["stores"].items()
@@ -125,7 +127,7 @@ def test_a_release_covers_the_stores_of_all_waves(rows):
     for row in rows:
         assert row["lone_releases"] == 0, row
     shared = {row["kernel"] for row in rows if row["releases"]}
-    assert {"bn_stats_fwd_kernel", "bn_reduce_bwd_kernel"} <= shared
+    assert {"bn_stats_fwd_kernel", "bn_moments_fwd_kernel", "bn_reduce_bwd_kernel"} <= shared
     assert {"bn_ticketed_fwd_kernel", "bn_ticketed_bwd_kernel"} <= shared
 
 
@@ -143,7 +145,8 @@ def test_results_are_handed_over_in_order(rows):
             if not row["case"].endswith(" eval"):
                 assert row["hand_over"] == expected, row
             seen.add(row["kernel"])
-    shares = {"bn_stats_fwd_kernel", "bn_reduce_bwd_kernel", "bn_resident_fwd_kernel"}
+    shares = {"bn_stats_fwd_kernel", "bn_moments_fwd_kernel", "bn_reduce_bwd_kernel"}
+    shares.add("bn_resident_fwd_kernel")
     assert seen == shares | {"bn_ticketed_fwd_kernel", "bn_ticketed_bwd_kernel"}
 
 

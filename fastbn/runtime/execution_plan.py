@@ -261,8 +261,9 @@ def _plan_merge(
 ) -> Launcher:  # fmt: skip
     ranks, channels = shape[0], shape[1] // 2
     constants = {"CUMULATIVE": cumulative, "RANKS": MERGED_RANKS, "WIDTH": MERGED_CHANNELS}
+    constants |= {"num_warps": 2, **_OPTIONS}
     programs = -(-channels // MERGED_CHANNELS)
-    return Launcher(bn_merge_fwd_kernel, device, programs, (channels, ranks), constants | _OPTIONS)
+    return Launcher(bn_merge_fwd_kernel, device, programs, (channels, ranks), constants)
 
 
 def _launcher(
