@@ -74,8 +74,8 @@ def merge_ranks(Gathered, c, ranks, C, acc: tl.constexpr, RANKS: tl.constexpr, W
 
     They are merged about the mean as it comes out rounded, so that nothing cancels:
 
-    mean = about + sum(count_i * d_i) / count    with d_i = mean_i - about
-    m2   = sum(m2_i) + sum(count_i * d_i^2) - sum(count_i * d_i)^2 / count
+    mean = about + d    with d_i = mean_i - about and d = sum(d_i * count_i / count)
+    m2   = sum(m2_i) + sum(count_i * d_i^2) - count * d^2
     """
     rows = tl.arange(0, RANKS)[:, None].to(tl.int64)
     count = tl.zeros((RANKS, 1), acc)
@@ -96,13 +96,13 @@ def merge_ranks(Gathered, c, ranks, C, acc: tl.constexpr, RANKS: tl.constexpr, W
         at = Gathered + (first + rows) * (2 * C + 1) + c
         exists = (counts > 0) & (c < C)
         away = tl.where(exists, tl.load(at, exists, other=0.0) - about, 0.0)
-        weighted += counts * away
+        weighted += counts / count * away
         squares = tl.fma(counts * away, away, squares)
         m2 += tl.load(at + C, exists, other=0.0)
     weighted = tl.sum(weighted, axis=0, keep_dims=True)
     squares = tl.sum(squares, axis=0, keep_dims=True)
-    between = about_the_mean(squares, weighted, weighted / count)
-    return count, about + weighted / count, tl.sum(m2, axis=0, keep_dims=True) + between
+    between = about_the_mean(squares, count * weighted, weighted)
+    return count, about + weighted, tl.sum(m2, axis=0, keep_dims=True) + between
 
 
 @triton.jit(do_not_specialize=["C", "ranks"])

@@ -211,6 +211,24 @@ BREAKAGES = {
         "(step > 0) & ((step % 2 == 1) | (step == 2 * slices - 1))",
         "tests/test_protocol.py::test_order",
     ),
+    "ranks merged without the distance of their means": (
+        "kernels/synchronised.py",
+        "keep_dims=True) + between",
+        "keep_dims=True)",
+        "tests/test_sync_ops.py::test_moments_of_many_processes",
+    ),
+    "moments finished before they are sent": (
+        "kernels/synchronised.py",
+        "tl.store(Moments + sizes.C + c, m2, c < end)",
+        "tl.store(Moments + sizes.C + c, m2 / sizes.N, c < end)",
+        "tests/test_sync_ops.py::test_moments_of_many_processes",
+    ),
+    "the count of one process in all gradients": (
+        "kernels/backward.py",
+        "        count = tl.load(Count).to(sum_g.dtype)",
+        "        count = (tl.cast(sizes.N, tl.int64) * sizes.S).to(sum_g.dtype)",
+        "tests/test_sync_ops.py::test_gradients_of_a_part",
+    ),
     "counter of tickets not set back": (
         "kernels/tickets.py",
         "        tl.store(Tickets, generation << 32)",

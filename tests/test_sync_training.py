@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
+import re
+import signal
+import time
 from collections import Counter
 from unittest import mock
 
@@ -16,9 +20,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torchvision.models import resnet18
 
 import fastbn
 from fastbn import FusedSyncBatchNorm, FusedSyncBatchNormAct, convert_sync_batchnorm
+from fastbn.sync import modules
 
 from .processes import run
 
@@ -127,13 +133,20 @@ def shards(rank: int) -> None:
 
 def compiles(rank: int) -> None:
     """Without a graph break, forward and backward."""
-    reference = net()
-    loss(reference(batch())).backward()
-    model = convert_sync_batchnorm(fastbn.convert(net()))
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    loss(compiled(part(rank, batch()))).backward()
-    assert_close(gradients(model, total=True), gradients(reference))
-    assert_close(dict(model.named_buffers()), dict(reference.named_buffers()))
+    whole = batch()
+    reference = fastbn.FusedBatchNormAct2d(3, momentum=None, dtype=torch.float64)
+    expected = reference(whole, whole)
+    loss(expected).backward()
+    for backend in ("torch", "triton"):
+        model = FusedSyncBatchNormAct(3, momentum=None, dtype=torch.float64)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        x = part(rank, whole)
+        with fastbn.use_backend(backend):
+            output = compiled(x, x)
+            loss(output).backward()
+        torch.testing.assert_close(output, part(rank, expected))
+        assert_close(gradients(model, total=True), gradients(reference))
+        assert_close(dict(model.named_buffers()), dict(reference.named_buffers()))
 
 
 def differentiates_twice(rank: int) -> None:
@@ -234,6 +247,103 @@ def test_derivatives_messages_and_refusals(backend):
     run(2, each, [differentiates_twice, one_message_each_way, is_refused], backend)
 
 
-@BACKENDS
-def test_no_graph_break(backend):
-    run(2, each, [compiles], backend)
+def test_no_graph_break():
+    run(2, each, [compiles], "auto")
+
+
+def groups(rank: int) -> None:
+    """Each half of the processes has statistics of its own."""
+    halves = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    model = convert_sync_batchnorm(net(), halves[rank // 2])
+    loss(model(part(rank % 2, batch(rank // 2)))).backward()
+    reference = net()
+    loss(reference(batch(rank // 2))).backward()
+    found = gradients(model)
+    for grad in found.values():
+        dist.all_reduce(grad, group=halves[rank // 2])
+    assert_close(found, gradients(reference))
+    assert_close(dict(model.named_buffers()), dict(reference.named_buffers()))
+
+
+def test_groups_of_a_batch():
+    run(4, each, [groups], "torch")
+
+
+def three_steps(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, share: float) -> dict:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (share * F.cross_entropy(model(images), labels, reduction="sum")).backward()
+        optimizer.step()
+    return {name.removeprefix("module."): t.detach() for name, t in model.state_dict().items()}
+
+
+def images_and_labels() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(2)
+    return torch.randn(5, 3, 24, 24, dtype=torch.float64), torch.arange(5)
+
+
+def resnet() -> nn.Module:
+    torch.manual_seed(3)
+    return resnet18(num_classes=5).double()
+
+
+def three_steps_of_a_part(rank: int) -> dict:
+    model = convert_sync_batchnorm(fastbn.fuse(resnet()))
+    images, labels = (t[:3] if rank == 0 else t[3:] for t in images_and_labels())
+    with mock.patch.object(modules, "sync_batch_norm", wraps=modules.sync_batch_norm) as calls:
+        found = three_steps(DistributedDataParallel(model), images, labels, 2.0)
+    fused = Counter((call.args[8], call.args[10] is not None) for call in calls.call_args_list)
+    assert fused == {("relu", False): 27, ("relu", True): 24, ("none", False): 9}
+    return found
+
+
+def test_resnet_equals_one_process_on_the_whole_batch():
+    """Three steps of SGD under DistributedDataParallel, with all activations fused."""
+    expected = three_steps(resnet(), *images_and_labels(), 1.0)
+    for found in run(2, three_steps_of_a_part):
+        assert_close(found, expected)
+
+
+def stays_away(rank: int) -> None:
+    if rank == 1:
+        time.sleep(12)
+    else:
+        FusedSyncBatchNorm(3)(torch.randn(4, 3))
+
+
+def dies(rank: int) -> None:
+    norm = FusedSyncBatchNorm(3)
+    output = norm(torch.randn(4, 3, requires_grad=True))
+    if rank == 1:
+        os._exit(0)
+    output.sum().backward()
+
+
+def has_other_channels(rank: int) -> None:
+    FusedSyncBatchNorm(3 + rank)(torch.randn(4, 3 + rank))
+
+
+def has_other_channels_and_is_debugged(rank: int) -> None:
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    FusedSyncBatchNorm(3 + rank, process_group=dist.new_group())(torch.randn(4, 3 + rank))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (stays_away, "[Tt]imed out"),
+        (dies, "[Cc]onnection|[Tt]imed out"),
+        # Gloo itself ends the process that gets more than it expects.
+        (has_other_channels, None),
+        (has_other_channels_and_is_debugged, "shape|mismatch"),
+    ],
+)
+def test_a_peer_that_fails_is_an_error(function, message):
+    """Within the group's timeout: nobody hangs."""
+    found = run(2, function, timeout=5, ends=True)
+    if message is None:
+        assert any(isinstance(end, RuntimeError) or end == -signal.SIGABRT for end in found)
+    else:
+        assert isinstance(found[0], RuntimeError)
+        assert re.search(message, str(found[0]))

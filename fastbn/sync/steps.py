@@ -50,23 +50,25 @@ def merge(
     means, m2s = gathered[:, :-1].chunk(2, dim=1)
     counts = gathered[:, -1:]
     count = counts.sum()
-    about = (counts / count * means).sum(0)
+    # A batch without any value has no statistics, and none of them shall be NaN.
+    some = count.clamp(min=1)
+    shares = counts / some
+    about = (shares * means).sum(0)
     # A process without values has no mean.
     away = torch.where(counts > 0, means - about, 0.0)
-    sum_away = (counts * away).sum(0)
-    between = ((counts * away * away).sum(0) - sum_away * (sum_away / count)).clamp(min=0)
-    mean, m2 = about + sum_away / count, m2s.sum(0) + between
+    rest = (shares * away).sum(0)
+    between = ((counts * away * away).sum(0) - count * rest * rest).clamp(min=0)
+    mean, m2 = about + rest, m2s.sum(0) + between
     rate: float | Tensor = 0.0 if momentum is None else momentum
     if momentum is None and num_batches_tracked is not None:
         rate = 1.0 / (num_batches_tracked + 1).to(mean.dtype)
     for running, batch in ((running_mean, mean), (running_var, m2 / (count - correction))):
         if running is not None:
             updated = (1.0 - rate) * running.to(mean.dtype) + rate * batch
-            # A batch without any value has no statistics.
             running.copy_(torch.where(count > 0, updated, running))
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    return torch.stack([mean, torch.rsqrt(m2 / count + eps)]), count.reshape(1)
+    return torch.stack([mean, torch.rsqrt(m2 / some + eps)]), count.reshape(1)
 
 
 def normalise(
