@@ -158,6 +158,8 @@ def test_what_can_not_be_frozen_is_refused():
     with pytest.raises(ValueError, match="without running statistics to fix, 1"):
         freeze(model)
     assert type(model[0]) is nn.BatchNorm2d
+    with pytest.raises(ValueError, match="can't be frozen, a SyncBatchNorm at 1"):
+        freeze(nn.Sequential(nn.BatchNorm2d(3), nn.SyncBatchNorm(3)))
     for function in (freeze, unfreeze):
         with pytest.raises(TypeError, match="model must be a module, but got a list"):
             function([])

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
-from .freezing import freeze, unfreeze
 from ..sync.convert import revert_sync_norm
+from .freezing import freeze, unfreeze
 from .generated import is_wrapped, revert_class
 from .graph_modules import fuse_graph, revert_graph
 from .norm_types import convert_norm, revert_norm

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .frozen import FROZEN, THAWED, Frozen
 from .generated import set_class
-from .norm_types import convert_norm
+from .norm_types import convert_norm, twin_of
 
 
 def freeze(model: nn.Module, *, parameters: bool = True) -> nn.Module:
@@ -27,11 +27,19 @@ def freeze(model: nn.Module, *, parameters: bool = True) -> nn.Module:
 
     Raises:
         TypeError: the model is no module.
-        ValueError: a norm has no running statistics to fix; nothing has then changed.
+        ValueError: a norm has no running statistics to fix, or is of a type that can't be
+            frozen, as norms that share statistics; nothing has then changed.
     """
     _check(model)
     for path, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is None:
+        if not isinstance(module, _BatchNorm) or isinstance(module, Frozen):
+            continue
+        if type(module) not in FROZEN and twin_of(type(module)) is None:
+            raise ValueError(
+                f"model has a norm that can't be frozen, a {type(module).__name__} at"
+                f" {path or 'itself'}: give freeze the parts of the model that have others"
+            )
+        if module.running_mean is None:
             raise ValueError(
                 f"model has a norm without running statistics to fix, {path or 'itself'}:"
                 " give freeze the parts of the model that have them"

@@ -35,7 +35,8 @@ _OTHERS = {
 }
 
 
-def _twin_of(kind: type[nn.Module]) -> type[nn.Module] | None:
+def twin_of(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """Returns the type of fastbn's norms that takes a type's place, or None."""
     if kind in _TWINS:
         return _TWINS[kind]
     twin = _OTHERS.get((kind.__module__, kind.__name__))
@@ -45,7 +46,7 @@ def _twin_of(kind: type[nn.Module]) -> type[nn.Module] | None:
 def convert_norm(module: nn.Module) -> None:
     """Makes a norm fastbn's, if it is of a type that has a twin."""
     kind = type(module)
-    twin = _twin_of(kind)
+    twin = twin_of(kind)
     if twin is None:
         return
     set_class(module, twin)

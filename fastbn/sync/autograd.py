@@ -66,6 +66,7 @@ class SyncBatchNorm(torch.autograd.Function):
         if want_dx or want_dw or want_db:
             sums, dw, db = taken.sums(*saved, *options)
         if want_dx:
+            assert sums is not None
             sums = all_reduce(sums, group)
         if want_dx or compute_dr:
             # Without a gradient of the input no sums are read.

@@ -92,7 +92,7 @@ def _let_pytorch_refuse(
     eps: float,
 ) -> None:
     """Raises what PyTorch's batch norm raises for these sizes, dtypes and numbers."""
-    copies = [None if t is None else t.clone() for t in (running_mean, running_var)]
+    mean, var = (None if t is None else t.clone() for t in (running_mean, running_var))
     stand_in = input.new_zeros(2, input.shape[1])
     with torch.no_grad():
-        F.batch_norm(stand_in, *copies, weight, bias, True, momentum or 0.0, eps)
+        F.batch_norm(stand_in, mean, var, weight, bias, True, momentum or 0.0, eps)
