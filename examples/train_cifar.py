@@ -6,11 +6,13 @@
     python examples/train_cifar.py --data-path pictures          # train/<class>/, test/<class>/
     python examples/train_cifar.py --resume runs/cifar --epochs 20
     python examples/train_cifar.py --resume runs/cifar/fused.pt --norm fused --test-only
+    torchrun --nproc-per-node 2 examples/train_cifar.py --sync-bn  # on two GPUs, or a CPU's cores
 
 Without --data-path it looks for CIFAR-10 in data/ or downloads it there; with no network it trains
 on a procedural stand-in and says so. Every network starts from the same weights and sees the same
-batches, with the same augmentation, in the same order: only the norm differs. Writes a checkpoint
-per norm, metrics.json and curves.png to --output-dir.
+batches, with the same augmentation, in the same order: only the norm differs. Processes that
+torchrun starts share each batch, and with --sync-bn its statistics too, so that they compute what
+one process does. Writes a checkpoint per norm, metrics.json and curves.png to --output-dir.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import cifar_results
+import processes
 import torch
 import torch.nn.functional as F
 from cifar_data import Data, Split, load_data, train_batches, val_batches
@@ -67,6 +70,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--amp", choices=("off", "fp16", "bf16"), default="off", help="mixed precision")
     add("--channels-last", action="store_true", help="keep images and weights in NHWC order")
     add("--compile", action="store_true", help="run the networks through torch.compile")
+    add("--sync-bn", action="store_true", help="norms share statistics between processes")
     workers = os.cpu_count() or 1
     add("--workers", type=integer(0), default=workers, help="threads that decode an image folder")
     add("--output-dir", type=Path, default=Path("runs/cifar"), help="default: runs/cifar")
@@ -100,32 +104,45 @@ def train_one_epoch(
 ) -> dict[str, float]:
     net.train()
     total, seen, start = torch.zeros((), device=options.device), 0, time.perf_counter()
+    quiet = True if processes.rank() else None
     # The seed depends on the epoch, so a resumed run sees what an uninterrupted one would have.
     seed = options.seed * 1_000_000 + epoch
     batches = train_batches(split, options.batch_size, seed, options.augment)
-    with tqdm(total=len(split[1]), desc=title, unit="img", leave=False, disable=None) as bar:
+    with tqdm(total=len(split[1]), desc=title, unit="img", leave=False, disable=quiet) as bar:
         for step, (images, labels) in enumerate(batches):
+            count = len(labels)
+            images, labels = processes.own_part(images), processes.own_part(labels)
             images = images.contiguous(memory_format=layout(options))
             with autocast(options):
-                loss = F.cross_entropy(net(images), labels)
+                loss = F.cross_entropy(net(images), labels, reduction="sum") / count
+            # The mean of the processes' gradients is to be that of the whole batch.
+            loss = loss * processes.size()
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
 
-            total += loss.detach() * len(labels)
-            seen += len(labels)
-            bar.update(len(labels))
+            total += loss.detach() / processes.size() * count
+            seen += count
+            bar.update(count)
             if step % 20 == 0:  # seldom, because reading the loss waits for the GPU
                 bar.set_postfix(loss=f"{loss.item():.3f}")
-    train_loss = total.item() / seen  # waits for the GPU, so the clock stops after the last step
+    train_loss = (
+        processes.total(total).item() / seen
+    )  # waits for the GPU, so the clock stops after the last step
     seconds = time.perf_counter() - start
     return {"train_loss": train_loss, "seconds": seconds, "images_per_second": seen / seconds}
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, split: Split, options: Namespace) -> dict[str, float]:
+def evaluate(
+    net: nn.Module, split: Split, options: Namespace, shared: bool = False
+) -> dict[str, float]:
+    """Scores a network; if ``shared``, all processes do so together."""
     net.eval()
+    count = len(split[1])
+    if shared:
+        split = processes.own_part(split[0]), processes.own_part(split[1])
     loss = torch.zeros((), device=options.device)
     right = torch.zeros((), device=options.device)
     for images, labels in val_batches(split, options.batch_size):
@@ -134,12 +151,16 @@ def evaluate(net: nn.Module, split: Split, options: Namespace) -> dict[str, floa
             logits = net(images)
         loss += F.cross_entropy(logits.float(), labels, reduction="sum")
         right += (logits.argmax(dim=1) == labels).sum()
-    count = len(split[1])
+    if shared:
+        loss, right = processes.total(loss), processes.total(right)
     return {"val_loss": loss.item() / count, "val_accuracy": right.item() / count}
 
 
 def prepare_model(norm: str, classes: int, options: Namespace) -> nn.Module:
     model = build_model(options.model, norm, classes, options.seed)
+    if options.sync_bn:
+        convert = nn.SyncBatchNorm if norm == "torch" else fastbn
+        model = convert.convert_sync_batchnorm(model)
     return model.to(options.device, memory_format=layout(options))
 
 
@@ -159,12 +180,14 @@ def train(norm: str, data: Data, options: Namespace, checkpoint: dict[str, Any] 
         history = checkpoint["history"]
 
     net = torch.compile(model) if options.compile else model
+    parallel = processes.parallel(net)
     for epoch in range(len(history) + 1, options.epochs + 1):
         title = f"{norm} {epoch}/{options.epochs}"
-        row = train_one_epoch(net, data.train, optimizer, scaler, options, title, epoch)
-        history.append({"epoch": epoch, **row, **evaluate(net, data.val, options)})
+        row = train_one_epoch(parallel, data.train, optimizer, scaler, options, title, epoch)
+        history.append({"epoch": epoch, **row, **evaluate(net, data.val, options, shared=True)})
         path = options.output_dir / f"{norm}.pt"
-        save_checkpoint(path, options, norm, data.classes, history, model, optimizer, scaler)
+        if processes.rank() == 0:
+            save_checkpoint(path, options, norm, data.classes, history, model, optimizer, scaler)
         print(
             "{0:<12} training loss {train_loss:.3f}, validation loss {val_loss:.3f}, accuracy"
             " {val_accuracy:.1%}, {images_per_second:,.0f} images/s".format(title, **history[-1]),
@@ -205,8 +228,16 @@ def peak_memory(device: torch.device) -> int | None:
 
 def prepare(options: Namespace) -> tuple[dict[str, Any], Data]:
     """Loads checkpoints and data, and checks them before anything is written."""
+    if options.sync_bn and "torch" in options.norm and options.device.type == "cpu":
+        raise UserError(
+            "--sync-bn: expected no torch in --norm, since nn.SyncBatchNorm doesn't train on a CPU"
+        )
     checkpoints = load_checkpoints(options)
+    if processes.rank():
+        processes.wait_for_all()  # The first process may have to download the data.
     data = load_data(options.data_path, options.workers, options.max_train_samples)
+    if processes.rank() == 0:
+        processes.wait_for_all()
     for norm, checkpoint in checkpoints.items():
         if checkpoint["classes"] != data.classes:
             raise UserError(
@@ -220,12 +251,21 @@ def prepare(options: Namespace) -> tuple[dict[str, Any], Data]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(argv)
+    options.device = processes.join(options.device)
     try:
-        checkpoints, data = prepare(options)
+        return run(options)
     except UserError as error:
-        print(f"train_cifar.py: error: {error}", file=sys.stderr)
+        if processes.rank() == 0:
+            print(f"train_cifar.py: error: {error}", file=sys.stderr)
         return 2
-    print(f"{options.model} on {data}, {options.device}")
+    finally:
+        processes.leave()
+
+
+def run(options: Namespace) -> int:
+    checkpoints, data = prepare(options)
+    shared = f", {processes.size()} processes" if processes.size() > 1 else ""
+    print(f"{options.model} on {data}, {options.device}{shared}")
     data = data.to(options.device)
 
     if options.test_only:
@@ -239,6 +279,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         start_measuring_memory(options.device)
         histories[norm] = train(norm, data, options, checkpoints.get(norm))
         memory[norm] = peak_memory(options.device)
+    if processes.rank():
+        return 0
     norms = cifar_results.summarise(histories, memory)
     cifar_results.write_metrics(options.output_dir / "metrics.json", options, data, norms)
     cifar_results.draw_curves(options.output_dir / "curves.png", options.model, data, histories)

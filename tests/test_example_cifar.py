@@ -246,6 +246,42 @@ def test_mixed_precision_follows_the_full_one(pictures, options):
         assert mixed[-1][key] != full[-1][key]
 
 
+def torchrun(*options, processes=2):
+    """Several processes on this CPU, in a group of their own."""
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    script = [EXAMPLES / "train_cifar.py", *options, "--device=cpu", "--workers=1"]
+    return subprocess.run(
+        [sys.executable, *command, *map(str, script)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_processes_that_share_statistics_train_what_one_process_does(pictures):
+    """Batches of 31 images in parts of 16 and 15, drawn and augmented as in one process."""
+    options = [f"--data-path={pictures}", "--norm=fused", "--epochs=1", "-b=31", "--augment"]
+    one = run(*options, out="one")["norms"]["fused"]
+    done = torchrun(*options, "--sync-bn", "--output-dir=two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("fused 1/1") == 1  # only the first process prints
+    assert "cpu, 2 processes" in done.stdout
+    metrics = json.loads(Path("two", "metrics.json").read_text())
+    assert metrics["options"]["sync_bn"]
+    two = metrics["norms"]["fused"]
+    for name in ("train_loss", "val_loss"):
+        assert two["history"][0][name] == pytest.approx(one["history"][0][name], rel=1e-4)
+    weights = [torch.load(Path(out, "fused.pt"))["weights"] for out in ("one", "two")]
+    for name in weights[0]:
+        torch.testing.assert_close(weights[1][name], weights[0][name], rtol=1e-3, atol=1e-3)
+    assert Path("two", "curves.png").stat().st_size > 10_000
+
+
+def test_pytorchs_shared_statistics_need_a_gpu(pictures, capsys):
+    options = [f"--data-path={pictures}", "--norm", "torch", "--sync-bn", "--device=cpu"]
+    assert train_cifar.main(options) == 2
+    assert "--sync-bn: expected no torch in --norm" in capsys.readouterr().err
+
+
 def test_compiled_networks_save_what_plain_ones_do(pictures, monkeypatch):
     # The eager backend takes the same path through torch.compile and needs no C++ compiler.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))

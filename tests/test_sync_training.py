@@ -291,7 +291,8 @@ def resnet() -> nn.Module:
 def three_steps_of_a_part(rank: int) -> dict:
     model = convert_sync_batchnorm(fastbn.fuse(resnet()))
     images, labels = (t[:3] if rank == 0 else t[3:] for t in images_and_labels())
-    with mock.patch.object(modules, "sync_batch_norm", wraps=modules.sync_batch_norm) as calls:
+    spy = mock.patch.object(modules, "sync_batch_norm", wraps=modules.sync_batch_norm)
+    with spy as calls, fastbn.use_backend("torch"):
         found = three_steps(DistributedDataParallel(model), images, labels, 2.0)
     fused = Counter((call.args[8], call.args[10] is not None) for call in calls.call_args_list)
     assert fused == {("relu", False): 27, ("relu", True): 24, ("none", False): 9}
@@ -302,7 +303,10 @@ def test_resnet_equals_one_process_on_the_whole_batch():
     """Three steps of SGD under DistributedDataParallel, with all activations fused."""
     expected = three_steps(resnet(), *images_and_labels(), 1.0)
     for found in run(2, three_steps_of_a_part):
-        assert_close(found, expected)
+        assert found.keys() == expected.keys()
+        for name in found:
+            # Each step multiplies what rounding leaves, of which float64 has enough.
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-8)
 
 
 def stays_away(rank: int) -> None:

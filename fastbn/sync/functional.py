@@ -56,6 +56,11 @@ def sync_batch_norm(
             " fastbn.revert"
         )
     momentum, eps = as_float(momentum), as_float(eps)
+    # `torch.compile` can't tell two uses of one tensor apart, so the second use gets a view.
+    if residual is input:
+        residual = input.view_as(input)
+    if bias is weight and bias is not None:
+        bias = bias.view_as(bias)
     # A part of the batch may be too small for a norm of its own.
     sample = input if input.numel() > input.shape[1] else input.new_zeros(2, input.shape[1])
     written = (running_mean, running_var, num_batches_tracked)
