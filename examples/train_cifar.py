@@ -46,6 +46,8 @@ from results import stand_in_for_kernels
 from torch import nn
 from tqdm import tqdm
 
+import fastbn
+
 AMP_DTYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
