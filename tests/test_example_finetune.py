@@ -95,7 +95,7 @@ def test_fused_and_unfused_runs_are_the_same_and_share_weights(pictures, capsys)
 
     net = torchvision.models.get_model(NETWORK, num_classes=3)
     net.load_state_dict(weights)
-    _, _, test = image_folder.load_split(pictures, None)
+    _, train, test = image_folder.load_split(pictures, None)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (finetune.MEAN, finetune.STD))
     images = []
     for image, _ in test:  # (24, 20), scaled to a shorter side of 32, and the middle of that
@@ -104,7 +104,10 @@ def test_fused_and_unfused_runs_are_the_same_and_share_weights(pictures, capsys)
         tensor = torchvision.transforms.functional.to_tensor(middle)
         images.append((tensor - mean) / std)
     labels = torch.tensor([label for _, label in test])
-    logits = net.double().eval()(torch.stack(images).double())
+    options = finetune.parse_options([str(pictures), "--workers=0", "--image-size=32"])
+    ((seen, _),) = finetune.make_loaders(train, test, net, options)[1]
+    torch.testing.assert_close(seen, torch.stack(images), rtol=0, atol=1e-5)
+    logits = net.double().eval()(seen.double())
     last = results["history"][-1]
     assert last["test_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
     assert last["test_accuracy"] == pytest.approx((logits.argmax(1) == labels).double().mean())
