@@ -42,7 +42,7 @@ class Exact:
 
     def __init__(self, norm):
         self.norm = norm
-        self.mean, self.var = norm.running_mean.double(), norm.running_var.double()
+        self.mean, self.var = (t.double().clone() for t in (norm.running_mean, norm.running_var))
         self.count = norm.num_batches_tracked.item()
 
     def add(self, x):
@@ -177,7 +177,7 @@ def test_statistics_are_as_finite_as_their_dtype_allows(dtype, way, device):
         norm = fastbn.FusedBatchNorm1d(8, skip_nonfinite=True).to(device, stats)
         exact = Exact(norm)
         for scale, spoil in ((1.0, False), (600.0, False), (1.0, True), (1.0, False)):
-            x = (scale * torch.randn(32, 8, device=device)).to(dtype)
+            x = (scale * torch.randn(16, 8, device=device)).to(dtype)
             if spoil:
                 x[0, 6] = INF
             norm(x)
