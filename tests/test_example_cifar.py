@@ -138,7 +138,7 @@ def test_no_arguments_and_no_network_end_on_the_stand_in():
 
 
 def test_batch_norm_is_ahead_on_the_stand_in(monkeypatch):
-    monkeypatch.setattr(cifar_data, "download", lambda: None)
+    monkeypatch.setattr(cifar_data, "download_cifar10", lambda: None)
     monkeypatch.setattr(cifar_data, "STAND_IN_SIZES", (1500, 500))
     norms = run("--epochs=3", "-b=50")["norms"]
     assert norms["fused"]["best_val_accuracy"] > norms["none"]["best_val_accuracy"] + 0.1
