@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 _thread = threading.local()
 
@@ -22,7 +22,7 @@ def update_once() -> tuple[AbstractContextManager[None], AbstractContextManager[
     Returns:
         The contexts of the forward and of the recomputation, as `context_fn` must.
     """
-    return nullcontext(), _recomputing()
+    return nullcontext(), _Recomputing()
 
 
 def is_recomputing() -> bool:
@@ -30,11 +30,12 @@ def is_recomputing() -> bool:
     return getattr(_thread, "recomputing", False)
 
 
-@contextmanager
-def _recomputing() -> Iterator[None]:
-    before = is_recomputing()
-    _thread.recomputing = True
-    try:
-        yield
-    finally:
-        _thread.recomputing = before
+class _Recomputing:
+    """The context of a recomputation, which a second backward enters again."""
+
+    def __enter__(self) -> None:
+        self.before = is_recomputing()
+        _thread.recomputing = True
+
+    def __exit__(self, *error: Any) -> None:
+        _thread.recomputing = self.before

@@ -7,8 +7,7 @@ step. So the norm is computed later than it was, which must change nothing in be
 from __future__ import annotations
 
 import operator
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +16,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import fx
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
-from .fused import ends_in_norm, fused, is_activation, may_pass_unchanged
+from .fused import (
+    ends_in_norm,
+    fused,
+    is_activation,
+    is_harmless,
+    makes_fresh,
+    may_pass_unchanged,
+)
 
 # A step of a graph. PyTorch's type of it lets arguments be so much that each use needs a cast.
 Node = Any
 
-# Functions and methods that compute activations of the table, with the names of a parameter that
-# the kernels know, and of parameters that they don't.
+# Functions and methods that compute activations of the table, and the name of the parameter.
 _FUNCTIONS: dict[Any, tuple[str, str | None]] = {
     F.relu: ("relu", None),
     torch.relu: ("relu", None),
@@ -45,15 +49,8 @@ _FUNCTIONS: dict[Any, tuple[str, str | None]] = {
     "tanh": ("tanh", None),
 }
 
-# What leaves its input alone and returns new memory: modules, and functions.
-_FRESH_MODULES = (
-    _ConvNd, nn.Linear, _BatchNorm, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Upsample,
-)  # fmt: skip
-_FRESH_FUNCTIONS = (fused, torch.cat, torch.add, operator.add, operator.mul)
-# Modules of other types that a trace has shown to do so.
-found_fresh: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_FRESH_PLACES = ("torch.nn.", "fastbn.", "timm.layers.", "torchvision.ops.")
-
+# Functions that leave their arguments alone and return new memory.
+_FRESH_FUNCTIONS = (fused, torch.cat)
 
 # Names of the further arguments of a `forward` that goes on after its last norm.
 TAIL = ("fused_act", "fused_residual", "fused_add", "fused_before", "fused_after")
@@ -92,13 +89,19 @@ class _Chain:
     before: list[str]
     after: list[str]
     residual: Node | None = None
-    add: str = "add"
+    add: str | None = None
     act: str | tuple[str, Any] | None = None
 
 
-def fold(graph: fx.Graph, module: nn.Module) -> list[Fold]:
-    """Makes one call of each chain in a graph of a module's; returns what became of all norms."""
-    folds = []
+def fold(graph: fx.Graph, module: nn.Module) -> tuple[list[Fold], set[str]]:
+    """Makes one call of each chain in a graph of a module's.
+
+    Returns:
+        What became of all norms; and the paths of the modules of which it is taken for granted
+        that they leave their input alone.
+    """
+    folds, trusted = [], set()
+    paths = {node.target for node in graph.nodes if _is_call(node, module, is_harmless)}
     # If two norms feed an addition, the one that comes last takes the other's output.
     for node in reversed(list(graph.nodes)):
         if not _calls_norm(node, module):
@@ -106,12 +109,14 @@ def fold(graph: fx.Graph, module: nn.Module) -> list[Fold]:
         chain = _chain_after(node, module)
         reason = _why_plain(node, chain, module)
         if reason is None:
+            if chain.add == "iadd_to" or _between(node, chain.steps[-1], chain.steps):
+                trusted = paths
             _replace(graph, node, chain)
             layers = (*chain.before, *chain.after)
             folds.append(Fold(node.target, _kind(chain.act, chain.residual), layers=layers))
         else:
             folds.append(Fold(node.target, "plain", reason))
-    return folds[::-1]
+    return folds[::-1], trusted
 
 
 def folds_in(graph: fx.Graph, module: nn.Module) -> list[Fold]:
@@ -267,24 +272,23 @@ def _why_plain(node: Node, chain: _Chain, module: nn.Module) -> str | None:
     return None
 
 
-def _may_wait(node: Node, end: Node, module: nn.Module, steps: list[Node] | None = None) -> bool:
+def _may_wait(node: Node, end: Node, module: nn.Module, steps: Sequence[Node] = ()) -> bool:
     """Says whether a norm may be computed as late as another step, for all that lies between.
 
     Nothing there may change the norm's input, or memory that the input shares, or use the norm.
-    If the call is of more than a norm, nothing may lie between, as the rest may draw random
-    numbers, say.
+    If the call is of more than a norm, only layers that do nothing may lie between, as the rest
+    may draw random numbers, say.
     """
-    between, current = [], node.next
-    while current is not end:
-        if current not in (steps or ()) and current.op not in ("get_attr", "placeholder"):
-            between.append(current)
-        current = current.next
+    between = _between(node, end, steps)
     norm = module.get_submodule(node.target)
     if not isinstance(norm, _BatchNorm):
         return all(_is_call(step, module, _is_identity) for step in between)
     shared = _may_share(node.args[0], module)
+    attributes = [n.target for n in node.graph.nodes if n.op == "get_attr"]
+    if between and any(name.startswith(f"{node.target}.") for name in attributes):
+        return False
     for step in between:
-        if shared & set(step.all_input_nodes) and not _is_fresh(step, module):
+        if shared & set(step.all_input_nodes) and not _leaves_alone(step, module):
             return False
         paths = [step.target] if step.op == "call_module" else []
         paths += [n.target for n in step.all_input_nodes if n.op == "get_attr"]
@@ -293,6 +297,20 @@ def _may_wait(node: Node, end: Node, module: nn.Module, steps: list[Node] | None
             if found is not None and any(m is norm for m in found.modules()):
                 return False
     return True
+
+
+def _between(node: Node, end: Node, steps: Sequence[Node]) -> list[Node]:
+    """Returns the steps between two, but for some, that compute something."""
+    between, current = [], node.next
+    while current is not end:
+        if current not in steps and current.op not in ("get_attr", "placeholder"):
+            between.append(current)
+        current = current.next
+    return between
+
+
+def _leaves_alone(node: Node, module: nn.Module) -> bool:
+    return _is_fresh(node, module) or _is_call(node, module, is_harmless)
 
 
 def _is_identity(module: nn.Module) -> bool:
@@ -307,21 +325,27 @@ def _is_module(module: nn.Module, path: str) -> bool:
     return True
 
 
-def is_fresh(graph: fx.Graph, module: nn.Module) -> bool:
-    """Says whether a graph leaves its arguments alone and returns new memory."""
+def is_fresh(graph: fx.Graph, module: nn.Module) -> tuple[str, ...] | None:
+    """Says whether a graph leaves its arguments alone and returns new memory.
+
+    Returns:
+        The paths of the modules that must do so for that, or None.
+    """
     shared: set[Node] = set()
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             shared |= _may_share(node, module)
     users = {user for node in shared for user in node.users}
-    return all(_is_fresh(user, module) for user in users)
+    if not all(_is_fresh(user, module) for user in users):
+        return None
+    return tuple(sorted(user.target for user in users if user.op == "call_module"))
 
 
 def _is_fresh(node: Node, module: nn.Module) -> bool:
     """Says whether a step leaves its inputs alone and returns new memory."""
     if node.op == "call_function":
-        return node.target in _FRESH_FUNCTIONS
-    return _is_call(node, module, _makes_fresh)
+        return node.target in _FRESH_FUNCTIONS and "out" not in node.kwargs
+    return _is_call(node, module, makes_fresh)
 
 
 def _nobody_else_has(node: Node, module: nn.Module) -> bool:
@@ -331,14 +355,6 @@ def _nobody_else_has(node: Node, module: nn.Module) -> bool:
     if _is_call(node, module, may_pass_unchanged):
         return _nobody_else_has(node.args[0], module)
     return _is_fresh(node, module)
-
-
-def _makes_fresh(module: nn.Module) -> bool:
-    """Says whether a module leaves its input alone and returns new memory."""
-    if isinstance(module, nn.Sequential):
-        return len(module) > 0 and _makes_fresh(module[0])
-    known = type(module).forward.__module__.startswith(_FRESH_PLACES)
-    return (known and isinstance(module, _FRESH_MODULES)) or module in found_fresh
 
 
 def _may_share(node: Node, module: nn.Module) -> set[Node]:

@@ -13,12 +13,15 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 from torch.fx.proxy import Proxy
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from ..activations import ACTIVATIONS, activation_of, has_global_hooks, has_hooks, runs
 from ..modules import _Fused, _FusedAct, fused_activation
 from .generated import Generated
 
 _NONE = ("none", None)
+_STOCK_CALL = nn.Module.__call__
 
 
 def _add_to(output: Any, residual: Any) -> Any:
@@ -46,7 +49,7 @@ def fused(
     input: Tensor,
     act: Act = None,
     residual: Tensor | None = None,
-    add: str = "add",
+    add: str | None = None,
     before: tuple[nn.Module, ...] = (),
     after: tuple[nn.Module, ...] = (),
 ) -> Tensor:
@@ -57,16 +60,16 @@ def fused(
             module is called as it is.
         input: the module's input.
         act: the activation, a module, or name and parameter as `batch_norm` takes them.
-        residual: what is added, or None.
+        residual: what is added, if `add` says that something is.
         add: how the two are added: "add", "iadd" (in place), or with the residual as the first
-            summand "add_to", "iadd_to".
+            summand "add_to", "iadd_to"; None if nothing is.
         before, after: layers that the module's output and the sum pass, such as drop layers,
             which must return their input for the call to be one.
     """
     activation = _activation(act)
     if activation is not None and passes_unchanged(before + after) and is_plain_call(module, input):
         if isinstance(module, _Fused):
-            if _adds_plainly(residual, input) and is_bare_norm(module):
+            if (add is None or _adds_plainly(residual, input, add)) and is_bare_norm(module):
                 return module.normalise(input, *activation, residual)
         elif isinstance(module, Generated) and module.ends_in_norm and _is_unpatched(module):
             return module.forward_then(input, act, residual, add, before, after)
@@ -77,14 +80,14 @@ def unfused(
     output: Tensor,
     act: Act,
     residual: Tensor | None,
-    add: str,
+    add: str | None,
     before: tuple[nn.Module, ...],
     after: tuple[nn.Module, ...],
 ) -> Tensor:
     """Returns what `fused` returns, from the module's output."""
     for layer in before:
         output = layer(output)
-    if residual is not None:
+    if add is not None:
         output = _ADDITIONS[add](output, residual)
     for layer in after:
         output = layer(output)
@@ -106,22 +109,24 @@ def _activation(act: Act) -> tuple[str, float | None] | None:
     return act if isinstance(act, tuple) else activation_of(act)
 
 
-def _adds_plainly(residual: Tensor | None, input: Tensor) -> bool:
+def _adds_plainly(residual: Any, input: Tensor, add: str) -> bool:
     """Says whether the kernels' sum with a residual is what PyTorch's would be."""
-    if residual is None:
-        return True
     if not isinstance(residual, Tensor) or residual.shape != input.shape:
+        return False
+    # A sum is laid out in memory as its first summand.
+    if add.endswith("_to") and residual.stride() != input.stride():
         return False
     return residual.dtype == input.dtype and residual.device == input.device
 
 
 def is_plain_call(module: nn.Module, input: Any) -> bool:
-    """Says whether a call of a module with a tensor has no hooks and is not compiled by itself."""
+    """Says whether a call of a module with a tensor runs its `forward` and nothing else."""
     return (
         not isinstance(input, Proxy)
         and not has_hooks(module)
         and not has_global_hooks()
         and module._compiled_call_impl is None
+        and type(module).__call__ is _STOCK_CALL
     )
 
 
@@ -158,6 +163,25 @@ _DROP_PATHS = {
 }
 
 
+# Modules that leave their input alone and return new memory, by where their `forward` is from.
+_FRESH = (
+    _ConvNd, nn.Linear, _BatchNorm, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Upsample,
+)  # fmt: skip
+_FRESH_PLACES = ("torch.nn.", "fastbn.", "timm.layers.", "torchvision.ops.")
+
+
+def makes_fresh(module: nn.Module) -> bool:
+    """Says whether a call of a module leaves its input alone and returns new memory."""
+    if has_hooks(module) or not _is_unpatched(module):
+        return False
+    if isinstance(module, nn.Sequential):
+        forward = getattr(module, "original", type(module)).forward
+        return forward is nn.Sequential.forward and len(module) > 0 and makes_fresh(module[0])
+    if isinstance(module, Generated):
+        return module.is_fresh
+    return isinstance(module, _FRESH) and type(module).forward.__module__.startswith(_FRESH_PLACES)
+
+
 def may_pass_unchanged(module: nn.Module) -> bool:
     """Says whether a module is of a type that returns its input, always or in eval mode."""
     return type(module) in (nn.Identity, *_DROPS) or _name(module) in _DROP_PATHS
@@ -173,6 +197,11 @@ def passes_unchanged(layers: tuple[nn.Module, ...]) -> bool:
             if getattr(layer, probability) != 0:
                 return False
     return True
+
+
+def is_harmless(module: nn.Module) -> bool:
+    """Says whether a call of a module leaves its input alone."""
+    return makes_fresh(module) or (type(module) is nn.Identity and passes_unchanged((module,)))
 
 
 def _name(module: nn.Module) -> tuple[str, str]:

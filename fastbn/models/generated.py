@@ -11,10 +11,10 @@ import torch.nn as nn
 
 
 class Generated(nn.Module):
-    """A base of all generated classes, the other one is the module's own class.
+    """The first base of all generated classes; the second one is the module's own class.
 
     Copies are of the generated class too. A pickle holds the module's own class, so that whoever
-    loads it needs neither fastbn nor the code that was generated here.
+    loads it does not need the code that was generated here.
     """
 
     original: type[nn.Module]
@@ -24,12 +24,17 @@ class Generated(nn.Module):
         """Whether something that follows the module may become part of its last norm."""
         raise NotImplementedError
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether a call leaves its arguments alone and returns new memory."""
+        return False
+
     def forward_then(
         self,
         input: Any,
         act: Any,
         residual: Any,
-        add: str,
+        add: str | None,
         before: tuple[nn.Module, ...],
         after: tuple[nn.Module, ...],
     ) -> Any:
@@ -38,7 +43,10 @@ class Generated(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
-        # As pickles of protocols 0 and 1 make an object. A later one's insists on the class.
+        if reduced[0] is not vars(copyreg)["__newobj__"]:
+            function = self.original if reduced[0] is type(self) else reduced[0]
+            return function, *reduced[1:]
+        # Pickles of protocols 0 and 1 make objects so. Those of later ones insist on the class.
         reconstruct: Any = vars(copyreg)["_reconstructor"]
         return reconstruct, (self.original, object, None), *reduced[2:]
 

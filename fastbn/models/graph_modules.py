@@ -29,7 +29,7 @@ def _expand(graph: fx.Graph, node: Node) -> None:
     with graph.inserting_before(node):
         for layer in (norm, *before):
             value = graph.call_module(layer.target, (value,))
-        if residual is not None:
+        if add is not None:
             summands = (residual, value) if add.endswith("_to") else (value, residual)
             value = graph.call_function(getattr(operator, add.removesuffix("_to")), summands)
         for layer in after:

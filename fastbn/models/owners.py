@@ -22,14 +22,21 @@ import torch.nn as nn
 from torch import Tensor, fx
 from torch.fx.proxy import Proxy
 
-from .chains import Fold, fold, found_fresh, is_fresh, open_tail, tail_of
-from .fused import ends_in_norm, is_activation, may_pass_unchanged, unfused
+from .chains import Fold, fold, is_fresh, open_tail, tail_of
+from .fused import (
+    ends_in_norm,
+    is_activation,
+    is_harmless,
+    makes_fresh,
+    may_pass_unchanged,
+    unfused,
+)
 from .generated import Generated, set_class, subclass
 from .tracing import GIVEN, Untraceable, trace
+from .watching import Missing, Reads, same
 
 # More variants than this under one key are a sign that some attribute is never alike.
-_MOST_VARIANTS = 16
-_CONSTANTS = (bool, int, float, str, type(None))
+_MOST_VARIANTS = 64
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,8 @@ class Variant:
         tail: the path of the last norm.
         reason: why there is no generated `forward`.
         asks: whether `forward` asks for the type of an argument.
-        is_fresh: whether it leaves its arguments alone and returns new memory.
+        is_fresh: if it leaves its arguments alone and returns new memory, the paths of the
+            modules that must do so for that; otherwise None.
     """
 
     holds: Callable[[nn.Module], bool]
@@ -56,7 +64,7 @@ class Variant:
     tail: str | None = None
     reason: str = ""
     asks: bool = False
-    is_fresh: bool = False
+    is_fresh: tuple[str, ...] | None = None
 
 
 @dataclass
@@ -76,10 +84,11 @@ class Owner:
 
     def bind(self, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         """Returns the values of all parameters, or None if the call does not fit them."""
-        if len(args) > len(self.names) or any(name not in self.names for name in kwargs):
+        later = self.names[len(args) :]
+        if len(args) > len(self.names) or any(name not in later for name in kwargs):
             return None
         values = list(args)
-        for name in self.names[len(args) :]:
+        for name in later:
             if name in kwargs:
                 values.append(kwargs[name])
             elif name in self.defaults:
@@ -92,7 +101,8 @@ class Owner:
         """Returns the variant for a call, tracing it if there is none yet."""
         if values is None:
             return None
-        pattern = tuple([_kind(value) for value in values])
+        defaults = self.defaults
+        pattern = tuple([_kind(v, defaults.get(n)) for n, v in zip(self.names, values)])
         if None in pattern:
             return None
         for variant in self.variants.get((module.training, pattern), ()):
@@ -116,15 +126,20 @@ class Owner:
         return variant
 
 
-def _kind(value: Any) -> tuple | None:
-    """Returns the kind of an argument for `tracing.trace` in a tuple, or None if it has none."""
+def _kind(value: Any, default: Any = None) -> tuple | None:
+    """Returns the kind of an argument for `tracing.trace` in a tuple, or None if it has none.
+
+    Numbers are a part of the graph, and so only those are taken that a parameter has by default:
+    others may be new in each call.
+    """
     if isinstance(value, (Tensor, Proxy)):
         return (Tensor,)
-    for kind in (list, tuple, dict):
-        if type(value) is kind:
+    for kind in (list, tuple):
+        if type(value) is kind and all(isinstance(part, (Tensor, Proxy)) for part in value):
             return (kind,)
-    # True equals 1, but they are not alike.
-    return (value, type(value)) if isinstance(value, _CONSTANTS) else None
+    if value is None or type(value) in (bool, str):
+        return (value,)
+    return (value,) if type(value) in (int, float) and same(value, default) else None
 
 
 class FusedOwner(Generated):
@@ -135,6 +150,14 @@ class FusedOwner(Generated):
     @property
     def ends_in_norm(self) -> bool:
         return any(variant.forward_then is not None for variant in self._variants())
+
+    @property
+    def is_fresh(self) -> bool:
+        variants = [v for v in self._variants() if v.is_fresh is not None]
+        return bool(variants) and all(
+            v.is_fresh is not None and all(makes_fresh(self.get_submodule(p)) for p in v.is_fresh)
+            for v in self._variants()
+        )
 
     def _variants(self) -> list[Variant]:
         found = (v for variants in self.owner.variants.values() for v in variants)
@@ -155,7 +178,7 @@ class FusedOwner(Generated):
         input: Any,
         act: Any,
         residual: Any,
-        add: str,
+        add: str | None,
         before: tuple[nn.Module, ...],
         after: tuple[nn.Module, ...],
     ) -> Any:
@@ -198,10 +221,7 @@ def plan_owner(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
             if variant.asks and pattern[0] == (Tensor,):
                 todo.append(((list,), *pattern[1:]))
     reasons = [variant.reason for variant in variants if variant.reason]
-    traced = [variant for variant in variants if not variant.reason]
-    fresh = traced and all(variant.is_fresh for variant in traced)
-    (found_fresh.add if fresh else found_fresh.discard)(module)
-    if any(variant.forward is not None for variant in traced):
+    if any(variant.forward is not None for variant in variants):
         return generated, ""
     return None, reasons[0] if reasons else ""
 
@@ -209,7 +229,8 @@ def plan_owner(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
 def _patterns(parameters: list[inspect.Parameter]) -> list[tuple]:
     """Returns the patterns of arguments to expect: optional ones not given, and one of them."""
     base = [
-        (Tensor,) if p.default is p.empty else _kind(p.default) or (Tensor,) for p in parameters
+        (Tensor,) if p.default is p.empty else _kind(p.default, p.default) or (Tensor,)
+        for p in parameters
     ]
     optional = [i for i, p in enumerate(parameters) if p.default is None]
     found = [tuple(base)]
@@ -281,7 +302,7 @@ def _make_class(original: Any) -> type[nn.Module]:
         variant = owner.variant(self, values)
         if values is None or variant is None or variant.forward is None:
             return original.forward(self, *args, **kwargs)
-        given = [value for value in values if not isinstance(value, _CONSTANTS)]
+        given = [value for value in values if isinstance(value, (*GIVEN, Proxy))]
         return variant.forward(self, *given)
 
     return subclass(original, FusedOwner, {"owner": owner, "forward": forward})
@@ -295,10 +316,11 @@ def _make_variant(
     try:
         traced = trace(module, original.forward, arguments, training)
     except Untraceable as error:
-        return Variant(_guard(error.reads), reason=str(error), asks=error.asks)
-    graph, holds = traced.graph, _guard(traced.reads)
+        return Variant(_guard(error.reads, set()), reason=str(error), asks=error.asks)
+    graph = traced.graph
     fresh = is_fresh(graph, module)
-    folds = tuple(fold(graph, module))
+    found, trusted = fold(graph, module)
+    folds, holds = tuple(found), _guard(traced.reads, trusted)
     tail = tail_of(graph, module) if sum(k[0] in GIVEN for k in pattern) == 1 else None
     if tail is None and all(f.kind == "plain" for f in folds):
         return Variant(holds, folds=folds, asks=traced.asks, is_fresh=fresh)
@@ -319,30 +341,36 @@ def _compiled(graph: fx.Graph) -> Callable:
     return names["forward"]
 
 
-def _guard(reads: tuple[tuple[str, str, Any], ...]) -> Callable[[nn.Module], bool]:
-    """Returns a function that says whether a module's attributes are still as they were read."""
+def _guard(reads: Reads, trusted: set[str]) -> Callable[[nn.Module], bool]:
+    """Returns a function that says whether a module's attributes are still as they were read.
+
+    Args:
+        reads: what was read.
+        trusted: paths of modules that must leave their input alone.
+    """
     checks: list[str] = []
     kept: list[Any] = []
     for path, name, value in reads:
-        attribute = "module"
-        for part in (*filter(None, path.split(".")), name):
-            attribute = (
-                f"{attribute}.{part}" if part.isidentifier() else f"getattr({attribute}, {part!r})"
-            )
-        if isinstance(value, (nn.Module, Tensor)):
-            checks.append(f"{attribute} is not None")
+        found = _expression(path)
+        attribute = _expression(path, name)
+        if value is Missing:
+            checks.append(f"not hasattr({found}, {name!r})")
         elif name == "_modules":
             checks.append(f"tuple({attribute}) == {value!r}")
+        elif isinstance(value, (nn.Module, Tensor)):
+            checks.append(f"{attribute} is not None")
         elif value is None or type(value) is bool:
             checks.append(f"{attribute} is {value}")
-        elif type(value) in (int, str, float):
-            checks.append(f"{attribute} == {value!r}")
         else:
-            equal = isinstance(value, (tuple, list, dict, set))
-            checks.append(f"{attribute} {'==' if equal else 'is'} kept[{len(kept)}]")
+            checks.append(
+                f"same({attribute}, kept[{len(kept)}])"
+                if name
+                else f"type({found}) is kept[{len(kept)}]"
+            )
             kept.append(value)
+    checks += [f"harmless({_expression(path)})" for path in sorted(trusted)]
     body = "".join(f"    if not ({check}):\n        return False\n" for check in checks)
-    names: dict[str, Any] = {"kept": kept}
+    names: dict[str, Any] = {"kept": kept, "same": same, "harmless": is_harmless}
     exec(compile(f"def holds(module):\n{body}    return True\n", "<fastbn>", "exec"), names)
     guard = names["holds"]
 
@@ -353,3 +381,11 @@ def _guard(reads: tuple[tuple[str, str, Any], ...]) -> Callable[[nn.Module], boo
             return False
 
     return holds
+
+
+def _expression(path: str, name: str = "") -> str:
+    """Returns the code of an attribute of the module at a path."""
+    code = "module"
+    for part in filter(None, (*path.split("."), name)):
+        code = f"{code}.{part}" if part.isidentifier() else f"getattr({code}, {part!r})"
+    return code

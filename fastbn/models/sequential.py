@@ -28,7 +28,7 @@ class FusedSequential(Generated):
         input: Any,
         act: Any,
         residual: Any,
-        add: str,
+        add: str | None,
         before: tuple[nn.Module, ...],
         after: tuple[nn.Module, ...],
     ) -> Any:
@@ -53,15 +53,15 @@ def _run(modules: list[nn.Module], value: Any) -> Any:
 _classes: dict[Any, type[nn.Module]] = {}
 
 
-def fuse_sequential(module: nn.Sequential) -> bool:
-    """Gives a Sequential the peephole if it has a use for it; says whether it has one."""
+def fuse_sequential(module: nn.Sequential) -> None:
+    """Gives a Sequential the peephole, if it has a use for it."""
     if isinstance(module, FusedSequential):
-        return True
+        return
     children = list(module._modules.values())
-    if not any(map(ends_in_norm, children)):
-        return False
+    stock = type(module).__iter__ is nn.Sequential.__iter__
+    if not stock or not any(map(ends_in_norm, children)):
+        return
     kind: Any = type(module)
     if kind not in _classes:
         _classes[kind] = subclass(kind, FusedSequential, {})
     set_class(module, _classes[kind])
-    return True

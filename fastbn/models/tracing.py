@@ -1,9 +1,9 @@
 """Records one `forward` as a graph, with all that the graph takes for granted.
 
 `torch.fx` runs the `forward` once on stand-ins for its arguments and records what it calls.
-Python's decisions are taken for good on the way, so the attributes are noted that the `forward`
-reads, and a graph is good for as long as they are alike. A `forward` that does what no
-graph shows, such as setting attributes or drawing random numbers, is refused.
+Python's decisions are taken for good on the way. So `watching.py` notes the attributes that
+decide, and a graph is good for as long as they are alike. A `forward` that does what no graph
+shows, or asks what no stand-in can answer, is refused.
 """
 
 from __future__ import annotations
@@ -11,24 +11,31 @@ from __future__ import annotations
 import operator
 import random
 import sys
-import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import FunctionType
 from typing import Any
-from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor, fx
-from torch.fx.proxy import Proxy, TraceError
+from torch.fx.proxy import Attribute, Proxy, TraceError
 from torch.overrides import TorchFunctionMode
 
-# Kinds of arguments that a graph takes as they come; any other argument is a part of the graph.
-GIVEN = (Tensor, list, tuple, dict)
+from .watching import Reads, Watch, lock
 
-_lock = threading.RLock()
+# Kinds of arguments that a graph takes as they come; any other argument is a part of the graph.
+GIVEN = (Tensor, list, tuple)
+
+# What a stand-in answers wrongly, and what a graph does not show.
+_FORBIDDEN = {
+    "type", "is_tensor", "is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled",
+    "is_tracing", "is_compiling", "manual_seed", "set_rng_state", "autocast", "no_grad",
+    "enable_grad", "inference_mode", "set_grad_enabled",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,49 +44,63 @@ class Trace:
 
     Attributes:
         graph: what `forward` does. Its placeholders are the arguments of the kinds in GIVEN.
-        reads: for each attribute that was read the module's path, the name, and the value.
+        reads: what it read.
         asks: whether the `forward` asked for the type of an argument.
     """
 
     graph: fx.Graph
-    reads: tuple[tuple[str, str, Any], ...]
+    reads: Reads
     asks: bool
 
 
 class Untraceable(Exception):
     """Says why a `forward` has no graph, and what it had read and asked by then."""
 
-    def __init__(self, reason: str, reads: tuple[tuple[str, str, Any], ...], asks: bool) -> None:
+    def __init__(self, reason: str, reads: Reads, asks: bool) -> None:
         super().__init__(reason)
         self.reads, self.asks = reads, asks
 
 
-class _Value(Proxy):
+def _in_place(name: str) -> Callable[[Any, Any], Any]:
+    function = getattr(operator, name)
+
+    def method(self: Any, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+class _InPlace:
+    """Records operations in place, of which Python would make others: `x += y` is not `x + y`."""
+
+    __iadd__, __isub__, __imul__, __itruediv__ = map(
+        _in_place, ("iadd", "isub", "imul", "itruediv")
+    )
+    __ifloordiv__, __imod__, __ipow__ = map(_in_place, ("ifloordiv", "imod", "ipow"))
+    __iand__, __ior__, __ixor__ = map(_in_place, ("iand", "ior", "ixor"))
+    __ilshift__, __irshift__, __imatmul__ = map(_in_place, ("ilshift", "irshift", "imatmul"))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node", "kind", "root", "attr", "_node"):
+            raise TraceError(f"it sets {name} of a tensor")
+        object.__setattr__(self, name, value)
+
+
+class _Value(_InPlace, Proxy):
     """Stands for a tensor, or for what an argument's `kind` says."""
 
     kind: type | None = None
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        if self.kind is None or caller.startswith("torch."):
-            return _Value
-        tracer: Any = self.tracer
-        tracer.asks = True
-        return self.kind
+    def __getattr__(self, name: str) -> Any:
+        if hasattr(Tensor, name):
+            return _Attribute(self, name)
+        if sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.", "fastbn.")):
+            raise AttributeError(name)
+        raise TraceError(f"it asks a value for {name}")
 
-    # Without these Python would compute `x += y` as `x = x + y`.
-    def __iadd__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
-    def __isub__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
-
-    def __imul__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
-
-    def __itruediv__(self, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+class _Attribute(_InPlace, Attribute):
+    """Stands for an attribute of a value."""
 
 
 class _Tracer(fx.Tracer):
@@ -115,7 +136,22 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if type(a) is Tensor and not any(a is buffer for buffer in self.root.buffers()):
             raise TraceError("it makes a tensor that does not depend on its input")
+        if type(a) is OrderedDict:
+            items = [(key, self.create_arg(value)) for key, value in a.items()]
+            return self.create_node("call_function", OrderedDict, (items,), {})
+        plain = type(a) in (list, tuple, dict) or hasattr(a, "_fields")
+        if isinstance(a, (list, tuple, dict)) and not plain:
+            raise TraceError(f"it makes a {type(a).__name__}")
+        if hasattr(type(a), "__dataclass_fields__"):
+            raise TraceError(f"it makes a {type(a).__name__}")
         return super().create_arg(a)
+
+    def answer_isinstance(self, value: Any, kinds: Any) -> bool:
+        """Says what `isinstance` would say of an argument that a stand-in stands for."""
+        if getattr(value, "kind", None) is None:
+            raise TraceError("it asks for the type of a value that it computed")
+        self.asks = True
+        return issubclass(value.kind, kinds)
 
 
 def _surroundings() -> tuple:
@@ -137,7 +173,7 @@ class _NoOtherTensors(TorchFunctionMode):
     ) -> Any:
         given: list[Any] = []
         fx.node.map_aggregate((args, kwargs or {}), given.append)
-        if not any(type(a) is _Value for a in given):
+        if not any(type(a) in (_Value, _Attribute) for a in given):
             name = getattr(function, "__name__", str(function))
             raise TraceError(f"it calls {name} without its input")
         return function(*args, **(kwargs or {}))
@@ -158,87 +194,42 @@ def trace(
         Untraceable: `forward` decides by values of its input, or does what no graph shows.
     """
     tracer = _Tracer(forward, arguments)
-    reads: dict[tuple[int, str], tuple[nn.Module, str, Any]] = {}
-    lists: list[tuple[list, list]] = []
-    with _lock:
-        before = module.training
-        random_state = random.getstate()
+    before, numbers, graph = module.training, _random_states(), None
+    with lock:
         module.__dict__["training"] = training
+        watch = Watch(module, _Value, tracer.answer_isinstance)
         try:
-            with (
-                warnings.catch_warnings(),
-                mock.patch.object(nn.Module, "__getattribute__", _noting(reads, lists)),
-                mock.patch.object(nn.Module, "__setattr__", _refusing_to_set),
-                _NoOtherTensors(),
-            ):
+            watch.refuse_names(forward.__code__, _FORBIDDEN)
+            with warnings.catch_warnings(), watch, _NoOtherTensors():
                 warnings.simplefilter("ignore")
                 graph = tracer.trace(module)
-            reason = None
+            for code in watch.codes:
+                watch.refuse_names(code, _FORBIDDEN)
+            reason = watch.changes()
         except Exception as error:  # whatever a forward may raise when it gets no tensors
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            watch.changes()
         finally:
             module.__dict__["training"] = before
-        if random.getstate() != random_state:
-            random.setstate(random_state)
-            reason = "it draws random numbers"
-        for changed, content in lists:
-            if len(changed) != len(content) or any(map(operator.is_not, changed, content)):
-                changed[:] = content
-                reason = "it changes a list"
-        paths = {id(m): path for path, m in module.named_modules()}
-    noted = tuple(
-        (paths[id(m)], name, value)
-        for m, name, value in reads.values()
-        if id(m) in paths and not (m is module and name == "training")
-    )
-    if reason is not None:
-        raise Untraceable(reason, noted, tracer.asks)
-    return Trace(graph, noted, tracer.asks)
+    if _random_states() != numbers:
+        _restore(numbers)
+        reason = "it draws random numbers"
+    reads = watch.found()
+    if reason is None and reads is None:
+        reason = "it reads a module that is not a part of it"
+    if reason is not None or graph is None:
+        raise Untraceable(reason or "it has no graph", reads or (), tracer.asks)
+    return Trace(graph, reads or (), tracer.asks)
 
 
-def _noting(reads: dict, lists: list) -> Callable[[nn.Module, str], Any]:
-    """Returns a `__getattribute__` for modules that notes what a `forward` reads."""
-    read = object.__getattribute__
-
-    def getattribute(module: nn.Module, name: str) -> Any:
-        try:
-            value = read(module, name)
-        except AttributeError:
-            found = None
-            for place in ("_modules", "_parameters", "_buffers"):
-                found = read(module, "__dict__").get(place, {}).get(name, found)
-            if _by_forward(name):
-                reads[id(module), name] = (module, name, found)
-            raise
-        if name == "_modules" and _reader() == "torch.nn.modules.container":
-            reads[id(module), name] = (module, name, tuple(value))
-        elif _by_forward(name) and not isinstance(value, MethodType):
-            if name in read(module, "__dict__") or not isinstance(
-                value, (FunctionType, BuiltinFunctionType)
-            ):
-                reads[id(module), name] = (module, name, _frozen(value))
-            if type(value) is list:
-                lists.append((value, list(value)))
-        return value
-
-    return getattribute
+def _random_states() -> tuple:
+    name, keys, *rest = np.random.get_state(legacy=True)
+    own = (name, np.asarray(keys).tobytes(), *rest)
+    return random.getstate(), own, torch.get_rng_state().numpy().tobytes()
 
 
-def _frozen(value: Any) -> Any:
-    """Returns a copy of a container, in which a later change of it does not show."""
-    return value.copy() if isinstance(value, (list, dict, set)) else value
-
-
-def _reader() -> str:
-    return sys._getframe(2).f_globals.get("__name__", "")
-
-
-def _by_forward(name: str) -> bool:
-    """Says whether code of a model's reads an attribute, and not PyTorch's machinery."""
-    reader = sys._getframe(2).f_globals.get("__name__", "")
-    machinery = ("torch.fx", "torch.nn.modules.module", "torch.nn.modules.container", "fastbn.")
-    return not name.startswith("__") and not reader.startswith(machinery)
-
-
-def _refusing_to_set(module: nn.Module, name: str, value: Any) -> None:
-    raise TraceError(f"it sets {name}")
+def _restore(states: tuple) -> None:
+    own, (name, keys, *rest), numbers = states
+    random.setstate(own)
+    np.random.set_state((name, np.frombuffer(keys, np.uint32), *rest))
+    torch.set_rng_state(torch.frombuffer(bytearray(numbers), dtype=torch.uint8))
