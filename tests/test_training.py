@@ -104,8 +104,9 @@ def test_autocast_and_scaled_losses(device):
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-    limits = {"rtol": 0.1, "atol": 0.05}
-    torch.testing.assert_close(model.state_dict(), reference.state_dict(), **limits)
+    for p, q in zip(model.parameters(), reference.parameters()):
+        assert q.grad.norm() > 0
+        assert (p.grad - q.grad).norm() <= 0.1 * q.grad.norm()
     with torch.autocast(device.type, torch.bfloat16):
         assert fused_calls(model, batch)[1] == NET_CALLS
 

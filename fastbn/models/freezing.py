@@ -55,7 +55,7 @@ def freeze(model: nn.Module, *, parameters: bool = True) -> nn.Module:
 
 
 def unfreeze(model: nn.Module) -> nn.Module:
-    """Lets the statistics of a model's frozen norms move again, and trains their parameters.
+    """Lets the statistics of a model's frozen norms move again, and trains all their parameters.
 
     Args:
         model: any module.
@@ -88,6 +88,7 @@ def _make_buffers(module: nn.Module) -> None:
         parameter = module._parameters.pop(name, others.pop(name, None))
         if parameter is not None:
             parameter.requires_grad_(False)
+            parameter.grad = None
         # An optimizer that holds the parameter finds it again when the norm is unfrozen.
         module._buffers[name] = parameter
     module._buffers.update(others)

@@ -45,7 +45,8 @@ class ModelExplanation:
         reasons: for the path of each plain norm why it is plain.
         unknown: paths and class names of batch norms that fastbn does not take over.
         saved_bytes: bytes that a training step need not read or write, compared with the
-            same norms followed by additions and activations of their own; None without an input.
+            same norms followed by additions and activations of their own, each counted as if
+            it was a ReLU; None without an input.
     """
 
     kinds: dict[str, str]
