@@ -19,6 +19,7 @@ from .runtime import support
 from .runtime.device import device_facts
 from .runtime.layout import problem_of
 from .strategy import get_strategy
+from .sync.modules import _Synchronised
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Explanation:
             from the cache do not.
         forward_seconds, backward_seconds: the time that these bytes take at the
             device's bandwidth; None if the bandwidth is unknown.
+        processes: how many processes share the statistics.
     """
 
     backend: str
@@ -52,12 +54,19 @@ class Explanation:
     backward_bytes: int | None = None
     forward_seconds: float | None = None
     backward_seconds: float | None = None
+    processes: int = 1
 
     def __str__(self) -> str:
         if self.backend == "none":
             return f"This call is an error: {self.reason}."
+        shared = ""
+        if self.processes > 1:
+            shared = (
+                f"\nStatistics are shared by {self.processes} processes: the forward takes"
+                " an all-gather and a launch more, the backward an all-reduce."
+            )
         if self.plan is None:
-            return f"PyTorch's own batch norm serves this call: {self.reason}."
+            return f"PyTorch's own batch norm serves this call: {self.reason}." + shared
         plan, problem = self.plan, self.plan.problem
         forward = self._in_words(plan.forward, self.forward_bytes, self.forward_seconds)
         backward = self._in_words(plan.backward, self.backward_bytes, self.backward_seconds)
@@ -67,6 +76,7 @@ class Explanation:
             f"Input:    {problem.layout}, seen as (N, C, S) = {sizes}.\n"
             f"Forward:  {forward}\nBackward: {backward}"
             + (f"\nAfter the kernels, in PyTorch: {', '.join(self.after)}." if self.after else "")
+            + shared
         )
 
     def _in_words(self, schedule: Schedule, bytes: int | None, seconds: float | None) -> str:
@@ -161,6 +171,7 @@ def explain(
             module._check_input_dim(input)
     except (TypeError, ValueError) as error:
         return Explanation("none", str(error))
+    processes = module.processes() if isinstance(module, _Synchronised) else 1
     if module is not None:
         (
             running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps,
@@ -187,11 +198,13 @@ def explain(
     if reason is not None:
         numbers = (training, 0.1 if momentum is None else momentum, eps)
         message = _error(reason, input, *statistics, weight, bias, *numbers, residual=residual)
-        return Explanation("none", message) if message else Explanation("torch", reason)
+        if message:
+            return Explanation("none", message)
+        return Explanation("torch", reason, processes=processes)
 
     saves = saved_for(activation, residual is not None)
     device = device_facts(input.device)
-    strategy = get_strategy()
+    strategy = get_strategy() if processes == 1 else "two-pass"
     plan = make_plan(problem_of(input, training, residual is not None, saves), device, strategy)
     unit = plan.problem.tensor_bytes
     forward, backward = round(plan.forward.units * unit), round(plan.backward.units * unit)
@@ -201,5 +214,5 @@ def explain(
 
     return Explanation(
         "triton", f"{device.name} runs them", plan, after, strategy, device.name,
-        forward, backward, seconds(forward), seconds(backward),
+        forward, backward, seconds(forward), seconds(backward), processes,
     )  # fmt: skip

@@ -137,6 +137,7 @@ BELOW = {
         "runtime.layout",
         "runtime.support",
         "strategy",
+        "sync.modules",
     },
     "__init__": {
         "backend",

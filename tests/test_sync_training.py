@@ -191,11 +191,15 @@ def one_message_each_way(rank: int) -> None:
         for _ in range(2):
             x = part(rank, batch()).requires_grad_()
             norm(x, x).sum().backward()
+        told = str(fastbn.explain(norm, x, x))
+        assert "Statistics are shared by 2 processes" in told
+        assert ("two-pass, 2 launches" in told) == (fastbn.get_backend() == "triton")
         assert sent == {(gather, 2 * 3 + 1): 2, ("all_reduce", 2 * 3): 2}
         # No gradient of the input is wanted, and nobody is asked.
         norm(part(rank, batch())).sum().backward()
         assert sent["all_reduce", 2 * 3] == 2
         norm.eval()(x)
+        assert "processes" not in str(fastbn.explain(norm, x, x))
         norm.train().process_group = [dist.new_group([r]) for r in range(2)][rank]
         y = norm(x)
         assert sum(sent.values()) == 5

@@ -62,16 +62,16 @@ class SyncBatchNorm(torch.autograd.Function):
         taken = sync_ops if kernels else steps
         options = (activation, param, (want_dx, compute_dr, want_dw, want_db), format)
         saved = (grad_output, *tensors)
-        dx = dr = dw = db = sums = None
+        dx = dr = dw = db = None
+        # Without a gradient of the input no sums are read.
+        sums = tensors[-1]
         if want_dx or want_dw or want_db:
             sums, dw, db = taken.sums(*saved, *options)
         if want_dx:
             assert sums is not None
             sums = all_reduce(sums, group)
         if want_dx or compute_dr:
-            # Without a gradient of the input no sums are read.
-            totals = torch.zeros_like(tensors[-1]) if sums is None else sums
-            dx, dr = taken.gradients(*saved, totals, count, *options)
+            dx, dr = taken.gradients(*saved, sums, count, *options)
         return (
             dx if want_dx else None,
             dr if compute_dr else grad_output if want_dr else None,

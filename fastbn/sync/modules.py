@@ -40,6 +40,11 @@ class _Synchronised(_Fused):
             activation, activation_param, residual, self.biased_running_var, group,
         )  # fmt: skip
 
+    def processes(self) -> int:
+        """Returns how many processes share the statistics of a call, 1 in eval mode."""
+        group = self._group_to_ask()
+        return 1 if group is None else dist.get_world_size(group)
+
     def _group_to_ask(self) -> Any:
         """Returns the process group if there are others in it whose statistics count."""
         if not self.training or not (dist.is_available() and dist.is_initialized()):
