@@ -113,6 +113,7 @@ def bn_merge_fwd_kernel(
     RunningMean,  # pointer to the running mean, updated, or None
     RunningVar,  # pointer to the running variance, updated, or None
     NumBatchesTracked,  # pointer to num_batches_tracked, incremented, or None
+    Variances,  # pointer to C numbers for use, if batches that are not finite are skipped
     Arrivals,  # pointer to a zero
     C,
     ranks,
@@ -128,15 +129,18 @@ def bn_merge_fwd_kernel(
     factor = averaging_factor(momentum, NumBatchesTracked, CUMULATIVE, acc)
     c = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)[None, :]
     count, mean, m2 = merge_ranks(Gathered, c, ranks, C, acc, RANKS, WIDTH)
-    # A batch without any value has no statistics.
+    exists = c < C
+    if Variances is None:
+        # A batch without any value has no statistics; to be skipped it needs those that are NaN.
+        exists = exists & (count > 0)
     store_statistics(
-        count, mean, m2, Statistics, None, RunningMean, RunningVar, factor, correction, eps,
-        c, (c < C) & (count > 0), C,
+        count, mean, m2, Statistics, Variances, RunningMean, RunningVar, factor, correction, eps,
+        c, exists, C,
     )  # fmt: skip
     first = tl.program_id(0) == 0
     if first:
         tl.store(Count + tl.arange(0, 1)[:, None], count)
     finish_batch(
-        Statistics, RunningMean, RunningVar, NumBatchesTracked, None, momentum, C, first,
+        Statistics, RunningMean, RunningVar, NumBatchesTracked, Variances, momentum, C, first,
         Arrivals, tl.num_programs(0), CUMULATIVE,
     )  # fmt: skip

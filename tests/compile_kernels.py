@@ -272,7 +272,7 @@ def _call_synchronised(case: Case, x, residual, weight, bias, written, signs: bo
     """The same with the moments of four processes."""
     gathered = sync_ops._moments(x).expand(4, -1).contiguous()
     momentum = None if case.channels_last else 0.1
-    statistics, count = sync_ops._merge(gathered, *written, momentum, 1.0, 1e-5)
+    statistics, count = sync_ops._merge(gathered, *written, momentum, 1.0, 1e-5, momentum is None)
     epilogue = (case.activation, 0.01)
     _, mask = sync_ops._normalise(x, residual, weight, bias, statistics, *epilogue, signs)
     saved = (None, mask, weight, None) if signs else (residual, None, weight, bias)

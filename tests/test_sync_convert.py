@@ -108,6 +108,9 @@ def test_a_norm_of_an_unknown_class_is_named():
     with pytest.warns(RuntimeWarning, match=r"1\.0 \(Own\), 1\.1 \(LazyBatchNorm2d\); replace"):
         convert_sync_batchnorm(model)
     assert [type(m) for m in (model[0], model[1][0])] == [FusedSyncBatchNorm, Own]
+    frozen = fastbn.freeze(nn.BatchNorm2d(3))
+    convert_sync_batchnorm(frozen)  # has nothing to share, so there is nothing to warn of
+    assert type(frozen) is not FusedSyncBatchNorm
     with pytest.raises(TypeError, match="module must be a module, but got a list"):
         convert_sync_batchnorm([])
 

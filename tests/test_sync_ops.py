@@ -9,13 +9,13 @@ from fastbn.sync import steps
 TAKEN = pytest.mark.parametrize("taken", [steps, sync_ops], ids=["torch", "triton"])
 
 
-def merged(taken, gathered, momentum=0.1, correction=1.0):
+def merged(taken, gathered, momentum=0.1, correction=1.0, skip=False):
     """Mean, variance, count, and the running statistics and counter that become of 2, 3 and 4."""
     channels = gathered.shape[1] // 2
     mean, var = gathered.new_full((2, channels), 2.0).unbind()
     var += 1
     counter = torch.tensor(4, device=gathered.device)
-    statistics, count = taken.merge(gathered, mean, var, counter, momentum, correction, 0.0)
+    statistics, count = taken.merge(gathered, mean, var, counter, momentum, correction, 0.0, skip)
     return statistics[0], statistics[1] ** -2, count, mean, var, counter
 
 
@@ -77,6 +77,27 @@ def test_a_batch_without_values_changes_the_counter_alone(taken, device):
 
 
 @TAKEN
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), None])
+def test_batches_that_are_not_finite_are_skipped_as_a_whole(taken, wrong, device):
+    """In one channel of one process, of more than a program merges; averages or not."""
+    x = torch.arange(280.0, device=device).view(4, 70)
+    if wrong is not None:
+        x[3, 69] = wrong
+    gathered = torch.stack([taken.moments(part) for part in x.split([2, 2])])
+    for momentum in (0.5, None):
+        *_, mean, var, counter = merged(taken, gathered, momentum, 0.0, skip=True)
+        assert counter == (5 if wrong is None else 4)
+        rate = 0.0 if wrong is not None else 0.2 if momentum is None else momentum
+        expected = [(1 - rate) * 2 + rate * x.mean(0), (1 - rate) * 3 + rate * 6125]
+        if wrong is None:
+            torch.testing.assert_close(mean, expected[0])
+            torch.testing.assert_close(var, torch.full_like(var, expected[1]))
+        else:
+            assert mean.eq(2).all()
+            assert var.eq(3).all()
+
+
+@TAKEN
 def test_one_value_is_the_mean_and_has_no_unbiased_variance(taken, device):
     empty = taken.moments(torch.zeros(0, 3, device=device))
     gathered = torch.stack([empty, taken.moments(torch.full((1, 3), 7.0, device=device))])
@@ -88,7 +109,7 @@ def test_one_value_is_the_mean_and_has_no_unbiased_variance(taken, device):
 def test_running_statistics_must_be_contiguous(device):
     gathered, mean = torch.zeros(2, 7, device=device), torch.zeros(3, 2, device=device)[:, 0]
     with pytest.raises(RuntimeError, match="expected moments and running statistics that are con"):
-        sync_ops.merge(gathered, mean, mean, None, 0.1, 1.0, 1e-5)
+        sync_ops.merge(gathered, mean, mean, None, 0.1, 1.0, 1e-5, False)
 
 
 @TAKEN
@@ -103,7 +124,7 @@ def test_gradients_of_a_part(taken, residual, device):
     expected = torch.autograd.grad(z, whole[: 1 + residual], torch.cat([dy, -dy]))
 
     gathered = torch.stack([taken.moments(x), taken.moments(2 * x)])
-    statistics, count = taken.merge(gathered, None, None, None, 0.1, 1.0, 1e-5)
+    statistics, count = taken.merge(gathered, None, None, None, 0.1, 1.0, 1e-5, False)
     options = ("silu", 0.0, (True, residual, True, True), None)
     saved = [
         (grad, t, added if residual else None, None, weight, bias, statistics)

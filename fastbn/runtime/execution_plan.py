@@ -142,16 +142,18 @@ def plan_backward(
     return _plan_backward(*_signature(tensors, tensors[1]), *options)
 
 
-def plan_merge(gathered: Tensor, written: Sequence[Tensor | None], cumulative: bool) -> Launcher:
+def plan_merge(
+    gathered: Tensor, written: Sequence[Tensor | None], cumulative: bool, skip: bool
+) -> Launcher:
     """Returns the launcher of the kernel that merges the moments of several processes.
 
     Args:
         gathered: shape (processes, 2 * C + 1), the moments.
         written: running mean and variance, and num_batches_tracked.
-        cumulative: as for `plan_forward`.
+        cumulative, skip: as for `plan_forward`.
     """
     dtypes = tuple(None if t is None else t.dtype for t in (gathered, *written))
-    return _plan_merge(gathered.shape, gathered.device, dtypes, cumulative)
+    return _plan_merge(gathered.shape, gathered.device, dtypes, cumulative, skip)
 
 
 def clear() -> None:
@@ -257,7 +259,7 @@ def _plan_backward(
 @lru_cache(maxsize=1024)
 def _plan_merge(
     shape: tuple[int, int], device: torch.device, dtypes: tuple[torch.dtype | None, ...],
-    cumulative: bool,
+    cumulative: bool, skip: bool,
 ) -> Launcher:  # fmt: skip
     ranks, channels = shape[0], shape[1] // 2
     constants = {"CUMULATIVE": cumulative, "RANKS": MERGED_RANKS, "WIDTH": MERGED_CHANNELS}

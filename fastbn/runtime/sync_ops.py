@@ -30,7 +30,9 @@ def _moments(x):
     return found
 
 
-def _merge(gathered, running_mean, running_var, num_batches_tracked, momentum, correction, eps):
+def _merge(
+    gathered, running_mean, running_var, num_batches_tracked, momentum, correction, eps, skip
+):
     written = (running_mean, running_var, num_batches_tracked)
     _check_devices(gathered, *written)
     if not all(t is None or t.is_contiguous() for t in (gathered, *written)):
@@ -38,10 +40,11 @@ def _merge(gathered, running_mean, running_var, num_batches_tracked, momentum, c
     statistics = gathered.new_empty(2, gathered.shape[1] // 2)
     count = gathered.new_empty(1)
     cumulative = momentum is None
-    counter = get_workspace(gathered.device, 1).arrivals if cumulative else None
-    launch = plan_merge(gathered, written, cumulative)
+    variances = torch.empty_like(statistics[1]) if skip else None
+    counter = get_workspace(gathered.device, 1).arrivals if cumulative or skip else None
+    launch = plan_merge(gathered, written, cumulative, skip)
     rate = 0.0 if cumulative else momentum
-    launch((gathered, statistics, count, *written, counter), rate, correction, eps)
+    launch((gathered, statistics, count, *written, variances, counter), rate, correction, eps)
     # Autograd notices changes of saved tensors by their version, which a kernel doesn't raise.
     increment_version([t for t in written if t is not None])
     return statistics, count
@@ -100,7 +103,7 @@ def _fake_moments(x):
 
 
 def _fake_merge(
-    gathered, running_mean, running_var, num_batches_tracked, momentum, correction, eps
+    gathered, running_mean, running_var, num_batches_tracked, momentum, correction, eps, skip
 ):
     return gathered.new_empty(2, gathered.shape[1] // 2), gathered.new_empty(1)
 
@@ -130,7 +133,7 @@ moments = _register("sync_moments", "(Tensor input) -> Tensor", _moments, _fake_
 merge = _register(
     "sync_merge",
     "(Tensor gathered, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
-    " Tensor(c!)? num_batches_tracked, float? momentum, float correction, float eps)"
+    " Tensor(c!)? num_batches_tracked, float? momentum, float correction, float eps, bool skip)"
     " -> (Tensor statistics, Tensor count)",
     _merge,
     _fake_merge,

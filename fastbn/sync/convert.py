@@ -35,7 +35,8 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
     It takes PyTorch's norms (`nn.SyncBatchNorm` too), timm's and fastbn's, in plain models and
     in those that `fastbn.convert` or `fastbn.fuse` changed; fused activations stay fused. Each
     norm is the same object with another class, `FusedSyncBatchNorm` or `FusedSyncBatchNormAct`.
-    Parameters, buffers, hooks, names and the keys of `state_dict` stay. A subclass of a norm may
+    Parameters, buffers, hooks, names and the keys of `state_dict` stay. Frozen norms have nothing
+    to share, and stay. A subclass of a norm may
     compute anything and is left as it is, with a warning. `fastbn.revert` undoes it all.
 
     Args:
@@ -59,7 +60,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
         if isinstance(found, _Synchronised):
             if process_group is not None:
                 found.process_group = process_group
-        elif isinstance(found, _BatchNorm):
+        elif isinstance(found, _BatchNorm) and not getattr(found, "has_fixed_statistics", False):
             left[path or "the module"] = type(found).__name__
     if left:
         names = ", ".join(f"{path} ({name})" for path, name in left.items())
@@ -84,7 +85,8 @@ def revert_sync_norm(module: nn.Module) -> None:
     state = module.__dict__
     original = state.pop(_ORIGINAL, None)
     if original is None:
-        if type(module) is FusedSyncBatchNorm and not module.biased_running_var:
+        has_options = module.biased_running_var or module.skip_nonfinite
+        if type(module) is FusedSyncBatchNorm and not has_options:
             _set_class(module, nn.SyncBatchNorm)
         return
     if not issubclass(original, nn.SyncBatchNorm):

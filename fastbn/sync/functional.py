@@ -32,6 +32,7 @@ def sync_batch_norm(
     activation_param: float | None,
     residual: Tensor | None,
     biased_running_var: bool,
+    skip_nonfinite: bool,
     group: Any,
 ) -> Tensor:
     """Does what `tracked_batch_norm` does in training, with the batch of a whole process group.
@@ -39,7 +40,8 @@ def sync_batch_norm(
     Every process of the group has to call this function. Its input may have any number of
     values, none included. Where the whole batch has a single value a channel, CPU tensors get
     the error that PyTorch's batch norm raises. On a GPU nobody waits to look: the values are
-    normalised to 0, and the running variance becomes NaN (unless it is biased).
+    normalised to 0, and the running variance becomes NaN, unless it is biased or such batches
+    are skipped.
 
     Raises:
         RuntimeError: `torch.func` or forward-mode AD is at work, or as `batch_norm` raises it.
@@ -82,7 +84,9 @@ def sync_batch_norm(
                 f" {input.shape} and no values from other processes"
             )
         correction = 0.0 if biased_running_var else 1.0
-        statistics, count = taken.merge(gathered, *written, momentum, correction, eps)
+        # Without both running statistics there is nothing to protect.
+        skip = skip_nonfinite and running_mean is not None and running_var is not None
+        statistics, count = taken.merge(gathered, *written, momentum, correction, eps, skip)
     options = (eps, activation, param, group, kernels)
     return SyncBatchNorm.apply(input, residual, weight, bias, statistics, count, options)
 

@@ -37,7 +37,8 @@ class _Synchronised(_Fused):
         mean, var, num_batches_tracked, weight, bias, _, momentum, eps = arguments_of(self)
         return sync_batch_norm(
             input, mean, var, num_batches_tracked, weight, bias, momentum, eps,
-            activation, activation_param, residual, self.biased_running_var, group,
+            activation, activation_param, residual, self.biased_running_var,
+            self.skip_nonfinite, group,
         )  # fmt: skip
 
     def processes(self) -> int:
@@ -75,7 +76,8 @@ class FusedSyncBatchNorm(_Synchronised):
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as for
             `nn.SyncBatchNorm`.
         process_group: the processes that share statistics; None for all.
-        biased_running_var: as for `batch_norm`.
+        biased_running_var, skip_nonfinite: as for `batch_norm`; it is the whole batch that is
+            skipped, in all processes.
 
     Raises:
         ValueError: on a CPU, the whole batch has one value per channel; the group does not hold
@@ -96,10 +98,11 @@ class FusedSyncBatchNorm(_Synchronised):
         dtype: Any = None,
         *,
         biased_running_var: bool = False,
+        skip_nonfinite: bool = False,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
-            biased_running_var=biased_running_var,
+            biased_running_var=biased_running_var, skip_nonfinite=skip_nonfinite,
         )  # fmt: skip
         self.process_group = process_group
 
@@ -135,10 +138,12 @@ class FusedSyncBatchNormAct(_Synchronised, _FusedAct):
         *,
         process_group: Any = None,
         biased_running_var: bool = False,
+        skip_nonfinite: bool = False,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, apply_act, act_layer,
-            act_kwargs, inplace, drop_layer, device, dtype, biased_running_var=biased_running_var,
+            act_kwargs, inplace, drop_layer, device, dtype,
+            biased_running_var=biased_running_var, skip_nonfinite=skip_nonfinite,
         )  # fmt: skip
         self.process_group = process_group
 

@@ -38,11 +38,13 @@ def merge(
     momentum: float | None,
     correction: float,
     eps: float,
+    skip: bool,
 ) -> tuple[Tensor, Tensor]:
     """Merges moments (Chan, Golub and LeVeque, 1983), and updates the running statistics.
 
     Args:
         gathered: shape (processes, 2 * C + 1), the moments of each process.
+        skip: a batch with statistics that are not finite updates and counts nothing.
 
     Returns:
         The (2, C) mean and 1 / sqrt(var + eps) of all values, and how many each channel has.
@@ -62,12 +64,16 @@ def merge(
     rate: float | Tensor = 0.0 if momentum is None else momentum
     if momentum is None and num_batches_tracked is not None:
         rate = 1.0 / (num_batches_tracked + 1).to(mean.dtype)
-    for running, batch in ((running_mean, mean), (running_var, m2 / (count - correction))):
+    unbiased = m2 / (count - correction)
+    usable = count > 0
+    if skip:
+        usable = usable & mean.isfinite().all() & unbiased.isfinite().all()
+    for running, batch in ((running_mean, mean), (running_var, unbiased)):
         if running is not None:
             updated = (1.0 - rate) * running.to(mean.dtype) + rate * batch
-            running.copy_(torch.where(count > 0, updated, running))
+            running.copy_(torch.where(usable, updated, running))
     if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
+        num_batches_tracked.add_(usable if skip else 1)
     return torch.stack([mean, torch.rsqrt(m2 / some + eps)]), count.reshape(1)
 
 
