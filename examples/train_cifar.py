@@ -237,9 +237,11 @@ def prepare(options: Namespace) -> tuple[dict[str, Any], Data]:
     checkpoints = load_checkpoints(options)
     if processes.rank():
         processes.wait_for_all()  # The first process may have to download the data.
-    data = load_data(options.data_path, options.workers, options.max_train_samples)
-    if processes.rank() == 0:
-        processes.wait_for_all()
+    try:
+        data = load_data(options.data_path, options.workers, options.max_train_samples)
+    finally:
+        if processes.rank() == 0:
+            processes.wait_for_all()
     for norm, checkpoint in checkpoints.items():
         if checkpoint["classes"] != data.classes:
             raise UserError(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from ..reference import accumulated, axes_of, per_channel
-from ..runtime.layout import dense, memory_format
+from ..runtime.layout import memory_format
 
 
 def moments(x: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def normalise(
     if save_mask:
         # PyTorch takes the derivative of ReLU at NaN for 1, and that of leaky ReLU for the slope.
         mask = ~(z <= 0) if activation == "relu" else z > 0
-    return dense(y.to(dtype), memory_format(x)), mask
+    return _as_result(y, x, dtype), mask
 
 
 def sums(
@@ -147,7 +147,16 @@ def gradients(
     constant, slope = totals / count
     dx = g - per_channel(constant, g) - centred * per_channel(slope * rstd * rstd, g)
     scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
-    return dense(dx * per_channel(scale, g), memory_format(x)).to(x.dtype), g
+    return _as_result(dx * per_channel(scale, g), x, x.dtype), g
+
+
+def _as_result(y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a result of a dtype in the memory format that the input gives it."""
+    # The compiler of PyTorch 2.11 loses the gradient of what these functions return unchanged.
+    if y.dtype is not dtype:
+        y = y.to(dtype)
+    format = memory_format(x)
+    return y if y.is_contiguous(memory_format=format) else y.contiguous(memory_format=format)
 
 
 def _centred(x: Tensor, statistics: Tensor) -> Tensor:
