@@ -236,3 +236,34 @@ def test_timms_checkpoints_set_after_fusing():
             stem = checkpoints
             calls = fused_calls(model.train(), images)[1]
             assert calls == {"relu": 9 - stem, "add+relu": 8, "none": 3 + stem}
+
+
+def test_a_detector_trains_fused():
+    from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
+
+    def make():
+        return fasterrcnn_mobilenet_v3_large_320_fpn(
+            weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64
+        )
+
+    boxes = torch.tensor([[4.0, 4.0, 40.0, 40.0]])
+    target = {"boxes": boxes, "labels": torch.tensor([1])}
+    with fastbn.use_backend("torch"):
+        model, reference = pair(make)
+        fuse(model)
+        losses = []
+        for net in (model, reference):
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+            for step in range(2):
+                torch.manual_seed(step)
+                images = [torch.rand(3, 64, 64)]
+                loss = sum(net(images, [target]).values())
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.detach())
+        assert torch.stack(losses[:2]).equal(torch.stack(losses[2:]))
+        torch.testing.assert_close(model.state_dict(), reference.state_dict(), rtol=0, atol=0)
+        kinds = Counter(explain(model).kinds.values())
+        assert kinds["act"] == 31
+        assert kinds["add"] == 10

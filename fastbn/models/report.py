@@ -72,7 +72,11 @@ def explain_model(model: nn.Module, input: Any = None) -> ModelExplanation:
     names = {module: path for path, module in model.named_modules()}
     norms = [module for module in names if isinstance(module, _Fused)]
     kinds = {names[norm]: "plain" if is_bare_norm(norm) else "own act" for norm in norms}
-    reasons = {path: "no module calls it" for path, kind in kinds.items() if kind == "plain"}
+    reasons = {
+        path: "no forward that was recorded calls it"
+        for path, kind in kinds.items()
+        if kind == "plain"
+    }
     # From the outside in: what a module does itself counts more than what its owners see.
     for module in reversed(list(names)):
         for child, kind, reason in _folds(module):
@@ -105,7 +109,8 @@ def _folds(module: nn.Module) -> list[tuple[nn.Module, str, str]]:
     variant = module.current_variant() if isinstance(module, FusedOwner) else None
     if variant is not None:
         return [_fold_in_owner(module, fold) for fold in variant.folds]
-    if not norms or isinstance(module, nn.Sequential):
+    stock = type(module).forward in (nn.Module.forward, nn.Sequential.forward)
+    if not norms or stock:
         return []
     generated, reason = plan_owner(module)
     name = type(module).__name__
