@@ -106,7 +106,7 @@ def test_autocast_and_scaled_losses(device):
             scaler.update()
     for p, q in zip(model.parameters(), reference.parameters()):
         assert q.grad.norm() > 0
-        assert (p.grad - q.grad).norm() <= 0.3 * q.grad.norm()
+        assert (p.grad - q.grad).norm() <= 0.3 * q.grad.norm() + 1e-3
     with torch.autocast(device.type, torch.bfloat16):
         assert fused_calls(model, batch)[1] == NET_CALLS
 

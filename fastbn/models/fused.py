@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.fx.proxy import Proxy
@@ -123,6 +124,8 @@ def is_plain_call(module: nn.Module, input: Any) -> bool:
     """Says whether a call of a module with a tensor runs its `forward` and nothing else."""
     return (
         not isinstance(input, Proxy)
+        # A trace of TorchScript's would take comparisons of shapes for a part of the model.
+        and not torch.jit.is_tracing()
         and not has_hooks(module)
         and not has_global_hooks()
         and module._compiled_call_impl is None

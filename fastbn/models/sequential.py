@@ -18,7 +18,7 @@ class FusedSequential(Generated):
     @property
     def ends_in_norm(self) -> bool:
         modules = list(self._modules.values())
-        return bool(modules) and ends_in_norm(modules[-1])
+        return len(modules) > 0 and ends_in_norm(modules[-1])
 
     def forward(self, input: Any) -> Any:
         return _run(list(self._modules.values()), input)
