@@ -371,6 +371,9 @@ def test_stateless_call_changes_nothing(backend):
     assert not torch.equal(outcomes[1][1], kept[0])
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11."), reason="PyTorch 2.11 can't compile Keras's own code"
+)
 def test_compiled_layer_has_one_graph(backend):
     theirs, ours = both()
     for layer in (theirs, ours):
