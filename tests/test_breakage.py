@@ -33,7 +33,7 @@ BREAKAGES = {
     ),
     "no Bessel's correction": (
         "kernels/forward.py",
-        "m2 / (count - correction)",
+        "m2 / (count - tl.full((), correction, mean.dtype))",
         "m2 / count",
         "tests/test_kernels.py::test_momentum",
     ),
@@ -93,7 +93,7 @@ BREAKAGES = {
     ),
     "Bessel's correction of a biased variance": (
         "kernels/forward.py",
-        "m2 / (count - correction)",
+        "m2 / (count - tl.full((), correction, mean.dtype))",
         "m2 / (count - 1.0)",
         "tests/test_kernels.py::test_biased_running_var",
     ),
