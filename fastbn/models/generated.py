@@ -19,27 +19,18 @@ class Generated(nn.Module):
 
     original: type[nn.Module]
 
+    # Computes what `fused` does of the module and its further arguments, if it ends in a norm.
+    forward_then: Callable[..., Any]
+
     @property
     def ends_in_norm(self) -> bool:
         """Whether something that follows the module may become part of its last norm."""
-        raise NotImplementedError
+        return False
 
     @property
     def is_fresh(self) -> bool:
         """Whether a call leaves its arguments alone and returns new memory."""
         return False
-
-    def forward_then(
-        self,
-        input: Any,
-        act: Any,
-        residual: Any,
-        add: str | None,
-        before: tuple[nn.Module, ...],
-        after: tuple[nn.Module, ...],
-    ) -> Any:
-        """Computes what `fused` does of a module that ends in a norm."""
-        raise NotImplementedError
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)

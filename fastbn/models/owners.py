@@ -173,20 +173,12 @@ class FusedOwner(Generated):
         )
         return next(found, None)
 
-    def forward_then(
-        self,
-        input: Any,
-        act: Any,
-        residual: Any,
-        add: str | None,
-        before: tuple[nn.Module, ...],
-        after: tuple[nn.Module, ...],
-    ) -> Any:
+    def forward_then(self, input: Any, *rest: Any) -> Any:
         owner = self.owner
         variant = owner.variant(self, owner.bind((input,), {}))
         if variant is None or variant.forward_then is None:
-            return unfused(self(input), act, residual, add, before, after)
-        return variant.forward_then(self, input, act, residual, add, before, after)
+            return unfused(self(input), *rest)
+        return variant.forward_then(self, input, *rest)
 
 
 def fuse_owner(module: nn.Module) -> None:

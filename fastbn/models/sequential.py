@@ -23,18 +23,10 @@ class FusedSequential(Generated):
     def forward(self, input: Any) -> Any:
         return _run(list(self._modules.values()), input)
 
-    def forward_then(
-        self,
-        input: Any,
-        act: Any,
-        residual: Any,
-        add: str | None,
-        before: tuple[nn.Module, ...],
-        after: tuple[nn.Module, ...],
-    ) -> Any:
+    def forward_then(self, input: Any, *rest: Any) -> Any:
         *modules, last = self._modules.values()
         # An activation that was the last module's is not there: it ends in a norm.
-        return fused(last, _run(modules, input), act, residual, add, before, after)
+        return fused(last, _run(modules, input), *rest)
 
 
 def _run(modules: list[nn.Module], value: Any) -> Any:
