@@ -7,7 +7,6 @@ step. So the norm is computed later than it was, which must change nothing in be
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,19 +14,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import fx
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from .fused import (
-    ends_in_norm,
-    fused,
-    is_activation,
-    is_harmless,
-    makes_fresh,
-    may_pass_unchanged,
-)
-
-# A step of a graph. PyTorch's type of it lets arguments be so much that each use needs a cast.
-Node = Any
+from .fused import ends_in_norm, fused, is_activation, is_harmless, may_pass_unchanged
+from .steps import Node, is_call, may_wait, nobody_else_has, only_user, steps_between
 
 # Functions and methods that compute activations of the table, and the name of the parameter.
 _FUNCTIONS: dict[Any, tuple[str, str | None]] = {
@@ -48,9 +37,6 @@ _FUNCTIONS: dict[Any, tuple[str, str | None]] = {
     "sigmoid": ("sigmoid", None),
     "tanh": ("tanh", None),
 }
-
-# Functions that leave their arguments alone and return new memory.
-_FRESH_FUNCTIONS = (fused, torch.cat)
 
 # Names of the further arguments of a `forward` that goes on after its last norm.
 TAIL = ("fused_act", "fused_residual", "fused_add", "fused_before", "fused_after")
@@ -101,7 +87,7 @@ def fold(graph: fx.Graph, module: nn.Module) -> tuple[list[Fold], set[str]]:
         that they leave their input alone.
     """
     folds, trusted = [], set()
-    paths = {node.target for node in graph.nodes if _is_call(node, module, is_harmless)}
+    paths = {node.target for node in graph.nodes if is_call(node, module, is_harmless)}
     # If two norms feed an addition, the one that comes last takes the other's output.
     for node in reversed(list(graph.nodes)):
         if not _calls_norm(node, module):
@@ -109,7 +95,7 @@ def fold(graph: fx.Graph, module: nn.Module) -> tuple[list[Fold], set[str]]:
         chain = _chain_after(node, module)
         reason = _why_plain(node, chain, module)
         if reason is None:
-            if chain.add == "iadd_to" or _between(node, chain.steps[-1], chain.steps):
+            if chain.add == "iadd_to" or steps_between(node, chain.steps[-1], chain.steps):
                 trusted = paths
             _replace(graph, node, chain)
             layers = (*chain.before, *chain.after)
@@ -139,7 +125,7 @@ def tail_of(graph: fx.Graph, module: nn.Module) -> Node | None:
     node = result.args[0]
     if not (isinstance(node, fx.Node) and _calls_norm(node, module)):
         return None
-    return node if _only_user(node) is result and _may_wait(node, result, module) else None
+    return node if only_user(node) is result and may_wait(node, result, module) else None
 
 
 def open_tail(graph: fx.Graph, node: Node) -> None:
@@ -156,24 +142,7 @@ def open_tail(graph: fx.Graph, node: Node) -> None:
 
 
 def _calls_norm(node: Node, module: nn.Module) -> bool:
-    return _is_call(node, module, ends_in_norm)
-
-
-def _is_call(node: Node, module: nn.Module, kind: Callable[[nn.Module], bool]) -> bool:
-    """Says whether a node calls a module of some kind on one value."""
-    if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
-        return False
-    return isinstance(node.args[0], fx.Node) and kind(module.get_submodule(node.target))
-
-
-def _only_user(node: Node) -> Node | None:
-    """Returns the one step that uses a value, and uses it once."""
-    if len(node.users) != 1:
-        return None
-    (user,) = node.users
-    uses: list[Node] = []
-    fx.node.map_arg((user.args, user.kwargs), uses.append)
-    return user if uses.count(node) == 1 else None
+    return is_call(node, module, ends_in_norm)
 
 
 def _chain_after(node: Node, module: nn.Module) -> _Chain:
@@ -195,10 +164,10 @@ def _chain_after(node: Node, module: nn.Module) -> _Chain:
 
 def _pass_layers(node: Node, module: nn.Module) -> tuple[list[Node], Node, Node | None]:
     """Returns the steps after a node that may return their input, the last, and its user."""
-    passed, end, user = [], node, _only_user(node)
-    while user is not None and _is_call(user, module, may_pass_unchanged):
+    passed, end, user = [], node, only_user(node)
+    while user is not None and is_call(user, module, may_pass_unchanged):
         passed.append(user)
-        end, user = user, _only_user(user)
+        end, user = user, only_user(user)
     return passed, end, user
 
 
@@ -222,7 +191,7 @@ def _activation(node: Node, argument: Node, module: nn.Module) -> str | tuple[st
     """Returns the path of the module, or name and parameter of the function, if a step computes
     an activation.
     """
-    if _is_call(node, module, is_activation) and node.args[0] is argument:
+    if is_call(node, module, is_activation) and node.args[0] is argument:
         return node.target
     if node.op not in ("call_function", "call_method") or node.args[:1] != (argument,):
         return None
@@ -265,110 +234,11 @@ def _why_plain(node: Node, chain: _Chain, module: nn.Module) -> str | None:
         name = user.target if isinstance(user.target, str) else user.target.__name__
         return f"next is {name}"
     # In place, the other summand is changed: nobody must see that.
-    if chain.add == "iadd_to" and not _nobody_else_has(chain.residual, module):
+    if chain.add == "iadd_to" and not nobody_else_has(chain.residual, module):
         return "it is added in place to another tensor"
-    if not _may_wait(node, chain.steps[-1], module, chain.steps):
+    if not may_wait(node, chain.steps[-1], module, chain.steps):
         return "what comes in between might change its input"
     return None
-
-
-def _may_wait(node: Node, end: Node, module: nn.Module, steps: Sequence[Node] = ()) -> bool:
-    """Says whether a norm may be computed as late as another step, for all that lies between.
-
-    Nothing there may change the norm's input, or memory that the input shares, or use the norm.
-    If the call is of more than a norm, only layers that do nothing may lie between, as the rest
-    may draw random numbers, say.
-    """
-    between = _between(node, end, steps)
-    norm = module.get_submodule(node.target)
-    if not isinstance(norm, _BatchNorm):
-        return all(_is_call(step, module, _is_identity) for step in between)
-    shared = _may_share(node.args[0], module)
-    attributes = [n.target for n in node.graph.nodes if n.op == "get_attr"]
-    if between and any(name.startswith(f"{node.target}.") for name in attributes):
-        return False
-    for step in between:
-        if shared & set(step.all_input_nodes) and not _leaves_alone(step, module):
-            return False
-        paths = [step.target] if step.op == "call_module" else []
-        paths += [n.target for n in step.all_input_nodes if n.op == "get_attr"]
-        for path in paths:
-            found = module.get_submodule(path) if _is_module(module, path) else None
-            if found is not None and any(m is norm for m in found.modules()):
-                return False
-    return True
-
-
-def _between(node: Node, end: Node, steps: Sequence[Node]) -> list[Node]:
-    """Returns the steps between two, but for some, that compute something."""
-    between, current = [], node.next
-    while current is not end:
-        if current not in steps and current.op not in ("get_attr", "placeholder"):
-            between.append(current)
-        current = current.next
-    return between
-
-
-def _leaves_alone(node: Node, module: nn.Module) -> bool:
-    return _is_fresh(node, module) or _is_call(node, module, is_harmless)
-
-
-def _is_identity(module: nn.Module) -> bool:
-    return type(module) is nn.Identity
-
-
-def _is_module(module: nn.Module, path: str) -> bool:
-    try:
-        module.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
-def is_fresh(graph: fx.Graph, module: nn.Module) -> tuple[str, ...] | None:
-    """Says whether a graph leaves its arguments alone and returns new memory.
-
-    Returns:
-        The paths of the modules that must do so for that, or None.
-    """
-    shared: set[Node] = set()
-    for node in graph.nodes:
-        if node.op in ("placeholder", "get_attr"):
-            shared |= _may_share(node, module)
-    users = {user for node in shared for user in node.users}
-    if not all(_is_fresh(user, module) for user in users):
-        return None
-    return tuple(sorted(user.target for user in users if user.op == "call_module"))
-
-
-def _is_fresh(node: Node, module: nn.Module) -> bool:
-    """Says whether a step leaves its inputs alone and returns new memory."""
-    if node.op == "call_function":
-        return node.target in _FRESH_FUNCTIONS and "out" not in node.kwargs
-    return _is_call(node, module, makes_fresh)
-
-
-def _nobody_else_has(node: Node, module: nn.Module) -> bool:
-    """Says whether a step's output is new memory that one other step uses."""
-    if _only_user(node) is None:
-        return False
-    if _is_call(node, module, may_pass_unchanged):
-        return _nobody_else_has(node.args[0], module)
-    return _is_fresh(node, module)
-
-
-def _may_share(node: Node, module: nn.Module) -> set[Node]:
-    """Returns the steps whose outputs may share memory with a step's."""
-    found, todo = set(), [node]
-    while todo:
-        step = todo.pop()
-        if step in found:
-            continue
-        found.add(step)
-        if not _is_fresh(step, module):
-            todo += step.all_input_nodes
-        todo += [user for user in step.users if not _is_fresh(user, module)]
-    return found
 
 
 def _replace(graph: fx.Graph, node: Node, chain: _Chain) -> None:

@@ -6,8 +6,9 @@ import operator
 
 from torch import fx
 
-from .chains import Node, fold
+from .chains import fold
 from .fused import activate, fused
+from .steps import Node
 
 
 def fuse_graph(module: fx.GraphModule) -> None:

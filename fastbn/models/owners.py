@@ -22,7 +22,7 @@ import torch.nn as nn
 from torch import Tensor, fx
 from torch.fx.proxy import Proxy
 
-from .chains import Fold, fold, is_fresh, open_tail, tail_of
+from .chains import Fold, fold, open_tail, tail_of
 from .fused import (
     ends_in_norm,
     is_activation,
@@ -32,6 +32,7 @@ from .fused import (
     unfused,
 )
 from .generated import Generated, set_class, subclass
+from .steps import is_fresh
 from .tracing import GIVEN, Untraceable, trace
 from .watching import Missing, Reads, same
 
