@@ -100,13 +100,18 @@ BELOW = {
     "models.chains": {"models.fused", "models.steps"},
     "models.graph_modules": {"models.chains", "models.fused", "models.steps"},
     "models.sequential": {"models.fused", "models.generated"},
-    "models.owners": {
+    "models.variants": {
         "models.chains",
         "models.fused",
-        "models.generated",
         "models.steps",
         "models.tracing",
         "models.watching",
+    },
+    "models.owners": {
+        "models.fused",
+        "models.generated",
+        "models.tracing",
+        "models.variants",
     },
     "models.report": {
         "activations",

@@ -62,7 +62,7 @@ BREAKAGES = {
         "tests/test_fuse.py::test_the_norms_input_is_changed_after_the_norm",
     ),
     "a graph taken for good": (
-        "models/owners.py",
+        "models/variants.py",
         "            return guard(module)",
         "            return True",
         "tests/test_fuse.py::test_a_flag_that_changes_later",
