@@ -36,7 +36,7 @@ def batch_norm(
 
     With the correction 0, and not 1, the running variance is updated by the biased variance.
     """
-    if training and correction == 0.0 and running_var is not None:
+    if training and correction == 0.0 and running_var is not None and input.numel():
         return _with_biased_variance(input, running_mean, running_var, weight, bias, momentum, eps)
     arguments = (running_mean, running_var, weight, bias, training, momentum, eps)
     if support.transforms_active():

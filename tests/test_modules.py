@@ -379,3 +379,11 @@ def test_a_biased_running_var_is_the_normalising_variance(act, momentum, device)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         norm(x[:1, :, :, :1])
     torch.testing.assert_close(norm.running_var.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2, 2), (0, 3, 1, 1)])
+def test_an_empty_batch_moves_no_biased_running_var(shape, device):
+    norm = fastbn.FusedBatchNorm2d(3, biased_running_var=True).to(device)
+    assert norm(torch.empty(shape, device=device)).shape == shape
+    assert norm.running_var.eq(1).all()
+    assert norm.running_mean.eq(0).all()

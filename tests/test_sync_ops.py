@@ -43,7 +43,7 @@ def test_moments_of_many_processes(taken, dtype, ranks, device):
 
 @TAKEN
 def test_a_mean_far_from_zero_costs_a_unit_of_the_mean(taken, device):
-    """A message has means in float32, so half a unit each; variances don't suffer from that."""
+    """A message has means in float32, so half a unit each; variances suffer little from that."""
     x = torch.randn(64, 9, dtype=torch.float64) + 1e6
     x = x.to(device, torch.float32)
     gathered = torch.stack([taken.moments(part) for part in x.split([1, 20, 0, 43])])

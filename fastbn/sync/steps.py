@@ -67,7 +67,10 @@ def merge(
     unbiased = m2 / (count - correction)
     usable = count > 0
     if skip:
-        usable = usable & mean.isfinite().all() & unbiased.isfinite().all()
+        # In the running statistics' dtype, as in the kernels.
+        for running, batch in ((running_mean, mean), (running_var, unbiased)):
+            if running is not None:
+                usable = usable & batch.to(running.dtype).isfinite().all()
     for running, batch in ((running_mean, mean), (running_var, unbiased)):
         if running is not None:
             updated = (1.0 - rate) * running.to(mean.dtype) + rate * batch
