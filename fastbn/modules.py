@@ -51,10 +51,13 @@ class _Fused(_BatchNorm):
         *,
         biased_running_var: bool = False,
         skip_nonfinite: bool = False,
+        **kwargs: Any,
     ) -> None:
+        # Newer versions of PyTorch have more keywords, such as `bias`.
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
-        )
+            num_features, eps, momentum, affine, track_running_stats,
+            device=device, dtype=dtype, **kwargs,
+        )  # fmt: skip
         if biased_running_var:
             self.biased_running_var = True
         if skip_nonfinite:

@@ -82,13 +82,22 @@ def assert_same_outcome(ours, theirs, *args):
         assert a == b
 
 
+def positional(kind):
+    """The arguments of a constructor that need no keyword, in their order, and their defaults."""
+    parameters = inspect.signature(kind).parameters.values()
+    return [(p.name, p.default) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
 @pytest.mark.parametrize("fused", [p[:2] for p in PAIRS.values()])
 def test_constructor(fused):
     ours, theirs = fused
-    assert inspect.signature(ours.__init__) == inspect.signature(theirs.__init__)
+    assert positional(ours) == positional(theirs)
     assert isinstance(ours(3), theirs)
     assert issubclass(ours, nn.modules.batchnorm._BatchNorm)
     assert ours(3).extra_repr() == theirs(3).extra_repr()
+    for refused in ({"no_such": 1}, {"num_features": 3}):
+        with pytest.raises(TypeError, match=next(iter(refused))):
+            ours(3, **refused)
 
 
 @pytest.mark.skipif(

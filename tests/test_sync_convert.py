@@ -120,6 +120,8 @@ def test_constructors():
     theirs, ours = nn.SyncBatchNorm, FusedSyncBatchNorm
     names = [name for name in inspect.signature(theirs).parameters if name != "bias"]
     assert list(inspect.signature(ours).parameters)[: len(names)] == names
+    if "bias" in inspect.signature(theirs).parameters:
+        assert ours(3, bias=False).bias is None
     form = inspect.signature(fastbn.FusedBatchNormAct2d).parameters
     assert [*inspect.signature(FusedSyncBatchNormAct).parameters.keys() - form.keys()] == [
         "process_group"

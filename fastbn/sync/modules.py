@@ -99,10 +99,11 @@ class FusedSyncBatchNorm(_Synchronised):
         *,
         biased_running_var: bool = False,
         skip_nonfinite: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
-            biased_running_var=biased_running_var, skip_nonfinite=skip_nonfinite,
+            biased_running_var=biased_running_var, skip_nonfinite=skip_nonfinite, **kwargs,
         )  # fmt: skip
         self.process_group = process_group
 
