@@ -72,5 +72,5 @@ def _skip_nonfinite(
         new = (1.0 - share) * old + share * batch
         running.copy_(torch.where(finite, new, old))
     if num_batches_tracked is not None:
-        num_batches_tracked.add_(finite)
+        num_batches_tracked.add_(finite.to(num_batches_tracked.device))
     return output

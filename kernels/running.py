@@ -43,11 +43,11 @@ def finish_batch(
                 Statistics, RunningMean, RunningVar, NumBatchesTracked, Variances, momentum, C,
                 CUMULATIVE,
             )  # fmt: skip
-    elif NumBatchesTracked is not None:
-        if CUMULATIVE:
-            first = last_to_arrive(Arrivals, programs)
-        if first:
+    elif CUMULATIVE and NumBatchesTracked is not None:
+        if last_to_arrive(Arrivals, programs):
             count_batch(NumBatchesTracked)
+    elif first:
+        count_batch(NumBatchesTracked)
 
 
 @triton.jit
@@ -59,9 +59,9 @@ def update_unless_nonfinite(
     if are_finite(Means, Variances, RunningMean, RunningVar, C):
         factor = averaging_factor(momentum, NumBatchesTracked, CUMULATIVE, Means.dtype.element_ty)
         for some in range(0, C, _CHANNELS):
-            c, exists = some_channels(some, C)
-            update_running(RunningMean, load(Means, c, exists), factor, c, exists)
-            update_running(RunningVar, load(Variances, c, exists), factor, c, exists)
+            c, exists = channels_from(some, C)
+            update_running(RunningMean, load_statistics(Means, c, exists), factor, c, exists)
+            update_running(RunningVar, load_statistics(Variances, c, exists), factor, c, exists)
         count_batch(NumBatchesTracked)
 
 
@@ -77,9 +77,9 @@ def are_finite(Means, Variances, RunningMean, RunningVar, C):
     """Says whether the means and variances of all channels are finite."""
     finite = tl.full((_CHANNELS,), 1, tl.int32)
     for some in range(0, C, _CHANNELS):
-        c, exists = some_channels(some, C)
-        finite &= is_finite(load(Means, c, exists), RunningMean)
-        finite &= is_finite(load(Variances, c, exists), RunningVar)
+        c, exists = channels_from(some, C)
+        finite &= is_finite(load_statistics(Means, c, exists), RunningMean)
+        finite &= is_finite(load_statistics(Variances, c, exists), RunningVar)
     return tl.min(finite, axis=0) == 1
 
 
@@ -92,13 +92,13 @@ def is_finite(batch, Running):
 
 
 @triton.jit
-def some_channels(first, C):
+def channels_from(first, C):
     """Returns so many channels from one on as are looked at together, and which of them exist."""
     c = first + tl.arange(0, _CHANNELS)
     return c, c < C
 
 
 @triton.jit
-def load(P, c, exists):
+def load_statistics(P, c, exists):
     """Loads statistics that other programs stored, past the first-level cache; zero if none."""
     return tl.load(P + c, exists, other=0.0, cache_modifier=".cg")

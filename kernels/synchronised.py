@@ -3,6 +3,9 @@
 Each device takes the moments of its own part of the batch (mean, sum of squares about the mean,
 count). The devices exchange these, and each merges all of them in the same order, so that all
 get the same bits. `forward.py` and `backward.py` do the rest.
+
+A mean is a sum of two numbers, the rounded mean and what rounding took away. Otherwise rounding
+would change the distance between two means, whose square is a part of the variance.
 """
 
 import triton
@@ -32,16 +35,18 @@ def store_group_moments(X, Partials, Moments, group, sizes, TILE: tl.constexpr):
         _, mean, m2 = merge_partials(
             Partials, Partials + rows_of(sizes, TILE) * sizes.C, first, end, c, sizes, acc, TILE
         )
-        tl.store(Moments + c, mean + near, c < end)
-        tl.store(Moments + sizes.C + c, m2, c < end)
+        rounded = near + mean
+        tl.store(Moments + c, rounded, c < end)
+        tl.store(Moments + sizes.C + c, (near - rounded) + mean, c < end)
+        tl.store(Moments + 2 * sizes.C + c, m2, c < end)
     if group == 0:
-        tl.store(Moments + 2 * sizes.C, (tl.cast(sizes.N, tl.int64) * sizes.S).to(acc))
+        tl.store(Moments + 3 * sizes.C, (tl.cast(sizes.N, tl.int64) * sizes.S).to(acc))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def bn_moments_fwd_kernel(
     X,  # pointer to the input
-    Moments,  # pointer to 2 * C + 1 numbers, written: means, sums of squares about them, count
+    Moments,  # pointer to 3 * C + 1 numbers, written: means, their rests, sums of squares, count
     Partials,  # pointer to a (2, rows, C) table of means and sums of squares
     Arrivals,  # pointer to a zero for each group of channels
     N,
@@ -65,7 +70,7 @@ def bn_moments_fwd_kernel(
 @triton.jit
 def load_counts(Gathered, rank, ranks, C):
     """Loads how many values a channel has on each of some ranks, 0 past the last rank."""
-    return tl.load(Gathered + rank * (2 * C + 1) + 2 * C, rank < ranks, other=0.0)
+    return tl.load(Gathered + rank * (3 * C + 1) + 3 * C, rank < ranks, other=0.0)
 
 
 @triton.jit
@@ -85,7 +90,7 @@ def merge_ranks(Gathered, c, ranks, C, acc: tl.constexpr, RANKS: tl.constexpr, W
     about = tl.zeros((RANKS, WIDTH), acc)
     for first in range(0, ranks, RANKS):
         counts = load_counts(Gathered, first + rows, ranks, C)
-        at = Gathered + (first + rows) * (2 * C + 1) + c
+        at = Gathered + (first + rows) * (3 * C + 1) + c
         about += counts / count * tl.load(at, (counts > 0) & (c < C), other=0.0)
     about = tl.sum(about, axis=0, keep_dims=True)
     weighted = tl.zeros((RANKS, WIDTH), acc)
@@ -93,12 +98,13 @@ def merge_ranks(Gathered, c, ranks, C, acc: tl.constexpr, RANKS: tl.constexpr, W
     m2 = tl.zeros((RANKS, WIDTH), acc)
     for first in range(0, ranks, RANKS):
         counts = load_counts(Gathered, first + rows, ranks, C)
-        at = Gathered + (first + rows) * (2 * C + 1) + c
+        at = Gathered + (first + rows) * (3 * C + 1) + c
         exists = (counts > 0) & (c < C)
-        away = tl.where(exists, tl.load(at, exists, other=0.0) - about, 0.0)
+        near, rest = tl.load(at, exists, other=0.0), tl.load(at + C, exists, other=0.0)
+        away = tl.where(exists, (near - about) + rest, 0.0)
         weighted += counts / count * away
         squares = tl.fma(counts * away, away, squares)
-        m2 += tl.load(at + C, exists, other=0.0)
+        m2 += tl.load(at + 2 * C, exists, other=0.0)
     weighted = tl.sum(weighted, axis=0, keep_dims=True)
     squares = tl.sum(squares, axis=0, keep_dims=True)
     between = about_the_mean(squares, count * weighted, weighted)
@@ -107,7 +113,7 @@ def merge_ranks(Gathered, c, ranks, C, acc: tl.constexpr, RANKS: tl.constexpr, W
 
 @triton.jit(do_not_specialize=["C", "ranks"])
 def bn_merge_fwd_kernel(
-    Gathered,  # pointer to (ranks, 2 * C + 1): the `Moments` of each rank
+    Gathered,  # pointer to (ranks, 3 * C + 1): the `Moments` of each rank
     Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps), written
     Count,  # pointer to the number of values of a channel on all ranks, written
     RunningMean,  # pointer to the running mean, updated, or None
@@ -131,7 +137,8 @@ def bn_merge_fwd_kernel(
     count, mean, m2 = merge_ranks(Gathered, c, ranks, C, acc, RANKS, WIDTH)
     exists = c < C
     if Variances is None:
-        # A batch without any value has no statistics; to be skipped it needs those that are NaN.
+        # A batch without any value has no statistics, and nothing reads them. To be skipped it
+        # needs those that are NaN.
         exists = exists & (count > 0)
     store_statistics(
         count, mean, m2, Statistics, Variances, RunningMean, RunningVar, factor, correction, eps,

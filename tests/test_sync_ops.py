@@ -11,7 +11,7 @@ TAKEN = pytest.mark.parametrize("taken", [steps, sync_ops], ids=["torch", "trito
 
 def merged(taken, gathered, momentum=0.1, correction=1.0, skip=False):
     """Mean, variance, count, and the running statistics and counter that become of 2, 3 and 4."""
-    channels = gathered.shape[1] // 2
+    channels = gathered.shape[1] // 3
     mean, var = gathered.new_full((2, channels), 2.0).unbind()
     var += 1
     counter = torch.tensor(4, device=gathered.device)
@@ -42,16 +42,20 @@ def test_moments_of_many_processes(taken, dtype, ranks, device):
 
 
 @TAKEN
-def test_a_mean_far_from_zero_costs_a_unit_of_the_mean(taken, device):
-    """A message has means in float32, so half a unit each; variances suffer little from that."""
-    x = torch.randn(64, 9, dtype=torch.float64) + 1e6
-    x = x.to(device, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("units", [1e-2, 30, 1e3])
+def test_means_far_from_zero_leave_variances_their_digits(taken, dtype, units, device):
+    """Deviations are some units of the mean's last digit, and rounding takes half a unit."""
+    mean = -1e4
+    deviation = units * abs(mean) * torch.finfo(dtype).eps
+    x = (torch.randn(64, 9, dtype=torch.float64) * deviation + mean).to(device, dtype)
     gathered = torch.stack([taken.moments(part) for part in x.split([1, 20, 0, 43])])
-    mean, var, *_ = merged(taken, gathered)
-    unit = 1e6 * torch.finfo(torch.float32).eps
-    assert (mean.double() - x.double().mean(0)).abs().max() <= unit
-    # The distance of means, each wrong by half a unit, has a share in the variance.
-    torch.testing.assert_close(var.double(), x.double().var(0, correction=0), rtol=0, atol=unit / 4)
+    found, var, *_ = merged(taken, gathered)
+    exact = x.double() - mean
+    unit = torch.finfo(dtype).eps
+    assert (found.double() - mean - exact.mean(0)).abs().max() <= unit * abs(mean)
+    expected = exact.var(0, correction=0)
+    torch.testing.assert_close(var.double(), expected, rtol=20 * unit, atol=0)
 
 
 @TAKEN

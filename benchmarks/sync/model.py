@@ -78,8 +78,8 @@ def all_reduce(ranks: int, size: float, network: Network = NETWORK) -> float:
 
 
 def gathered(ranks: int, channels: int) -> float:
-    """What fastbn does: means, sums of squares about them, and the count, of every process."""
-    return all_gather(ranks, 4 * (2 * channels + 1))
+    """What fastbn does: means in two parts, sums of squares, and the count, of every process."""
+    return all_gather(ranks, 4 * (3 * channels + 1))
 
 
 def reduced(ranks: int, channels: int) -> float:

@@ -148,7 +148,7 @@ def plan_merge(
     """Returns the launcher of the kernel that merges the moments of several processes.
 
     Args:
-        gathered: shape (processes, 2 * C + 1), the moments.
+        gathered: shape (processes, 3 * C + 1), the moments.
         written: running mean and variance, and num_batches_tracked.
         cumulative, skip: as for `plan_forward`.
     """
@@ -261,7 +261,7 @@ def _plan_merge(
     shape: tuple[int, int], device: torch.device, dtypes: tuple[torch.dtype | None, ...],
     cumulative: bool, skip: bool,
 ) -> Launcher:  # fmt: skip
-    ranks, channels = shape[0], shape[1] // 2
+    ranks, channels = shape[0], shape[1] // 3
     constants = {"CUMULATIVE": cumulative, "RANKS": MERGED_RANKS, "WIDTH": MERGED_CHANNELS}
     constants |= {"num_warps": 2, **_OPTIONS}
     programs = -(-channels // MERGED_CHANNELS)

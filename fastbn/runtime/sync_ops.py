@@ -20,10 +20,10 @@ from .workspace import get_workspace
 
 def _moments(x):
     if x.numel() == 0:
-        return x.new_zeros(2 * x.shape[1] + 1, dtype=statistics_dtype(x.dtype))
+        return x.new_zeros(3 * x.shape[1] + 1, dtype=statistics_dtype(x.dtype))
     plan = plan_forward((x, *[None] * 6), True, False, "none", False, False, True)
     workspace = get_workspace(x.device, plan.groups, plan.partial_bytes)
-    found = x.new_empty(2 * x.shape[1] + 1, dtype=plan.statistics)
+    found = x.new_empty(3 * x.shape[1] + 1, dtype=plan.statistics)
     partials = workspace.partials[plan.statistics]
     assert plan.reduce is not None
     plan.reduce((dense(x, plan.format), found, partials, workspace.arrivals))
@@ -37,7 +37,7 @@ def _merge(
     _check_devices(gathered, *written)
     if not all(t is None or t.is_contiguous() for t in (gathered, *written)):
         raise RuntimeError("expected moments and running statistics that are contiguous")
-    statistics = gathered.new_empty(2, gathered.shape[1] // 2)
+    statistics = gathered.new_empty(2, gathered.shape[1] // 3)
     count = gathered.new_empty(1)
     cumulative = momentum is None
     variances = torch.empty_like(statistics[1]) if skip else None
@@ -99,13 +99,13 @@ def _gradients(
 
 
 def _fake_moments(x):
-    return x.new_empty(2 * x.shape[1] + 1, dtype=statistics_dtype(x.dtype))
+    return x.new_empty(3 * x.shape[1] + 1, dtype=statistics_dtype(x.dtype))
 
 
 def _fake_merge(
     gathered, running_mean, running_var, num_batches_tracked, momentum, correction, eps, skip
 ):
-    return gathered.new_empty(2, gathered.shape[1] // 2), gathered.new_empty(1)
+    return gathered.new_empty(2, gathered.shape[1] // 3), gathered.new_empty(1)
 
 
 def _fake_normalise(x, residual, weight, bias, statistics, activation, param, save_mask):

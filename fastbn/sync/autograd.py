@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..activations import ACTIVATIONS, reads_bias, saved_for
@@ -12,7 +13,7 @@ from ..reference import accumulated, axes_of, per_channel
 from ..runtime import support
 from ..runtime.layout import memory_format, unpack_mask
 from . import steps
-from .collectives import Total, all_reduce
+from .collectives import Total
 
 if support.HAS_TRITON:
     from ..runtime import sync_ops
@@ -69,7 +70,7 @@ class SyncBatchNorm(torch.autograd.Function):
             sums, dw, db = taken.sums(*saved, *options)
         if want_dx:
             assert sums is not None
-            sums = all_reduce(sums, group)
+            dist.all_reduce(sums, group=group)
         if want_dx or compute_dr:
             dx, dr = taken.gradients(*saved, sums, count, *options)
         return (

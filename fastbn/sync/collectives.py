@@ -20,15 +20,8 @@ def all_gather(tensor: Tensor, group: Any) -> Tensor:
     return gathered.view(size, -1)
 
 
-def all_reduce(tensor: Tensor, group: Any) -> Tensor:
-    """Returns the sum of a tensor over all processes of a group, in new memory."""
-    total = tensor.clone()
-    dist.all_reduce(total, group=group)
-    return total
-
-
 class Total(torch.autograd.Function):
-    """`all_reduce`, which can be differentiated any number of times.
+    """The sum of a tensor over all processes of a group, differentiable any number of times.
 
     What is differentiated is the sum of all processes' losses, as in DistributedDataParallel. So
     a term's gradient is the sum of the gradients that the total has in all processes.
@@ -37,7 +30,9 @@ class Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        return all_reduce(tensor, group)
+        total = tensor.clone()
+        dist.all_reduce(total, group=group)
+        return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -65,7 +65,7 @@ class FusedSyncBatchNorm(_Synchronised):
 
     In training all processes of the group have to call the module equally often, forward and
     backward. They may bring batches of different sizes, and empty ones. A call sends one
-    all-gather of 2 * C + 1 numbers, and its backward one all-reduce of 2 * C. In eval mode, or
+    all-gather of 3 * C + 1 numbers, and its backward one all-reduce of 2 * C. In eval mode, or
     if the group has one process, it is the plain module and sends nothing.
 
     It works with any backend of `torch.distributed`: NCCL on GPUs, Gloo on CPUs. `state_dict` is

@@ -17,17 +17,22 @@ from ..runtime.layout import memory_format
 
 
 def moments(x: Tensor) -> Tensor:
-    """Returns the means of the channels, sums of squares about them, and how many values each has.
+    """Returns the channels' means, what rounding took from these, sums of squares, and count.
 
     Returns:
-        Shape (2 * C + 1,); zeros of an empty input.
+        Shape (3 * C + 1,); zeros of an empty input. The sums of squares are those of
+        differences from the mean, and the count is how many values a channel has.
     """
     z, axes = accumulated(x), axes_of(x)
     if x.numel() == 0:
-        return z.new_zeros(2 * x.shape[1] + 1)
-    count = x.numel() // x.shape[1]
-    var, mean = torch.var_mean(z, axes, correction=0)
-    return torch.cat([mean, var * count, mean.new_full((1,), count)])
+        return z.new_zeros(3 * x.shape[1] + 1)
+    # Sums of huge values overflow in `torch.mean`, and their differences do so below.
+    _, mean = torch.var_mean(z, axes, correction=0)
+    centred = z - per_channel(mean, z)
+    rest = centred.mean(axes)
+    rest = torch.where(rest.isfinite(), rest, 0.0)
+    m2 = (centred - per_channel(rest, z)).square().sum(axes)
+    return torch.cat([mean, rest, m2, mean.new_full((1,), x.numel() // x.shape[1])])
 
 
 def merge(
@@ -43,13 +48,13 @@ def merge(
     """Merges moments (Chan, Golub and LeVeque, 1983), and updates the running statistics.
 
     Args:
-        gathered: shape (processes, 2 * C + 1), the moments of each process.
+        gathered: shape (processes, 3 * C + 1), the moments of each process.
         skip: a batch with statistics that are not finite updates and counts nothing.
 
     Returns:
         The (2, C) mean and 1 / sqrt(var + eps) of all values, and how many each channel has.
     """
-    means, m2s = gathered[:, :-1].chunk(2, dim=1)
+    means, rests, m2s = gathered[:, :-1].chunk(3, dim=1)
     counts = gathered[:, -1:]
     count = counts.sum()
     # A batch without any value has no statistics, and none of them shall be NaN.
@@ -57,7 +62,7 @@ def merge(
     shares = counts / some
     about = (shares * means).sum(0)
     # A process without values has no mean.
-    away = torch.where(counts > 0, means - about, 0.0)
+    away = torch.where(counts > 0, (means - about) + rests, 0.0)
     rest = (shares * away).sum(0)
     between = ((counts * away * away).sum(0) - count * rest * rest).clamp(min=0)
     mean, m2 = about + rest, m2s.sum(0) + between
