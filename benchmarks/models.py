@@ -75,10 +75,10 @@ NETWORKS = [
     _timm("regnetx_002", (27, 0, 13, 0, 4)),
     _timm("dla34", (0, 21, 12, 0, 4)),
     _timm("res2net50_26w_4s", (0, 65, 16, 0, 4)),
-    _timm("hrnet_w18_small", (0, 41, 23, 0, 27)),
+    _timm("hrnet_w18_small", (0, 43, 23, 0, 25)),
     _timm("repvgg_a0", (0, 0, 22, 17, 22)),
     _timm("mobilenetv3_small_100", (23, 0, 0, 6, 5)),
-    _timm("ghostnet_100", (1, 33, 0, 0, 46)),
+    _timm("ghostnet_100", (1, 33, 0, 5, 41)),
     _timm("cspresnet50", (38, 0, 13, 0, 4)),
 ]
 

@@ -223,6 +223,66 @@ def test_a_list_for_an_argument():
     assert model((x(), x(), x())).shape[0] == 6
 
 
+def test_the_type_of_a_layers_result_is_asked():
+    """It is a tensor if the layer is PyTorch's own, and as long as no hook makes it another one."""
+
+    def forward(self, x):
+        x = self.layers(self.relu(self.bn(x)))
+        return x if isinstance(x, list) else self.relu(self.bn2(x))
+
+    layers = nn.Sequential(nn.Identity(), nn.Conv2d(4, 4, 1))
+    model = check(forward, {"relu": 2}, layers=layers)
+    for hooked in (model.layers, model.layers[-1]):
+        hook = hooked.register_forward_hook(lambda module, args, output: [output])
+        assert type(model(x())) is list
+        hook.remove()
+        assert fused_calls(model, x())[1] == {"relu": 2}
+    # Of these nobody knows, or it is something else.
+    for layer in (Own(lambda self, x: [x]), nn.MaxPool2d(2, return_indices=True)):
+        model.layers[-1] = layer
+        kind = type(layer(x()))
+        if kind is list:
+            assert type(model(x())) is kind
+        else:
+            with pytest.raises(AttributeError, match="'tuple' object has no attribute 'dim'"):
+                model(x())
+
+
+def test_a_sum_in_place_with_what_a_module_of_unfused_norms_returns():
+    """Nobody else has that memory, so that the sum may be in other memory."""
+
+    def forward(self, x):
+        y = self.ghost(x)
+        y += self.bn(x)
+        return y
+
+    def ghost(self, x):
+        return torch.cat([self.bn(x)[:, :2], self.bn2(x)[:, 2:]], 1)[:, :4]
+
+    def keeps(self, x):
+        self.kept[0] = self.bn2(x)
+        return self.kept[0]
+
+    def forward_of_two(self, x):
+        z = self.bn2(x)
+        y = self.ghost(z)
+        y += self.bn(x)
+        return y * z
+
+    def passes(self, x):
+        return x if x.shape[0] else self.bn(x)
+
+    model = check(forward, {"add": 1, "none": 2}, ghost=Own(ghost))
+    hook = model.ghost.register_forward_hook(lambda module, args, output: seen.append(output))
+    seen: list = []
+    y = model(x())
+    assert seen[0] is y
+    hook.remove()
+    check(forward, {"none": 2}, ghost=Own(keeps, kept=[None]))
+    check(forward_of_two, {"none": 2}, ghost=Own(passes))
+    check(forward_of_two, {"add": 1, "none": 3}, ghost=Own(ghost))
+
+
 def test_drop_layers_fuse_in_eval_mode_alone():
     def forward(self, x):
         return self.relu(self.nothing(self.drop(self.bn(x)) + x))

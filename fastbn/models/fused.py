@@ -175,14 +175,36 @@ _FRESH_PLACES = ("torch.nn.", "fastbn.", "timm.layers.", "torchvision.ops.")
 
 def makes_fresh(module: nn.Module) -> bool:
     """Says whether a call of a module leaves its input alone and returns new memory."""
-    if has_hooks(module) or not _is_unpatched(module):
+    if not _runs_its_class(module):
         return False
     if isinstance(module, nn.Sequential):
-        forward = getattr(module, "original", type(module)).forward
-        return forward is nn.Sequential.forward and len(module) > 0 and makes_fresh(module[0])
+        return _is_stock_sequential(module) and makes_fresh(module[0])
     if isinstance(module, Generated):
         return module.is_fresh
     return isinstance(module, _FRESH) and type(module).forward.__module__.startswith(_FRESH_PLACES)
+
+
+def returns_tensor(module: nn.Module) -> bool:
+    """Says whether a call of a module returns a tensor and nothing else."""
+    if not _runs_its_class(module) or has_global_hooks():
+        return False
+    if isinstance(module, nn.Sequential):
+        return _is_stock_sequential(module) and returns_tensor(module[-1])
+    returns_more = isinstance(module, nn.MaxPool2d) and module.return_indices
+    is_stock = isinstance(module, _FRESH) and makes_fresh(module)
+    return is_activation(module) or (is_stock and not returns_more)
+
+
+def _runs_its_class(module: nn.Module) -> bool:
+    """Says whether a call of a module runs the `forward` of its class, and nothing of its own."""
+    stock = type(module).__call__ is _STOCK_CALL
+    return stock and not has_hooks(module) and _is_unpatched(module)
+
+
+def _is_stock_sequential(module: nn.Sequential) -> bool:
+    """Says whether a Sequential calls its modules one after the other, and has one."""
+    forward = getattr(module, "original", type(module)).forward
+    return forward is nn.Sequential.forward and len(module) > 0
 
 
 def may_pass_unchanged(module: nn.Module) -> bool:

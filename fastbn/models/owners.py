@@ -18,6 +18,7 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 from torch.fx.proxy import Proxy
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .fused import ends_in_norm, is_activation, makes_fresh, may_pass_unchanged, unfused
 from .generated import Generated, set_class, subclass
@@ -97,6 +98,11 @@ def plan_owner(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
                 todo.append(((list,), *pattern[1:]))
     reasons = [variant.reason for variant in variants if variant.reason]
     if any(variant.forward is not None for variant in variants):
+        return generated, ""
+    # A caller that adds to the module's result in place may fuse the addition if this is new
+    # memory, which the class says.
+    has_norms = any(isinstance(m, _BatchNorm) for m in module.modules())
+    if has_norms and any(variant.is_fresh is not None for variant in variants):
         return generated, ""
     return None, reasons[0] if reasons else ""
 

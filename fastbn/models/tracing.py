@@ -25,6 +25,7 @@ from torch import Tensor, fx
 from torch.fx.proxy import Attribute, Proxy, TraceError
 from torch.overrides import TorchFunctionMode
 
+from .fused import returns_tensor
 from .watching import Reads, Watch, lock
 
 # Kinds of arguments that a graph takes as they come; any other argument is a part of the graph.
@@ -38,6 +39,9 @@ _FORBIDDEN = {
 }  # fmt: skip
 
 
+_ASKS_FOR_A_TYPE = "it asks for the type of a value that it computed"
+
+
 @dataclass(frozen=True)
 class Trace:
     """A graph and what it takes for granted.
@@ -46,11 +50,14 @@ class Trace:
         graph: what `forward` does. Its placeholders are the arguments of the kinds in GIVEN.
         reads: what it read.
         asks: whether the `forward` asked for the type of an argument.
+        tensors: paths of the modules whose results it asked for the type, which were taken for
+            tensors.
     """
 
     graph: fx.Graph
     reads: Reads
     asks: bool
+    tensors: set[str]
 
 
 class Untraceable(Exception):
@@ -109,6 +116,7 @@ class _Tracer(fx.Tracer):
     def __init__(self, forward: FunctionType, arguments: Sequence[tuple[str, Any]]) -> None:
         super().__init__()
         self.forward, self.arguments, self.asks = forward, arguments, False
+        self.tensors: set[str] = set()
         self.surroundings = _surroundings()
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
@@ -147,9 +155,12 @@ class _Tracer(fx.Tracer):
         return super().create_arg(a)
 
     def answer_isinstance(self, value: Any, kinds: Any) -> bool:
-        """Says what `isinstance` would say of an argument that a stand-in stands for."""
-        if getattr(value, "kind", None) is None:
-            raise TraceError("it asks for the type of a value that it computed")
+        """Says what `isinstance` would say of what a stand-in stands for."""
+        if value.kind is None:
+            if value.node.op != "call_module":
+                raise TraceError(_ASKS_FOR_A_TYPE)
+            self.tensors.add(value.node.target)
+            return issubclass(Tensor, kinds)
         self.asks = True
         return issubclass(value.kind, kinds)
 
@@ -211,6 +222,9 @@ def trace(
             watch.changes()
         finally:
             module.__dict__["training"] = before
+    # While `torch.fx` records, no module's call is a stock one.
+    if reason is None and not all(returns_tensor(module.get_submodule(p)) for p in tracer.tensors):
+        reason = _ASKS_FOR_A_TYPE
     if _random_states() != numbers:
         _restore(numbers)
         reason = "it draws random numbers"
@@ -219,7 +233,7 @@ def trace(
         reason = "it reads a module that is not a part of it"
     if reason is not None or graph is None:
         raise Untraceable(reason or "it has no graph", reads or (), tracer.asks)
-    return Trace(graph, reads or (), tracer.asks)
+    return Trace(graph, reads or (), tracer.asks, tracer.tensors)
 
 
 def _random_states() -> tuple:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.fx.proxy import Proxy
 
 from .chains import Fold, fold, open_tail, tail_of
-from .fused import is_harmless
+from .fused import is_harmless, returns_tensor
 from .steps import is_fresh
 from .tracing import GIVEN, Untraceable, trace
 from .watching import Missing, Reads, same
@@ -132,11 +132,11 @@ def _make_variant(
     try:
         traced = trace(module, original.forward, arguments, training)
     except Untraceable as error:
-        return Variant(_guard(error.reads, set()), reason=str(error), asks=error.asks)
+        return Variant(_guard(error.reads), reason=str(error), asks=error.asks)
     graph = traced.graph
     fresh = is_fresh(graph, module)
     found, trusted = fold(graph, module)
-    folds, holds = tuple(found), _guard(traced.reads, trusted)
+    folds, holds = tuple(found), _guard(traced.reads, trusted, traced.tensors)
     tail = tail_of(graph, module) if sum(k[0] in GIVEN for k in pattern) == 1 else None
     if tail is None and all(f.kind == "plain" for f in folds):
         return Variant(holds, folds=folds, asks=traced.asks, is_fresh=fresh)
@@ -157,12 +157,15 @@ def _compiled(graph: fx.Graph) -> Callable:
     return names["forward"]
 
 
-def _guard(reads: Reads, trusted: set[str]) -> Callable[[nn.Module], bool]:
+def _guard(
+    reads: Reads, trusted: Iterable[str] = (), tensors: Iterable[str] = ()
+) -> Callable[[nn.Module], bool]:
     """Returns a function that says whether a module's attributes are still as they were read.
 
     Args:
         reads: what was read.
         trusted: paths of modules that must leave their input alone.
+        tensors: paths of modules that must return tensors.
     """
     checks: list[str] = []
     kept: list[Any] = []
@@ -185,8 +188,10 @@ def _guard(reads: Reads, trusted: set[str]) -> Callable[[nn.Module], bool]:
             )
             kept.append(value)
     checks += [f"harmless({_expression(path)})" for path in sorted(trusted)]
+    checks += [f"returns_tensor({_expression(path)})" for path in sorted(tensors)]
     body = "".join(f"    if not ({check}):\n        return False\n" for check in checks)
-    names: dict[str, Any] = {"kept": kept, "same": same, "harmless": is_harmless}
+    names: dict[str, Any] = {"kept": kept, "same": same}
+    names |= {"harmless": is_harmless, "returns_tensor": returns_tensor}
     exec(compile(f"def holds(module):\n{body}    return True\n", "<fastbn>", "exec"), names)
     guard = names["holds"]
 

@@ -189,7 +189,7 @@ def _copy(value: Any) -> Any:
 
 _MACHINERY = (
     "torch.fx", "torch.nn.modules.module", "torch.nn.modules.container", "torch._", "torch.utils",
-    "torch.overrides", "fastbn.models",
+    "torch.overrides", "fastbn.",
 )  # fmt: skip
 
 
