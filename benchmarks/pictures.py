@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from fastbn.kernels.device import H100
-from fastbn.kernels.plan import ticketed, two_pass
+from fastbn.kernels.schedules import ticketed, two_pass
 from fastbn.kernels.tickets import work_of
 
 from .plans import problem_of

@@ -14,7 +14,8 @@ from dataclasses import asdict
 import torch
 
 from fastbn.kernels.device import DEVICES, H100, Device
-from fastbn.kernels.plan import Plan, Schedule, make_plan, ticketed, two_pass
+from fastbn.kernels.plan import Plan, make_plan
+from fastbn.kernels.schedules import Schedule, ticketed, two_pass
 from fastbn.kernels.tiling import Problem
 from fastbn.runtime.layout import kernel_shape
 

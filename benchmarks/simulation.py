@@ -21,8 +21,9 @@ from math import ceil
 from fastbn.kernels.device import H100, Device
 from fastbn.kernels.instructions import fixed_instructions, loop_instructions
 from fastbn.kernels.passes import Pass
-from fastbn.kernels.plan import Schedule, make_plan, reads_of, schedules
+from fastbn.kernels.plan import make_plan, schedules
 from fastbn.kernels.prediction import PHASES, bandwidth_of
+from fastbn.kernels.schedules import Schedule, reads_of
 from fastbn.kernels.tiling import PROGRAMS_PER_SM, WARPS, Problem, warps_of
 
 from .plans import device_named, problem_of
@@ -106,11 +107,13 @@ class Phase:
 
     Attributes:
         loads, stores: bytes.
+        residual: bytes of a tensor that no phase before has read.
         loop, fixed: instructions of all threads, for a tile and for a run.
         ahead: whether the next tile is loaded while one is computed.
     """
 
     loads: float
+    residual: float
     stores: float
     loop: float
     fixed: float
@@ -124,17 +127,18 @@ def phase_of(problem: Problem, work: Pass, backward: bool, second: bool) -> Phas
     loop = loop_instructions(name, problem, tile)
     reads = reads_of(problem, backward)
     mask = reads_of(problem, True) - 2 if problem.saves == "mask" else 0.0
-    writes = 0.0
+    writes = residual = 0.0
     if second:
         writes = 1 + (problem.saves is not None if backward else mask)
-        reads += 0 if backward else problem.residual
+        residual = float(problem.residual and not backward)
     # Of a tile that is not full only what is inside is moved.
     full = (
         problem.n * problem.c * problem.s / (work.programs(problem) * work.length * tile.elements)
     )
     bytes = tile.elements * problem.itemsize * full
     fixed = fixed_instructions(name, tile)
-    return Phase(reads * bytes, writes * bytes, loop * tile.elements, fixed, not backward)
+    moved = (reads * bytes, residual * bytes, writes * bytes)
+    return Phase(*moved, loop * tile.elements, fixed, not backward)
 
 
 def run(sm: Multiprocessor, phase: Phase, tiles: int, from_cache: float) -> Program:
@@ -146,6 +150,8 @@ def run(sm: Multiprocessor, phase: Phase, tiles: int, from_cache: float) -> Prog
             arrives.append(sm.load(phase.loads, from_cache))
         if not arrives:
             arrives.append(sm.load(phase.loads, from_cache))
+        if phase.residual:
+            arrives[0] = max(arrives[0], sm.load(phase.residual, 0.0))
         yield arrives.popleft()
         yield sm.compute(phase.loop)
         if phase.stores:

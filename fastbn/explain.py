@@ -12,7 +12,8 @@ from torch import Tensor
 from .activations import saved_for
 from .backend import get_backend
 from .functional import as_float, check_residual
-from .kernels.plan import Plan, Schedule, make_plan
+from .kernels.plan import Plan, make_plan
+from .kernels.schedules import Schedule
 from .models.report import ModelExplanation, explain_model
 from .modules import _Fused, _FusedAct, arguments_of, fused_activation
 from .runtime import support

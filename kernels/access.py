@@ -10,9 +10,20 @@ from .addressing import accessible, inside
 
 
 @triton.jit
+def address_of(P, run, i, TILE: tl.constexpr):
+    """Returns where the elements of the run's i-th tile lie."""
+    if TILE.layout == "channels" or TILE.layout == "columns":
+        # The compiler moves the sum in the inner parentheses out of a loop over tiles.
+        return (P + (run.start + run.offsets)) + i * run.step
+    else:
+        # Here the step is a constant, and sums moved out would take registers.
+        return P + (run.start + i * run.step) + run.offsets
+
+
+@triton.jit
 def load_tile(P, run, i, MASKED: tl.constexpr, EVICTION: tl.constexpr, TILE: tl.constexpr):
     """Loads the run's i-th tile: zero outside the array, and anything where it is not its own."""
-    at = P + (run.start + i * run.step) + run.offsets
+    at = address_of(P, run, i, TILE)
     if MASKED:
         return tl.load(at, accessible(run, i, TILE), other=0.0, eviction_policy=EVICTION)
     else:
@@ -26,14 +37,14 @@ def load_whole(P, run, i, EVICTION: tl.constexpr, TILE: tl.constexpr):
     The load has one predicate for all elements, and no branch, over which the compiler would
     move nothing.
     """
-    at = P + (run.start + i * run.step) + run.offsets
+    at = address_of(P, run, i, TILE)
     return tl.load(at, tl.full(at.shape, i < run.rest, tl.int1), eviction_policy=EVICTION)
 
 
 @triton.jit
 def store_tile(P, x, run, i, MASKED: tl.constexpr, EVICTION: tl.constexpr, TILE: tl.constexpr):
     """Stores a tile where `load_tile` would load it, and only what is its own."""
-    at = P + (run.start + i * run.step) + run.offsets
+    at = address_of(P, run, i, TILE)
     x = x.to(P.dtype.element_ty)
     if MASKED:
         if TILE.layout == "channels" or TILE.layout == "columns":

@@ -46,21 +46,17 @@ def gradient_of(
     dy, centred, R, Mask, affine, param, run, i, sizes, ACTIVATION: tl.constexpr,
     MASKED: tl.constexpr, EVICTION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Returns g, the gradient before the activation, of a tile's dy and x - mean.
-
-    It is 0 where an element is not the tile's own.
-    """
+    """Returns g, the gradient before the activation, of a tile's dy and x - mean."""
     acc: tl.constexpr = affine.mean.dtype
     param = tl.full((), param, acc)
     if Mask is not None:
         packed = load_mask(Mask, run, i, sizes, MASKED, EVICTION, TILE)
-        g = sign_backward(dy, unpack(packed, TILE), param, ACTIVATION)
+        return sign_backward(dy, unpack(packed, TILE), param, ACTIVATION)
     else:
         z = normalise(centred, affine)
         if R is not None:
             z += load_tile(R, run, i, MASKED, EVICTION, TILE).to(acc)
-        g = activation_backward(dy, z, param, ACTIVATION)
-    return tl.where(inside(run, i, TILE), g, 0.0) if MASKED else g
+        return activation_backward(dy, z, param, ACTIVATION)
 
 
 @triton.jit
@@ -146,7 +142,7 @@ def apply_run_backward(
     for j in range(0, masked_tiles(run)):
         i = masked_tile(j, run)
         dy = load_tile(DY, run, i, True, EVICTION, TILE).to(acc)
-        centred = centre(load_tile(X, run, i, True, EVICTION, TILE), affine.mean, run, i, TILE)
+        centred = load_tile(X, run, i, True, EVICTION, TILE).to(acc) - affine.mean
         g = gradient_of(
             dy, centred, R, Mask, affine, param, run, i, sizes, ACTIVATION, True, EVICTION, TILE
         )
@@ -170,6 +166,8 @@ def add_sums(
         store_tile(DX, g * affine.scale, run, i, MASKED, EVICTION, TILE)
     if DR is not None:
         store_tile(DR, g, run, i, MASKED, EVICTION, TILE)
+    if MASKED:
+        g = tl.where(inside(run, i, TILE), g, 0.0)
     return sums + g, tl.fma(g, centred, products)
 
 

@@ -66,6 +66,26 @@ def store_statistics(
 
 
 @triton.jit
+def about_its_mean(x, near, run, MASKED: tl.constexpr, TILE: tl.constexpr):
+    """Returns the mean of a run's first tile, and the differences of its values from that.
+
+    The mean is taken of differences from a typical value: sums of large values might overflow,
+    and a constant channel has no differences.
+    """
+    part: tl.constexpr = 1.0 / (TILE.n * TILE.q if TILE.layout == "planes" else TILE.n)
+    x = x.to(near.dtype)
+    differences = tl.fma(x, part, -part * near)
+    if MASKED:
+        differences = tl.where(inside(run, 0, TILE), differences, 0.0)
+        count = values_of(run, 1, TILE).to(near.dtype)
+        mean = near + sum_rows(differences, TILE) / (count * part)
+        return mean, centre(x, mean, run, 0, TILE)
+    else:
+        mean = near + sum_rows(differences, TILE)
+        return mean, x - mean
+
+
+@triton.jit
 def store_partial_moments(
     X, Partials, run, sizes, acc: tl.constexpr, EVICTION: tl.constexpr, TILE: tl.constexpr
 ):
@@ -76,22 +96,16 @@ def store_partial_moments(
     mean s satisfies count * (s - mean)^2 <= (K - 1) * m2: what cancels is at most K times what
     remains.
     """
-    BLOCK_N: tl.constexpr = TILE.n
-    BLOCK_Q: tl.constexpr = TILE.q
     x = load_tile(X, run, 0, True, EVICTION, TILE)
     second = tl.maximum(run.whole, 1)
     following = load_whole(X, run, second, EVICTION, TILE)
     channels = channels_of(run, sizes, TILE)
     near = typical_values(X, channels, sizes, acc)
-    # Take the mean of differences from such a value: sums of large values might overflow, and a
-    # constant channel has no differences.
-    part: tl.constexpr = 1.0 / (BLOCK_N * BLOCK_Q if TILE.layout == "planes" else BLOCK_N)
-    differences = tl.fma(x.to(acc), part, -part * near)
-    differences = tl.where(inside(run, 0, TILE), differences, 0.0)
-    count = values_of(run, 1, TILE).to(acc)
-    shift = near + sum_rows(differences, TILE) / (count * part)
-
-    sums = centre(x, shift, run, 0, TILE)
+    # Masks take as many instructions as the rest. With columns, two ways need too many registers.
+    if TILE.layout != "columns" and (run.whole == 0) & (run.rest > 0):
+        shift, sums = about_its_mean(x, near, run, False, TILE)
+    else:
+        shift, sums = about_its_mean(x, near, run, True, TILE)
     squares = sums * sums
     for i in range(second, run.rest):
         away = following.to(acc) - shift
@@ -180,7 +194,7 @@ def apply_run(
         )
     for j in range(0, masked_tiles(run)):
         i = masked_tile(j, run)
-        centred = centre(load_tile(X, run, i, True, EVICTION, TILE), affine.mean, run, i, TILE)
+        centred = load_tile(X, run, i, True, EVICTION, TILE).to(acc) - affine.mean
         store_output(
             centred, R, Y, Mask, affine, param, run, i, sizes, ACTIVATION, True, EVICTION, TILE
         )

@@ -11,22 +11,22 @@ from .tiling import ACCESS_BYTES, WARPS, Problem, Tile
 # By phase and layout of tiles: instructions of a thread for each element in the loop over
 # tiles, and for each run outside of it.
 INSTRUCTIONS = {
-    ("moments", "planes"): (6.3, 950),
-    ("moments", "channels"): (6.3, 820),
-    ("moments", "columns"): (6.3, 1560),
-    ("output", "planes"): (6.5, 440),
-    ("output", "channels"): (6.6, 400),
-    ("output", "columns"): (6.6, 450),
-    ("sums", "planes"): (10.0, 530),
-    ("sums", "channels"): (10.6, 600),
-    ("sums", "columns"): (10.6, 960),
+    ("moments", "planes"): (6.3, 720),
+    ("moments", "channels"): (6.3, 710),
+    ("moments", "columns"): (6.3, 1280),
+    ("output", "planes"): (6.7, 440),
+    ("output", "channels"): (6.2, 320),
+    ("output", "columns"): (6.2, 460),
+    ("sums", "planes"): (9.9, 540),
+    ("sums", "channels"): (10.2, 560),
+    ("sums", "columns"): (10.2, 850),
     ("gradient", "planes"): (10.9, 370),
-    ("gradient", "channels"): (11.7, 380),
-    ("gradient", "columns"): (11.7, 460),
+    ("gradient", "channels"): (11.0, 370),
+    ("gradient", "columns"): (11.0, 490),
 }
 
 # What a residual adds to the loops of output and gradient.
-RESIDUAL = {"output": 6.0, "gradient": 0.6}
+RESIDUAL = {"output": 5.6, "gradient": 0.6}
 
 # An access that is half as wide adds so many. This is an assumption.
 NARROW = 2.0

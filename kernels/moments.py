@@ -12,7 +12,7 @@ from .addressing import lead_of, runs_of_plane
 from .tiling import MERGES_AHEAD
 
 # In the layout "columns" so many channels are summed up at a time.
-_CHANNELS = tl.constexpr(8)
+_CHANNELS = tl.constexpr(4)
 _AHEAD = tl.constexpr(MERGES_AHEAD)
 
 

@@ -63,13 +63,15 @@ def run_seconds(
 ) -> float:
     """Returns how long a program takes for a run from memory, or from the cache, all alone.
 
-    A forward has asked for the next tile before it waits for one.
+    A forward has asked for the next tile of the input before it waits for one, but not for that
+    of a residual, which is in memory.
     """
-    latency = device.cache_latency if cached else device.latency
+    adds = phase == "output" and problem.residual
+    latency = device.cache_latency if cached and not adds else device.latency
     # A warp issues for one of four schedulers.
     rate = device.issues * WARPS / 4
     loop = work.tile.elements * loop_instructions(phase, problem, work.tile) / rate
     fixed = fixed_instructions(phase, work.tile) / rate
-    if phase in PHASES[0]:
+    if phase in PHASES[0] and not adds:
         return latency + fixed + loop + (work.length - 1) * max(loop, (latency + loop) / 2)
     return fixed + work.length * (latency + loop)

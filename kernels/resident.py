@@ -110,6 +110,7 @@ def bn_resident_bwd_kernel(
     affine = affine_of(Statistics, None, W, B, 0.0, channels, C, acc, "")
     centred = centre(x, affine.mean, run, 0, TILE)
     g = gradient_of(dy, centred, R, Mask, affine, param, run, 0, sizes, ACTIVATION, True, "", TILE)
+    g = tl.where(inside(run, 0, TILE), g, 0.0)
     sum_g, sum_gx = sum_rows(g, TILE), sum_rows(g * centred, TILE)
     exists = exist(run, sum_g)
     store_parameter_gradients(sum_g, sum_gx, affine.rstd, DW, DB, channels, exists)

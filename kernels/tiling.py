@@ -45,7 +45,7 @@ SECTOR_BYTES = 32
 ROW_BYTES = 512
 FEW_ROWS = 8
 
-# Planes shorter than four rows of tiles lie side by side in tiles, if there are enough rows for
+# Planes of up to four rows of tiles lie side by side in tiles, if there are enough rows for
 # runs that make up for what a run does once.
 MANY_ROWS = 64
 
@@ -186,7 +186,7 @@ def planes_side_by_side(problem: Problem) -> bool:
     alike with fixed and with batch statistics.
     """
     many = problem.n >= MANY_ROWS or not (problem.training or problem.saves == "mask")
-    small = 1 < problem.s < 4 * ROW_BYTES // problem.itemsize
+    small = 1 < problem.s <= 4 * ROW_BYTES // problem.itemsize
     return many and small and problem.c * problem.s % MASK_BITS == 0
 
 

@@ -123,7 +123,7 @@ def tiny_tiles(monkeypatch, few_programs, replan):
     """Tiles so small that small tensors take many of them, and many splits and slices."""
     from dataclasses import replace
 
-    from fastbn.kernels import passes, plan, tiling
+    from fastbn.kernels import passes, schedules, tiling
     from fastbn.kernels.device import INTERPRETER
     from fastbn.runtime import execution_plan
 
@@ -134,7 +134,7 @@ def tiny_tiles(monkeypatch, few_programs, replan):
     monkeypatch.setattr(tiling, "MANY_ROWS", 12)
     monkeypatch.setattr(tiling, "MERGE_ELEMENTS", 16)
     monkeypatch.setattr(tiling, "MERGE_CHANNELS", 4)
-    for module in (passes, plan, execution_plan):
+    for module in (passes, schedules, execution_plan):
         monkeypatch.setattr(module, "PROGRAMS_PER_SM", 24)
-    monkeypatch.setattr(plan, "TICKETS_PER_PROGRAM", 1 / 24)
+    monkeypatch.setattr(schedules, "TICKETS_PER_PROGRAM", (1 / 24,))
     replan()

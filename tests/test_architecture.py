@@ -95,7 +95,7 @@ BELOW = {
     "models.norm_types": {"models.frozen", "models.generated", "modules"},
     "models.freezing": {"models.frozen", "models.generated", "models.norm_types"},
     "models.watching": set(),
-    "models.tracing": {"models.watching"},
+    "models.tracing": {"models.fused", "models.watching"},
     "models.steps": {"models.fused"},
     "models.chains": {"models.fused", "models.steps"},
     "models.graph_modules": {"models.chains", "models.fused", "models.steps"},
@@ -235,7 +235,8 @@ def test_kernels_import_triton_and_nothing_else(name, path):
 
 
 @pytest.mark.parametrize(
-    "name", ["plan", "prediction", "passes", "instructions", "tiling", "device", "__init__"]
+    "name",
+    ["plan", "schedules", "prediction", "passes", "instructions", "tiling", "device", "__init__"],
 )
 def test_planner_needs_no_triton(name):
     found = imports(name, ROOT / "kernels" / f"{name}.py", "kernels")

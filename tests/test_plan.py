@@ -14,14 +14,8 @@ from benchmarks.plans import problem_of
 from benchmarks.shapes import cases
 from fastbn.kernels.device import A100, DEVICES, H100, INTERPRETER, L4
 from fastbn.kernels.passes import MAX_MERGES
-from fastbn.kernels.plan import (
-    make_plan,
-    make_schedule,
-    resident,
-    schedules,
-    ticketed,
-    two_pass,
-)
+from fastbn.kernels.plan import make_plan, make_schedule, schedules
+from fastbn.kernels.schedules import resident, ticketed, two_pass
 from fastbn.kernels.tiling import (
     PROGRAMS_PER_SM,
     RESIDENT_ELEMENTS,
@@ -220,12 +214,13 @@ def test_resident_tiles(problem, tile, warps):
         (Problem(256, 64, 14 * 14, 2), 8, 256, "columns", 16, 4312),
         (Problem(64, 64, 21 * 21, 2), 8, 256, "columns", 16, 17640),
         (Problem(256, 64, 28 * 28, 2), 8, 256, "columns", 16, 7840),
+        (Problem(256, 64, 32 * 32, 2), 8, 256, "columns", 16, 1024),
         (Problem(256, 64, 9, 2), 8, 256, "columns", 16, 504),
         # Rows of these don't begin at whole bytes of a mask.
         (Problem(256, 2044, 49, 2), 2, 256, "planes", 2, 49),
         (Problem(256, 2044, 49, 4), 8, 128, "planes", 16, 49),
-        # Planes of four tiles or more, few images, or channels last.
-        (Problem(256, 64, 32 * 32, 2), 8, 256, "planes", 16, 32 * 32),
+        # Planes of more than four tiles, few images, or channels last.
+        (Problem(256, 64, 33 * 33, 2), 8, 256, "planes", 16, 33 * 33),
         (Problem(256, 64, 56 * 56, 2), 8, 256, "planes", 16, 56 * 56),
         (Problem(63, 64, 49, 2), 8, 256, "planes", 16, 49),
         (Problem(8, 64, 2**20, 2), 8, 256, "planes", 16, 2**20),
@@ -296,29 +291,29 @@ def compiled(schedule, backward):
 # What the planner chooses on an H100, forward/backward: two-pass 2, ticketed t, resident r.
 # In bf16, BN+ReLU, channels-first and channels-last (or rows).
 CHOICES = {
-    "256x256x56x56": "2/t 2/2",
+    "256x256x56x56": "t/2 2/2",
     "512x64x32x32": "t/t 2/2",
     "256x24x56x56": "t/t 2/2",
     "16x64x256x256": "t/t 2/2",
-    "2x32x128x128x128": "2/2 2/2",
+    "2x32x128x128x128": "t/2 2/2",
     "8192x1024": "t/t",
     "256x64x112x112": "t/t 2/2",
-    "256x64x56x56": "2/t 2/2",
-    "256x512x28x28": "t/2 t/2",
+    "256x64x56x56": "t/2 2/2",
+    "256x512x28x28": "t/t t/2",
     "256x1024x14x14": "t/t t/t",
-    "256x2048x7x7": "t/t t/2",
-    "256x128x16x16": "t/t 2/2",
+    "256x2048x7x7": "t/t t/t",
+    "256x128x16x16": "t/t 2/t",
     "128x512x4x4": "r/r t/t",
     "256x96x112x112": "t/t 2/2",
     "256x144x56x56": "t/t 2/2",
-    "256x672x14x14": "2/2 2/t",
-    "256x960x7x7": "t/t t/t",
-    "16x256x64x64": "t/t 2/2",
-    "16x1024x16x16": "t/t t/t",
+    "256x672x14x14": "t/t t/t",
+    "256x960x7x7": "2/t t/t",
+    "16x256x64x64": "t/t 2/t",
+    "16x1024x16x16": "2/2 t/t",
     "2x64x64x64x64": "t/t 2/2",
     "2x320x8x8x8": "r/r t/t",
     "1024x4096": "t/t",
-    "65536x256": "2/2",
+    "65536x256": "2/t",
 }
 INITIAL = {"two-pass": "2", "ticketed": "t", "resident": "r"}
 
@@ -335,11 +330,11 @@ def test_choices_for_an_h100():
 
 # (problem, then forward and backward: tile, tiles of a run, splits, groups of a slice), ticketed.
 TICKETED = {
-    "56x56 first": (Problem(256, 64, 3136, 2), (8, 256), 5, 96, 7, (8, 256), 3, 160, 4),
-    "14x14 first": (Problem(256, 256, 196, 2), (8, 256), 4, 8, 4, (8, 256), 2, 16, 2),
-    "14x14 last": (Problem(50176, 1024, 1, 2), (32, 64), 5, 314, 2, (32, 64), 4, 392, 1),
-    "7x7 first": (Problem(256, 2048, 49, 2), (8, 256), 5, 7, 5, (8, 256), 2, 16, 2),
-    "7x7 last": (Problem(12544, 2048, 1, 2), (32, 64), 5, 79, 8, (32, 64), 2, 196, 4),
+    "56x56 first": (Problem(256, 64, 3136, 2), (8, 256), 7, 64, 6, (8, 256), 5, 96, 4),
+    "14x14 first": (Problem(256, 256, 196, 2), (8, 256), 8, 4, 4, (8, 256), 5, 7, 3),
+    "14x14 last": (Problem(50176, 1024, 1, 2), (32, 64), 11, 143, 2, (32, 64), 5, 314, 1),
+    "7x7 first": (Problem(256, 2048, 49, 2), (8, 256), 11, 3, 5, (8, 256), 5, 7, 3),
+    "7x7 last": (Problem(12544, 2048, 1, 2), (32, 64), 11, 36, 8, (32, 64), 5, 79, 4),
 }
 
 
@@ -356,7 +351,7 @@ def test_slices_for_an_h100(name):
 
 
 def test_a_slice_has_work_for_all_programs():
-    """Fewer tickets to a phase, and those that apply would wait for those that reduce."""
+    """Two phases keep all programs busy while a slice is reduced and another one applied."""
     for case in cases(gpu=True, quick=False):
         problem = problem_of(case)
         for backward in (False, True):
@@ -364,7 +359,7 @@ def test_a_slice_has_work_for_all_programs():
             if found and found.tickets(problem) >= 8 * PROGRAMS_PER_SM * H100.sm_count:
                 reduce = found.reduce
                 phase = found.slice_groups * reduce.tiles() * reduce.splits
-                assert phase >= 0.7 * PROGRAMS_PER_SM * H100.sm_count, case
+                assert phase >= 0.4 * PROGRAMS_PER_SM * H100.sm_count, case
 
 
 def test_what_does_not_fit_the_cache_takes_two_passes():

@@ -12,6 +12,7 @@ from fastbn.kernels.plan import make_schedule, schedules
 from fastbn.kernels.tiling import Problem
 
 IMAGES = Problem(256, 64, 56 * 56, 2)
+ADDED = Problem(256, 64, 56 * 56, 2, residual=True, saves="mask")
 BOTH = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 
 
@@ -30,8 +31,10 @@ def test_the_planner_agrees_with_the_simulation(backward):
 
 @BOTH
 @pytest.mark.parametrize("strategy", ["two-pass", "resident", "ticketed"])
-def test_nothing_is_faster_than_memory(strategy, backward):
-    problem = Problem(16, 4096, 256, 2) if strategy == "resident" else IMAGES
+@pytest.mark.parametrize("problem", [IMAGES, ADDED], ids=["", "add"])
+def test_nothing_is_faster_than_memory(problem, strategy, backward):
+    if strategy == "resident":
+        problem = replace(problem, n=16, c=4096, s=256)
     schedule = schedules(problem, H100, backward)[strategy]
     for latency in (1e-9, 0.7e-6):
         device = replace(H100, latency=latency, cache_latency=latency / 2)

@@ -5,7 +5,7 @@ import torch
 
 from fastbn.kernels import ticketed
 from fastbn.kernels.passes import PARTIALS_SHARE
-from fastbn.kernels.plan import SLICES_IN_CACHE
+from fastbn.kernels.schedules import SLICES_IN_CACHE
 
 if torch.cuda.is_available():
     pytest.skip("only the interpreter counts", allow_module_level=True)

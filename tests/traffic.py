@@ -38,7 +38,7 @@ import fastbn
 from fastbn.activations import saved_for
 from fastbn.kernels import plan
 from fastbn.kernels.device import INTERPRETER, Device
-from fastbn.kernels.plan import Schedule
+from fastbn.kernels.schedules import Schedule
 from fastbn.kernels.tiling import MASK_BITS, Problem
 from fastbn.runtime import execution_plan, plan_cache
 from fastbn.runtime.launcher import Launcher

@@ -14,8 +14,9 @@ from torch import Tensor
 from ..kernels.backward import bn_apply_bwd_kernel, bn_reduce_bwd_kernel
 from ..kernels.forward import bn_apply_fwd_kernel, bn_stats_fwd_kernel
 from ..kernels.passes import Pass
-from ..kernels.plan import Schedule, make_schedule
+from ..kernels.plan import make_schedule
 from ..kernels.resident import bn_resident_bwd_kernel, bn_resident_fwd_kernel
+from ..kernels.schedules import Schedule
 from ..kernels.synchronised import (
     MERGED_CHANNELS,
     MERGED_RANKS,
