@@ -26,6 +26,10 @@ else:
     mend()
 
 
+# It tests the tests, and runs where it is asked for by name, as in CI.
+collect_ignore = ["test_breakage.py"]
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--compile",

@@ -79,7 +79,7 @@ def test_many_tiles_and_splits(shape, channels_last, device, strategy):
 # own, of which the first begins before the plane: of one tile or many, with a part of an access
 # or not.
 IN_COLUMNS = [(12, 8, 13), (13, 16, 3, 3), (14, 24, 5, 5), (40, 8, 2, 2), (20, 8, 31)]
-IN_PLANES = [(5, 8, 7, 7), (9, 16, 65), (3, 8, 5, 41), (2, 24, 11, 3), (4, 8, 63), (13, 12, 43)]
+IN_PLANES = [(5, 8, 7, 7), (9, 8, 65), (3, 8, 5, 41), (2, 24, 11, 3), (4, 8, 63), (13, 12, 43)]
 
 
 @pytest.mark.usefixtures("tiny_tiles")
@@ -170,9 +170,10 @@ def test_planes_side_by_side(shape, dtype, device):
 
 def test_launch_after_launch(device):
     """Nothing of one launch is left for the next, of the same or of another size."""
-    for shape in ((6, 40, 9), (3, 5, 7, 7), (64, 3, 5), (3, 5, 7, 7), (6, 40, 9)):
+    for shape in ((6, 40, 9), (3, 5, 7, 7), (64, 3, 5)):
         for momentum in (0.1, None):
             check(Case(shape, activation="relu", momentum=momentum), device)
+    check(Case((3, 5, 7, 7), activation="relu"), device)
     assert not any(found.arrivals.any() for found in workspace._workspaces.values())
     for _, tickets, *_ in workspace._workspaces.values():
         # No ticket drawn of the next generation, and no flag of it raised.
@@ -334,7 +335,7 @@ def test_bitwise_reproducible(channels_last, device):
 @settings(
     # On a GPU each smaller example would be compiled.
     phases=[Phase.generate] if torch.cuda.is_available() else Phase,
-    max_examples=25,
+    max_examples=16,
     deadline=None,
     derandomize=True,
     # The strategy is the same for all examples.
