@@ -32,12 +32,12 @@ def test_the_picture_is_drawn(tmp_path):
 
 
 def test_measured_in_two_processes():
-    """One message of 2 C + 1 numbers, and one of 2 C; errors are those of rounding."""
+    """One message of 3 C + 1 numbers, and one of 2 C; errors are those of rounding."""
     command = [sys.executable, "-m", "benchmarks.sync", "--processes", "2", "--seconds", "0"]
     env = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"a process | 2 | {4 * (4 * 64 + 1):,} |" in done.stdout
+    assert f"a process | 2 | {4 * (5 * 64 + 1):,} |" in done.stdout
     (line,) = [
         line for line in done.stdout.splitlines() if line.startswith("| float64, some empty")
     ]
