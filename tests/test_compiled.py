@@ -219,7 +219,7 @@ WITH_RESIDUAL = BUDGET | {"output": (13, 16)}
 
 
 def test_instructions_leave_time_for_memory(rows):
-    """Other targets and versions of Triton may take a quarter more."""
+    """Other targets and versions of Triton may take a fifth more."""
     over, seen = [], set()
     for row in rows:
         budget = WITH_RESIDUAL if "+add" in row["case"] else BUDGET
@@ -227,7 +227,7 @@ def test_instructions_leave_time_for_memory(rows):
             continue
         for phase in row["phases"]:
             loop, whole = budget[phase["phase"]]
-            more = 1.0 if row["target"] == "sm_90" and COUNTED_WITH_THIS else 1.25
+            more = 1.0 if row["target"] == "sm_90" and COUNTED_WITH_THIS else 1.2
             more *= 1.2 if phase["layout"] == "columns" else 1.0
             # Ticketed kernels load with policies for the cache, which the compiler makes in
             # each turn anew: 11 instructions for 32 elements.
