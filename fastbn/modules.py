@@ -228,10 +228,11 @@ class _FusedAct(_Fused):
         *,
         biased_running_var: bool = False,
         skip_nonfinite: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
-            biased_running_var=biased_running_var, skip_nonfinite=skip_nonfinite,
+            biased_running_var=biased_running_var, skip_nonfinite=skip_nonfinite, **kwargs,
         )  # fmt: skip
         self.drop = (
             nn.Identity() if drop_layer is None else _make_layer("drop_layer", drop_layer, {})

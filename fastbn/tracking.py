@@ -60,7 +60,8 @@ def _skip_nonfinite(
 ) -> Tensor:
     """Takes the batch's statistics for themselves, and lets the device decide what becomes of them.
 
-    No value of the device is read on the host, so that a CUDA graph can be captured.
+    No value of the device is read on the host, so that a CUDA graph can be captured, unless the
+    count is on the host.
     """
     mean, var = torch.zeros_like(running_mean), torch.zeros_like(running_var)
     output = call(mean, var, 1.0)

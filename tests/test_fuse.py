@@ -237,7 +237,7 @@ def test_the_type_of_a_layers_result_is_asked():
         assert type(model(x())) is list
         hook.remove()
         assert fused_calls(model, x())[1] == {"relu": 2}
-    # Of these nobody knows, or it is something else.
+    # A module of one's own may return anything, and a pooling layer may return a pair.
     for layer in (Own(lambda self, x: [x]), nn.MaxPool2d(2, return_indices=True)):
         model.layers[-1] = layer
         kind = type(layer(x()))
@@ -272,7 +272,21 @@ def test_a_sum_in_place_with_what_a_module_of_unfused_norms_returns():
     def passes(self, x):
         return x if x.shape[0] else self.bn(x)
 
+    def keeps_input(self, x):
+        self.kept.append(x)
+        return x
+
+    def in_training(self, x):
+        return self.bn2(x) if self.training else x if x.sum() < 1e9 else self.bn2(x)
+
+    def and_kept(self, x):
+        return self.tap(self.bn2(x))
+
+    def in_layers(self, x):
+        return self.layers(x)
+
     model = check(forward, {"add": 1, "none": 2}, ghost=Own(ghost))
+    assert explain(model).reasons["ghost.bn"].startswith("next is ")
     hook = model.ghost.register_forward_hook(lambda module, args, output: seen.append(output))
     seen: list = []
     y = model(x())
@@ -281,6 +295,80 @@ def test_a_sum_in_place_with_what_a_module_of_unfused_norms_returns():
     check(forward, {"none": 2}, ghost=Own(keeps, kept=[None]))
     check(forward_of_two, {"none": 2}, ghost=Own(passes))
     check(forward_of_two, {"add": 1, "none": 3}, ghost=Own(ghost))
+    model = check(forward_of_two, {"add": 1, "none": 2}, ghost=Own(in_training))
+    assert fused_calls(model.eval(), x())[1] == {"none": 2}
+    for kept in (
+        Own(and_kept, tap=Own(keeps_input, kept=[])),
+        Own(in_layers, layers=nn.Sequential(nn.BatchNorm2d(4), Own(keeps_input, kept=[]))),
+    ):
+        model = check(forward, {"none": 2}, ghost=kept)
+        tap = model.ghost.tap if "tap" in model.ghost._modules else model.ghost.layers[1]
+        assert model(x()) is tap.kept[-1]
+
+
+@pytest.mark.parametrize(
+    "name", ["original", "owner", "ends_in_norm", "is_fresh", "forward_then", "current_variant"]
+)
+def test_modules_may_have_any_names(name):
+    def forward(self, x):
+        return self.relu(self.bn(getattr(self, name)(x)))
+
+    def passes_on(self, x):
+        return getattr(self, name)(self.bn(x))
+
+    check(forward, {"relu": 1}, **{name: nn.Conv2d(4, 4, 1)})
+    model = check(passes_on, {"none": 1}, **{name: nn.Conv2d(4, 4, 1)})
+    assert explain(model).reasons["bn"] == "next is Conv2d"
+    assert type(revert(model).bn) is nn.BatchNorm2d
+    check(lambda self, x: self.relu(self.bn(x)), {"relu": 1}, **{name: "a string"})
+
+
+class Batch(torch.Tensor):
+    """A tensor of another type."""
+
+
+@pytest.mark.parametrize("kind", [Batch, (list, Batch), torch.FloatTensor, nn.Parameter])
+def test_types_of_some_tensors_are_asked_for(kind):
+    """That a value is a tensor does not tell: the module's own forward asks."""
+
+    def of_an_argument(self, x):
+        return self.relu(self.bn(x)) * (3 if isinstance(x, kind) else 1)
+
+    def of_a_result(self, x):
+        return self.relu(self.bn(x)) * (3 if isinstance(self.conv(x), kind) else 1)
+
+    for forward in (of_an_argument, of_a_result):
+        model, reference = pair(lambda f=forward: Own(f, conv=nn.Conv2d(4, 4, 1)))
+        fuse(model)
+        for batch in (x(), x().as_subclass(Batch)):
+            assert torch.equal(model(batch), reference(batch))
+
+
+def test_sequentials_that_go_another_way():
+    class Backwards(nn.Sequential):
+        def __iter__(self):
+            return reversed(self._modules.values())
+
+    def forward(self, x):
+        y = self.layers(x)
+        return self.relu(self.bn(y[0] if isinstance(y, tuple) else y))
+
+    layers = Backwards(nn.MaxPool2d(1, return_indices=True), nn.Conv2d(4, 4, 1))
+    check(forward, {"none": 1}, layers=layers)
+
+
+def test_a_refusal_for_a_hook_ends_with_the_hook():
+    def forward(self, x):
+        y = self.conv(x)
+        return self.relu(self.bn(y[0] if isinstance(y, list) else y))
+
+    model = Own(forward, conv=nn.Conv2d(4, 4, 1))
+    hook = model.conv.register_forward_hook(lambda module, args, output: [output])
+    fuse(model)
+    assert fused_calls(model, x())[1] == {"none": 1}
+    hook.remove()
+    fuse(model)
+    assert fused_calls(model, x())[1] == {"relu": 1}
 
 
 def test_drop_layers_fuse_in_eval_mode_alone():

@@ -108,6 +108,8 @@ def test_constructor_without_bias(pair):
     ours, theirs, x = pair(bias=False)
     assert ours.bias is None
     assert_same(ours, theirs, x)
+    act = getattr(fastbn, type(ours).__name__.replace("Norm", "NormAct"))(3, bias=False)
+    torch.testing.assert_close(act.to(x.device)(x), type(theirs)(3).to(x.device)(x).relu())
 
 
 @pytest.mark.parametrize(

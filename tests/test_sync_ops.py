@@ -69,6 +69,10 @@ def test_moments_that_are_not_finite(taken, device):
     assert var[0].isnan()
     assert var[1] == float("inf")
     assert var[2:].eq(0).all()
+    x = 3e38 * (1 - 1e-3 * torch.rand(6, 2, device=device))
+    mean, var, *_ = merged(taken, torch.stack([taken.moments(part) for part in x.split([3, 3])]))
+    torch.testing.assert_close(mean.double(), x.double().mean(0), rtol=1e-6, atol=0)
+    assert var.isinf().all()
 
 
 @TAKEN

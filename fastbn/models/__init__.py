@@ -107,7 +107,7 @@ def revert(model: nn.Module) -> nn.Module:
 
 
 def _has_stock_forward(module: nn.Sequential) -> bool:
-    return getattr(module, "original", type(module)).forward is nn.Sequential.forward
+    return getattr(module, "_fastbn_original", type(module)).forward is nn.Sequential.forward
 
 
 def _check_model(model: nn.Module) -> None:

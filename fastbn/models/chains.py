@@ -79,14 +79,14 @@ class _Chain:
     act: str | tuple[str, Any] | None = None
 
 
-def fold(graph: fx.Graph, module: nn.Module) -> tuple[list[Fold], set[str]]:
+def fold(graph: fx.Graph, module: nn.Module) -> tuple[list[Fold], set[str], set[str]]:
     """Makes one call of each chain in a graph of a module's.
 
     Returns:
-        What became of all norms; and the paths of the modules of which it is taken for granted
-        that they leave their input alone.
+        What became of all norms; the paths of the modules of which it is taken for granted that
+        they leave their input alone; and of those that must keep nothing of what they return.
     """
-    folds, trusted = [], set()
+    folds, trusted, unkept = [], set(), set()
     paths = {node.target for node in graph.nodes if is_call(node, module, is_harmless)}
     # If two norms feed an addition, the one that comes last takes the other's output.
     for node in reversed(list(graph.nodes)):
@@ -97,12 +97,15 @@ def fold(graph: fx.Graph, module: nn.Module) -> tuple[list[Fold], set[str]]:
         if reason is None:
             if chain.add == "iadd_to" or steps_between(node, chain.steps[-1], chain.steps):
                 trusted = paths
+            if chain.add == "iadd_to":
+                made = _before_layers(chain.residual, module)
+                unkept |= {made.target} if made.op == "call_module" else set()
             _replace(graph, node, chain)
             layers = (*chain.before, *chain.after)
             folds.append(Fold(node.target, _kind(chain.act, chain.residual), layers=layers))
         else:
             folds.append(Fold(node.target, "plain", reason))
-    return folds[::-1], trusted
+    return folds[::-1], trusted, unkept
 
 
 def folds_in(graph: fx.Graph, module: nn.Module) -> list[Fold]:
@@ -169,6 +172,13 @@ def _pass_layers(node: Node, module: nn.Module) -> tuple[list[Node], Node, Node 
         passed.append(user)
         end, user = user, only_user(user)
     return passed, end, user
+
+
+def _before_layers(node: Node, module: nn.Module) -> Node:
+    """Returns the step whose result layers have passed that may return their input."""
+    while is_call(node, module, may_pass_unchanged):
+        node = node.args[0]
+    return node
 
 
 def _addition(node: Node, summand: Node) -> tuple[Node, str] | None:

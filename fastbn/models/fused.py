@@ -72,8 +72,10 @@ def fused(
         if isinstance(module, _Fused):
             if (add is None or _adds_plainly(residual, input, add)) and is_bare_norm(module):
                 return module.normalise(input, *activation, residual)
-        elif isinstance(module, Generated) and module.ends_in_norm and _is_unpatched(module):
-            return module.forward_then(input, act, residual, add, before, after)
+        elif (
+            isinstance(module, Generated) and module._fastbn_ends_in_norm and _is_unpatched(module)
+        ):
+            return module._fastbn_forward_then(input, act, residual, add, before, after)
     return unfused(module(input), act, residual, add, before, after)
 
 
@@ -148,7 +150,7 @@ def is_bare_norm(module: nn.Module) -> bool:
 
 def ends_in_norm(module: nn.Module) -> bool:
     """Says whether something that follows a module may become part of its last norm."""
-    return is_bare_norm(module) or (isinstance(module, Generated) and module.ends_in_norm)
+    return is_bare_norm(module) or (isinstance(module, Generated) and module._fastbn_ends_in_norm)
 
 
 def is_activation(module: nn.Module) -> bool:
@@ -174,14 +176,32 @@ _FRESH_PLACES = ("torch.nn.", "fastbn.", "timm.layers.", "torchvision.ops.")
 
 
 def makes_fresh(module: nn.Module) -> bool:
-    """Says whether a call of a module leaves its input alone and returns new memory."""
+    """Says whether a call of a module leaves its input alone and returns other memory."""
     if not _runs_its_class(module):
         return False
     if isinstance(module, nn.Sequential):
-        return _is_stock_sequential(module) and makes_fresh(module[0])
+        return _is_stock_sequential(module) and makes_fresh(next(iter(module)))
     if isinstance(module, Generated):
-        return module.is_fresh
+        return module._fastbn_makes_fresh
     return isinstance(module, _FRESH) and type(module).forward.__module__.startswith(_FRESH_PLACES)
+
+
+def lets_go(module: nn.Module) -> bool:
+    """Says whether a call of a module returns new memory that nobody else keeps."""
+    if not makes_fresh(module):
+        return False
+    if isinstance(module, nn.Sequential):
+        # Behind the last layer that makes the memory, none may keep it.
+        rest = list(module)
+        while rest and keeps_nothing(rest[-1]):
+            rest.pop()
+        return bool(rest) and lets_go(rest[-1])
+    return module._fastbn_lets_go if isinstance(module, Generated) else True
+
+
+def keeps_nothing(module: nn.Module) -> bool:
+    """Says whether a call of a module may return its input, and keeps nothing of it."""
+    return is_activation(module) or (may_pass_unchanged(module) and _runs_its_class(module))
 
 
 def returns_tensor(module: nn.Module) -> bool:
@@ -189,7 +209,7 @@ def returns_tensor(module: nn.Module) -> bool:
     if not _runs_its_class(module) or has_global_hooks():
         return False
     if isinstance(module, nn.Sequential):
-        return _is_stock_sequential(module) and returns_tensor(module[-1])
+        return _is_stock_sequential(module) and returns_tensor(list(module)[-1])
     returns_more = isinstance(module, nn.MaxPool2d) and module.return_indices
     is_stock = isinstance(module, _FRESH) and makes_fresh(module)
     return is_activation(module) or (is_stock and not returns_more)
@@ -203,8 +223,9 @@ def _runs_its_class(module: nn.Module) -> bool:
 
 def _is_stock_sequential(module: nn.Sequential) -> bool:
     """Says whether a Sequential calls its modules one after the other, and has one."""
-    forward = getattr(module, "original", type(module)).forward
-    return forward is nn.Sequential.forward and len(module) > 0
+    forward = getattr(module, "_fastbn_original", type(module)).forward
+    stock = forward is nn.Sequential.forward and type(module).__iter__ is nn.Sequential.__iter__
+    return stock and len(module._modules) > 0
 
 
 def may_pass_unchanged(module: nn.Module) -> bool:

@@ -13,45 +13,52 @@ import torch.nn as nn
 class Generated(nn.Module):
     """The first base of all generated classes; the second one is the module's own class.
 
+    Its members have names that no module has, since a member would hide a module's own.
+
     Copies are of the generated class too. A pickle holds the module's own class, so that whoever
     loads it does not need the code that was generated here.
     """
 
-    original: type[nn.Module]
+    _fastbn_original: type[nn.Module]
 
     # Computes what `fused` does of the module and its further arguments, if it ends in a norm.
-    forward_then: Callable[..., Any]
+    _fastbn_forward_then: Callable[..., Any]
 
     @property
-    def ends_in_norm(self) -> bool:
+    def _fastbn_ends_in_norm(self) -> bool:
         """Whether something that follows the module may become part of its last norm."""
         return False
 
     @property
-    def is_fresh(self) -> bool:
-        """Whether a call leaves its arguments alone and returns new memory."""
+    def _fastbn_makes_fresh(self) -> bool:
+        """Whether a call leaves its arguments alone and returns other memory."""
+        return False
+
+    @property
+    def _fastbn_lets_go(self) -> bool:
+        """Whether a call returns new memory that nobody else keeps."""
         return False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         if reduced[0] is not vars(copyreg)["__newobj__"]:
-            function = self.original if reduced[0] is type(self) else reduced[0]
+            function = self._fastbn_original if reduced[0] is type(self) else reduced[0]
             return function, *reduced[1:]
         # Pickles of protocols 0 and 1 make objects so. Those of later ones insist on the class.
         reconstruct: Any = vars(copyreg)["_reconstructor"]
-        return reconstruct, (self.original, object, None), *reduced[2:]
+        return reconstruct, (self._fastbn_original, object, None), *reduced[2:]
 
     def __deepcopy__(self, memo: dict) -> Any:
-        if hasattr(self.original, "__deepcopy__"):
-            made = self.original.__deepcopy__(self, memo)
+        if hasattr(self._fastbn_original, "__deepcopy__"):
+            made = self._fastbn_original.__deepcopy__(self, memo)
             made.__class__ = type(self)
             return made
-        return self._rebuilt(lambda state: copy.deepcopy(state, memo), memo)
+        return self._fastbn_rebuilt(lambda state: copy.deepcopy(state, memo), memo)
 
     def __copy__(self) -> Any:
-        return self._rebuilt(lambda state: state, {})
+        return self._fastbn_rebuilt(lambda state: state, {})
 
-    def _rebuilt(self, copied: Callable[[Any], Any], memo: dict) -> Any:
+    def _fastbn_rebuilt(self, copied: Callable[[Any], Any], memo: dict) -> Any:
         made = type(self).__new__(type(self))
         memo[id(self)] = made
         # Before Python 3.11 objects have no `__getstate__` of their own.
@@ -68,7 +75,7 @@ def subclass(
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
-        "original": original,
+        "_fastbn_original": original,
     }
     return type(original.__name__, (base, original), names | members)
 
@@ -80,10 +87,10 @@ def set_class(module: nn.Module, new: type[nn.Module]) -> None:
 
 def is_wrapped(module: nn.Module) -> bool:
     """Says whether a module's class was derived from a generated one, as `fully_shard` does."""
-    return isinstance(module, Generated) and "original" not in vars(type(module))
+    return isinstance(module, Generated) and "_fastbn_original" not in vars(type(module))
 
 
 def revert_class(module: nn.Module) -> None:
     """Gives a module its own class back."""
     if isinstance(module, Generated) and not is_wrapped(module):
-        set_class(module, module.original)
+        set_class(module, module._fastbn_original)

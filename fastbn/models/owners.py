@@ -20,7 +20,15 @@ from torch import Tensor
 from torch.fx.proxy import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .fused import ends_in_norm, is_activation, makes_fresh, may_pass_unchanged, unfused
+from .fused import (
+    ends_in_norm,
+    is_activation,
+    keeps_nothing,
+    lets_go,
+    makes_fresh,
+    may_pass_unchanged,
+    unfused,
+)
 from .generated import Generated, set_class, subclass
 from .tracing import GIVEN
 from .variants import Owner, Variant, kind_of
@@ -29,40 +37,45 @@ from .variants import Owner, Variant, kind_of
 class FusedOwner(Generated):
     """The `forward` of generated classes whose other base class is an owner's own."""
 
-    owner: Owner
+    _fastbn_owner: Owner
 
     @property
-    def ends_in_norm(self) -> bool:
-        return any(variant.forward_then is not None for variant in self._variants())
+    def _fastbn_ends_in_norm(self) -> bool:
+        found = (v for variants in self._fastbn_owner.variants.values() for v in variants)
+        return any(v.forward_then is not None and v.holds(self) for v in found)
 
     @property
-    def is_fresh(self) -> bool:
-        variants = [v for v in self._variants() if v.is_fresh is not None]
+    def _fastbn_makes_fresh(self) -> bool:
+        variants = current_variants(self)
         return bool(variants) and all(
-            v.is_fresh is not None and all(makes_fresh(self.get_submodule(p)) for p in v.is_fresh)
-            for v in self._variants()
+            v.fresh is not None and all(makes_fresh(self.get_submodule(p)) for p in v.fresh)
+            for v in variants
         )
 
-    def _variants(self) -> list[Variant]:
-        found = (v for variants in self.owner.variants.values() for v in variants)
-        return [variant for variant in found if not variant.reason and variant.holds(self)]
-
-    def current_variant(self) -> Variant | None:
-        """Returns the variant of a plain call in the module's mode, for reports."""
-        found = (
-            variant
-            for (training, _), variants in self.owner.variants.items()
-            for variant in variants
-            if training == self.training and variant.forward is not None and variant.holds(self)
+    @property
+    def _fastbn_lets_go(self) -> bool:
+        return all(
+            v.kept is not None and all(_lets_go(self.get_submodule(p)) for p in v.kept)
+            for v in current_variants(self)
         )
-        return next(found, None)
 
-    def forward_then(self, input: Any, *rest: Any) -> Any:
-        owner = self.owner
+    def _fastbn_forward_then(self, input: Any, *rest: Any) -> Any:
+        owner = self._fastbn_owner
         variant = owner.variant(self, owner.bind((input,), {}))
         if variant is None or variant.forward_then is None:
             return unfused(self(input), *rest)
         return variant.forward_then(self, input, *rest)
+
+
+def _lets_go(module: nn.Module) -> bool:
+    return lets_go(module) or keeps_nothing(module)
+
+
+def current_variants(module: FusedOwner) -> list[Variant]:
+    """Returns the variants of calls in the module's mode, those without a graph too."""
+    owner = module._fastbn_owner
+    found = (v for (mode, _), vs in owner.variants.items() if mode == module.training for v in vs)
+    return [variant for variant in found if variant.holds(module)]
 
 
 def fuse_owner(module: nn.Module) -> None:
@@ -71,12 +84,12 @@ def fuse_owner(module: nn.Module) -> None:
     if generated is not None:
         set_class(module, generated)
     elif isinstance(module, FusedOwner):
-        set_class(module, module.original)
+        set_class(module, module._fastbn_original)
 
 
 def plan_owner(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
     """Returns the class that fuses something of an owner, or None, and why a trace failed."""
-    original = module.original if isinstance(module, FusedOwner) else type(module)
+    original = module._fastbn_original if isinstance(module, FusedOwner) else type(module)
     if not isinstance(original.forward, FunctionType) or "forward" in module.__dict__:
         return None, "its forward is not its class' own Python function"
     if _asks_for_its_own_class(original):
@@ -89,7 +102,7 @@ def plan_owner(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
     for training in (True, False):
         todo = _patterns(parameters)
         for pattern in todo:
-            variant = generated.owner.find_or_trace(module, training, pattern)
+            variant = generated._fastbn_owner.find_or_trace(module, training, pattern)
             if variant is None:
                 continue
             variants.append(variant)
@@ -102,8 +115,8 @@ def plan_owner(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
     # A caller that adds to the module's result in place may fuse the addition if this is new
     # memory, which the class says.
     has_norms = any(isinstance(m, _BatchNorm) for m in module.modules())
-    if has_norms and any(variant.is_fresh is not None for variant in variants):
-        return generated, ""
+    if has_norms and any(variant.fresh is not None for variant in variants):
+        return generated._fastbn_vouching, ""
     return None, reasons[0] if reasons else ""
 
 
@@ -186,4 +199,9 @@ def _make_class(original: Any) -> type[nn.Module]:
         given = [value for value in values if isinstance(value, (*GIVEN, Proxy))]
         return variant.forward(self, *given)
 
-    return subclass(original, FusedOwner, {"owner": owner, "forward": forward})
+    members = {"_fastbn_owner": owner}
+    # A module that fuses nothing keeps its `forward`, and says of its results whose they are.
+    vouching = subclass(original, FusedOwner, members)
+    return subclass(
+        original, FusedOwner, members | {"forward": forward, "_fastbn_vouching": vouching}
+    )

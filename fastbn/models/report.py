@@ -19,7 +19,7 @@ from ..modules import _Fused
 from ..runtime.layout import problem_of
 from .chains import Fold, folds_in
 from .fused import ends_in_norm, is_activation, is_bare_norm, passes_unchanged
-from .owners import FusedOwner, plan_owner
+from .owners import FusedOwner, current_variants, plan_owner
 from .sequential import FusedSequential
 
 # Tensors that an addition and an activation of their own read or write in a training step:
@@ -106,15 +106,17 @@ def _folds(module: nn.Module) -> list[tuple[nn.Module, str, str]]:
         return [_fold_in_sequential(norm, after) for norm, after in followers if norm in norms]
     if isinstance(module, fx.GraphModule):
         return [_fold_in_owner(module, fold) for fold in folds_in(module.graph, module)]
-    variant = module.current_variant() if isinstance(module, FusedOwner) else None
-    if variant is not None:
-        return [_fold_in_owner(module, fold) for fold in variant.folds]
+    if isinstance(module, FusedOwner):
+        found = current_variants(module)
+        fusing = [variant for variant in found if variant.forward is not None] or found
+        if fusing and fusing[0].folds:
+            return [_fold_in_owner(module, fold) for fold in fusing[0].folds]
     stock = type(module).forward in (nn.Module.forward, nn.Sequential.forward)
     if not norms or stock:
         return []
     generated, reason = plan_owner(module)
     name = type(module).__name__
-    if generated is not None:
+    if generated is not None and not isinstance(module, FusedOwner):
         reason = "the model is not fused"
     else:
         reason = f"{name} can't be traced: {reason}" if reason else f"nothing in {name} follows it"
@@ -145,9 +147,9 @@ def _last_norm(module: nn.Module) -> nn.Module | None:
     if isinstance(module, nn.Sequential):
         return _last_norm(list(module._modules.values())[-1])
     if isinstance(module, FusedOwner):
-        variant = module.current_variant()
-        if variant is not None and variant.tail is not None:
-            return _last_norm(module.get_submodule(variant.tail))
+        for variant in current_variants(module):
+            if variant.tail is not None:
+                return _last_norm(module.get_submodule(variant.tail))
     return None
 
 

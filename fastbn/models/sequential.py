@@ -16,14 +16,14 @@ class FusedSequential(Generated):
     _modules: dict[str, Any]
 
     @property
-    def ends_in_norm(self) -> bool:
+    def _fastbn_ends_in_norm(self) -> bool:
         modules = list(self._modules.values())
         return len(modules) > 0 and ends_in_norm(modules[-1])
 
     def forward(self, input: Any) -> Any:
         return _run(list(self._modules.values()), input)
 
-    def forward_then(self, input: Any, *rest: Any) -> Any:
+    def _fastbn_forward_then(self, input: Any, *rest: Any) -> Any:
         *modules, last = self._modules.values()
         # An activation that was the last module's is not there: it ends in a norm.
         return fused(last, _run(modules, input), *rest)

@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .fused import fused, is_harmless, makes_fresh, may_pass_unchanged
+from .fused import fused, is_harmless, keeps_nothing, lets_go, makes_fresh, may_pass_unchanged
 
 # A step of a graph. PyTorch's type of it lets arguments be so much that each use needs a cast.
 Node = Any
@@ -89,11 +89,9 @@ def _is_module(module: nn.Module, path: str) -> bool:
     return True
 
 
-def is_fresh(graph: fx.Graph, module: nn.Module) -> tuple[str, ...] | None:
-    """Says whether a graph leaves its arguments alone and returns new memory.
-
-    Returns:
-        The paths of the modules that must do so for that, or None.
+def calls_that_make_fresh(graph: fx.Graph, module: nn.Module) -> tuple[str, ...] | None:
+    """Returns the paths of the modules that must leave their input alone and return other memory
+    for a graph to do so, or None if it does not.
     """
     shared: set[Node] = set()
     for node in graph.nodes:
@@ -103,6 +101,22 @@ def is_fresh(graph: fx.Graph, module: nn.Module) -> tuple[str, ...] | None:
     if not all(_is_fresh(user, module) for user in users):
         return None
     return tuple(sorted(user.target for user in users if user.op == "call_module"))
+
+
+def calls_that_may_keep(graph: fx.Graph, module: nn.Module) -> tuple[str, ...] | None:
+    """Returns the paths of the modules that must keep nothing of what a graph returns for nobody
+    to have it, or None if somebody may.
+    """
+    result = next(node for node in reversed(graph.nodes) if node.op == "output")
+    made: set[Node] = set()
+    for node in result.all_input_nodes:
+        made |= _may_share(node, module)
+    calls = [node for node in made if node.op == "call_module"]
+    if any(node.op in ("placeholder", "get_attr") for node in made):
+        return None
+    if not all(is_call(c, module, lets_go) or is_call(c, module, keeps_nothing) for c in calls):
+        return None
+    return tuple(sorted(node.target for node in calls))
 
 
 def _is_fresh(node: Node, module: nn.Module) -> bool:
@@ -118,7 +132,7 @@ def nobody_else_has(node: Node, module: nn.Module) -> bool:
         return False
     if is_call(node, module, may_pass_unchanged):
         return nobody_else_has(node.args[0], module)
-    return _is_fresh(node, module)
+    return is_call(node, module, lets_go) if node.op == "call_module" else _is_fresh(node, module)
 
 
 def _may_share(node: Node, module: nn.Module) -> set[Node]:

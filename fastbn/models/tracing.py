@@ -15,7 +15,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import FunctionType
+from types import FunctionType, UnionType
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ _FORBIDDEN = {
 }  # fmt: skip
 
 
-_ASKS_FOR_A_TYPE = "it asks for the type of a value that it computed"
+_ASKS_FOR_A_TYPE = "it asks for the type of a value"
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,14 @@ class Trace:
 
 
 class Untraceable(Exception):
-    """Says why a `forward` has no graph, and what it had read and asked by then."""
+    """Says why a `forward` has no graph, and what it had read and asked by then.
 
-    def __init__(self, reason: str, reads: Reads, asks: bool) -> None:
+    `tensors` are the paths of modules of which not all return tensors, if that is why.
+    """
+
+    def __init__(self, reason: str, reads: Reads, asks: bool, tensors: set[str]) -> None:
         super().__init__(reason)
-        self.reads, self.asks = reads, asks
+        self.reads, self.asks, self.tensors = reads, asks, tensors
 
 
 def _in_place(name: str) -> Callable[[Any, Any], Any]:
@@ -156,6 +159,8 @@ class _Tracer(fx.Tracer):
 
     def answer_isinstance(self, value: Any, kinds: Any) -> bool:
         """Says what `isinstance` would say of what a stand-in stands for."""
+        if _are_narrow(kinds):
+            raise TraceError(_ASKS_FOR_A_TYPE)
         if value.kind is None:
             if value.node.op != "call_module":
                 raise TraceError(_ASKS_FOR_A_TYPE)
@@ -163,6 +168,15 @@ class _Tracer(fx.Tracer):
             return issubclass(Tensor, kinds)
         self.asks = True
         return issubclass(value.kind, kinds)
+
+
+def _are_narrow(kinds: Any) -> bool:
+    """Says whether among types some are of a few tensors only, or what is no type."""
+    if isinstance(kinds, (tuple, UnionType)):
+        return any(map(_are_narrow, kinds if isinstance(kinds, tuple) else kinds.__args__))
+    if not isinstance(kinds, type) or type(kinds) is type(torch.FloatTensor):
+        return True
+    return issubclass(kinds, Tensor) and kinds is not Tensor
 
 
 def _surroundings() -> tuple:
@@ -206,6 +220,7 @@ def trace(
     """
     tracer = _Tracer(forward, arguments)
     before, numbers, graph = module.training, _random_states(), None
+    doubted: set[str] = set()
     with lock:
         module.__dict__["training"] = training
         watch = Watch(module, _Value, tracer.answer_isinstance)
@@ -222,8 +237,9 @@ def trace(
             watch.changes()
         finally:
             module.__dict__["training"] = before
-    # While `torch.fx` records, no module's call is a stock one.
-    if reason is None and not all(returns_tensor(module.get_submodule(p)) for p in tracer.tensors):
+        # While `torch.fx` records, no module's call is a stock one.
+        doubted = {p for p in tracer.tensors if not returns_tensor(module.get_submodule(p))}
+    if reason is None and doubted:
         reason = _ASKS_FOR_A_TYPE
     if _random_states() != numbers:
         _restore(numbers)
@@ -232,7 +248,7 @@ def trace(
     if reason is None and reads is None:
         reason = "it reads a module that is not a part of it"
     if reason is not None or graph is None:
-        raise Untraceable(reason or "it has no graph", reads or (), tracer.asks)
+        raise Untraceable(reason or "it has no graph", reads or (), tracer.asks, doubted)
     return Trace(graph, reads or (), tracer.asks, tracer.tensors)
 
 

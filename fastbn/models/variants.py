@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from torch.fx.proxy import Proxy
 
 from .chains import Fold, fold, open_tail, tail_of
-from .fused import is_harmless, returns_tensor
-from .steps import is_fresh
+from .fused import is_harmless, lets_go, returns_tensor
+from .steps import calls_that_make_fresh, calls_that_may_keep
 from .tracing import GIVEN, Untraceable, trace
 from .watching import Missing, Reads, same
 
@@ -35,8 +35,10 @@ class Variant:
         tail: the path of the last norm.
         reason: why there is no generated `forward`.
         asks: whether `forward` asks for the type of an argument.
-        is_fresh: if it leaves its arguments alone and returns new memory, the paths of the
+        fresh: if it leaves its arguments alone and returns other memory, the paths of the
             modules that must do so for that; otherwise None.
+        kept: if nobody else keeps what it returns, the paths of the modules that must keep
+            nothing for that; otherwise None.
     """
 
     holds: Callable[[nn.Module], bool]
@@ -46,7 +48,8 @@ class Variant:
     tail: str | None = None
     reason: str = ""
     asks: bool = False
-    is_fresh: tuple[str, ...] | None = None
+    fresh: tuple[str, ...] | None = None
+    kept: tuple[str, ...] | None = None
 
 
 @dataclass
@@ -132,21 +135,26 @@ def _make_variant(
     try:
         traced = trace(module, original.forward, arguments, training)
     except Untraceable as error:
-        return Variant(_guard(error.reads), reason=str(error), asks=error.asks)
+        holds = _guard(error.reads, doubted=error.tensors)
+        return Variant(holds, reason=str(error), asks=error.asks)
     graph = traced.graph
-    fresh = is_fresh(graph, module)
-    found, trusted = fold(graph, module)
-    folds, holds = tuple(found), _guard(traced.reads, trusted, traced.tensors)
+    facts: dict[str, Any] = {
+        "asks": traced.asks,
+        "fresh": calls_that_make_fresh(graph, module),
+        "kept": calls_that_may_keep(graph, module),
+    }
+    found, trusted, unkept = fold(graph, module)
+    folds, holds = tuple(found), _guard(traced.reads, trusted, unkept, traced.tensors)
     tail = tail_of(graph, module) if sum(k[0] in GIVEN for k in pattern) == 1 else None
     if tail is None and all(f.kind == "plain" for f in folds):
-        return Variant(holds, folds=folds, asks=traced.asks, is_fresh=fresh)
+        return Variant(holds, folds=folds, **facts)
     forward = _compiled(graph)
     forward_then = None
     if tail is not None:
         open_tail(graph, tail)
         forward_then = _compiled(graph)
     path = None if tail is None else tail.target
-    return Variant(holds, forward, forward_then, folds, path, asks=traced.asks, is_fresh=fresh)
+    return Variant(holds, forward, forward_then, folds, path, **facts)
 
 
 def _compiled(graph: fx.Graph) -> Callable:
@@ -158,14 +166,17 @@ def _compiled(graph: fx.Graph) -> Callable:
 
 
 def _guard(
-    reads: Reads, trusted: Iterable[str] = (), tensors: Iterable[str] = ()
-) -> Callable[[nn.Module], bool]:
+    reads: Reads, trusted: Iterable[str] = (), unkept: Iterable[str] = (),
+    tensors: Iterable[str] = (), doubted: Iterable[str] = (),
+) -> Callable[[nn.Module], bool]:  # fmt: skip
     """Returns a function that says whether a module's attributes are still as they were read.
 
     Args:
         reads: what was read.
         trusted: paths of modules that must leave their input alone.
+        unkept: paths of modules that must return new memory and keep nothing of it.
         tensors: paths of modules that must return tensors.
+        doubted: paths of modules of which some don't, or there are none.
     """
     checks: list[str] = []
     kept: list[Any] = []
@@ -188,10 +199,14 @@ def _guard(
             )
             kept.append(value)
     checks += [f"harmless({_expression(path)})" for path in sorted(trusted)]
+    checks += [f"lets_go({_expression(path)})" for path in sorted(unkept)]
     checks += [f"returns_tensor({_expression(path)})" for path in sorted(tensors)]
+    doubts = [f"returns_tensor({_expression(path)})" for path in sorted(doubted)]
+    if doubts:
+        checks.append(f"not ({' and '.join(doubts)})")
     body = "".join(f"    if not ({check}):\n        return False\n" for check in checks)
     names: dict[str, Any] = {"kept": kept, "same": same}
-    names |= {"harmless": is_harmless, "returns_tensor": returns_tensor}
+    names |= {"harmless": is_harmless, "lets_go": lets_go, "returns_tensor": returns_tensor}
     exec(compile(f"def holds(module):\n{body}    return True\n", "<fastbn>", "exec"), names)
     guard = names["holds"]
 

@@ -194,7 +194,7 @@ _MACHINERY = (
 
 
 def _by_model(machinery: tuple[str, ...] = _MACHINERY) -> bool:
-    """Says whether code of a model asks, and neither PyTorch's machinery nor Python's library."""
+    """Says whether code of a model asks, and neither fastbn nor PyTorch's and Python's own."""
     name = sys._getframe(2).f_globals.get("__name__", "")
     return not name.startswith(machinery) and name.partition(".")[0] not in sys.stdlib_module_names
 

@@ -1,4 +1,4 @@
-"""The messages: one all-gather forward, one all-reduce backward."""
+"""The all-gather of a forward, and sums over processes that can be differentiated."""
 
 from __future__ import annotations
 

@@ -140,11 +140,12 @@ class FusedSyncBatchNormAct(_Synchronised, _FusedAct):
         process_group: Any = None,
         biased_running_var: bool = False,
         skip_nonfinite: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, apply_act, act_layer,
             act_kwargs, inplace, drop_layer, device, dtype,
-            biased_running_var=biased_running_var, skip_nonfinite=skip_nonfinite,
+            biased_running_var=biased_running_var, skip_nonfinite=skip_nonfinite, **kwargs,
         )  # fmt: skip
         self.process_group = process_group
 

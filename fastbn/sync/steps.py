@@ -64,7 +64,10 @@ def merge(
     # A process without values has no mean.
     away = torch.where(counts > 0, (means - about) + rests, 0.0)
     rest = (shares * away).sum(0)
-    between = ((counts * away * away).sum(0) - count * rest * rest).clamp(min=0)
+    squares = (counts * away * away).sum(0)
+    # Where squares overflow the variance is infinite, as in one process.
+    overflows = squares.isinf() & rest.isfinite()
+    between = torch.where(overflows, squares, (squares - count * rest * rest).clamp(min=0))
     mean, m2 = about + rest, m2s.sum(0) + between
     rate: float | Tensor = 0.0 if momentum is None else momentum
     if momentum is None and num_batches_tracked is not None:
@@ -81,7 +84,7 @@ def merge(
             updated = (1.0 - rate) * running.to(mean.dtype) + rate * batch
             running.copy_(torch.where(usable, updated, running))
     if num_batches_tracked is not None:
-        num_batches_tracked.add_(usable if skip else 1)
+        num_batches_tracked.add_(usable.to(num_batches_tracked.device) if skip else 1)
     return torch.stack([mean, torch.rsqrt(m2 / some + eps)]), count.reshape(1)
 
 
