@@ -15,7 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import fx
 
-from .fused import ends_in_norm, fused, is_activation, is_harmless, may_pass_unchanged
+from .fused import fused
+from .kinds import ends_in_norm, is_activation, is_harmless, may_pass_unchanged
 from .steps import Node, is_call, may_wait, nobody_else_has, only_user, steps_between
 
 # Functions and methods that compute activations of the table, and the name of the parameter.

@@ -20,16 +20,16 @@ from torch import Tensor
 from torch.fx.proxy import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .fused import (
+from .fused import unfused
+from .generated import Generated, set_class, subclass
+from .kinds import (
     ends_in_norm,
     is_activation,
     keeps_nothing,
     lets_go,
     makes_fresh,
     may_pass_unchanged,
-    unfused,
 )
-from .generated import Generated, set_class, subclass
 from .tracing import GIVEN
 from .variants import Owner, Variant, kind_of
 

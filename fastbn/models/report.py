@@ -18,7 +18,7 @@ from ..kernels.plan import make_plan
 from ..modules import _Fused
 from ..runtime.layout import problem_of
 from .chains import Fold, folds_in
-from .fused import ends_in_norm, is_activation, is_bare_norm, passes_unchanged
+from .kinds import ends_in_norm, is_activation, is_bare_norm, passes_unchanged
 from .owners import FusedOwner, current_variants, plan_owner
 from .sequential import FusedSequential
 

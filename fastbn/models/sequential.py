@@ -6,8 +6,9 @@ from typing import Any
 
 import torch.nn as nn
 
-from .fused import ends_in_norm, fused, is_activation
+from .fused import fused
 from .generated import Generated, set_class, subclass
+from .kinds import ends_in_norm, is_activation
 
 
 class FusedSequential(Generated):

@@ -10,7 +10,8 @@ import torch.nn as nn
 from torch import fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .fused import fused, is_harmless, keeps_nothing, lets_go, makes_fresh, may_pass_unchanged
+from .fused import fused
+from .kinds import is_harmless, keeps_nothing, lets_go, makes_fresh, may_pass_unchanged
 
 # A step of a graph. PyTorch's type of it lets arguments be so much that each use needs a cast.
 Node = Any

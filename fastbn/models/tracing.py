@@ -25,7 +25,7 @@ from torch import Tensor, fx
 from torch.fx.proxy import Attribute, Proxy, TraceError
 from torch.overrides import TorchFunctionMode
 
-from .fused import returns_tensor
+from .kinds import returns_tensor
 from .watching import Reads, Watch, lock
 
 # Kinds of arguments that a graph takes as they come; any other argument is a part of the graph.

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.fx.proxy import Proxy
 
 from .chains import Fold, fold, open_tail, tail_of
-from .fused import is_harmless, lets_go, returns_tensor
+from .kinds import is_harmless, lets_go, returns_tensor
 from .steps import calls_that_make_fresh, calls_that_may_keep
 from .tracing import GIVEN, Untraceable, trace
 from .watching import Missing, Reads, same
