@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch.nn as nn
@@ -13,7 +12,8 @@ from torch import Tensor
 from torch.fx.proxy import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .activations import ACT_LAYERS, activation_of, has_global_hooks
+from .act_layers import make_activation, make_layer
+from .activations import activation_of, has_global_hooks
 from .functional import check_residual, tracked_batch_norm
 from .fx import record_call
 from .recomputation import is_recomputing
@@ -23,7 +23,6 @@ _NATIVE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _NONE = ("none", None)
 _NO_LAYERS = (nn.Identity, type(None))
 
-_NO_MODULE = "{} must be a module class or a function that returns a module, but got {}: {}"
 _TAKEN_FOR_A_NORM = (
     "eps of a {0} was read, as tools do that fold or replace batch norms: they would drop its {1}."
     " Give them what without_activation() returns, and let {1} follow."
@@ -174,40 +173,6 @@ def fused_activation(module: nn.Module) -> tuple[str, float | None] | None:
     return _NONE if act is None else activation_of(act)
 
 
-def _make_activation(
-    layer: str | Callable[..., nn.Module] | None, kwargs: dict[str, Any]
-) -> nn.Module:
-    # timm's name for no activation is "".
-    if layer in (None, "none", ""):
-        return nn.Identity()
-    if isinstance(layer, str):
-        if layer not in ACT_LAYERS:
-            known = ", ".join(name for name in ACT_LAYERS if name != "none")
-            raise ValueError(
-                f"act_layer must be None, a module class or one of {known}, none, but got {layer!r}"
-            )
-        activation = ACT_LAYERS[layer]
-        return activation.module(**{**dict(activation.options), **kwargs})
-    return _make_layer("act_layer", layer, kwargs)
-
-
-def _make_layer(name: str, layer: Callable[..., nn.Module], kwargs: dict[str, Any]) -> nn.Module:
-    if isinstance(layer, nn.Module) or not callable(layer):
-        raise TypeError(
-            f"{name} must be a module class, but got an instance of {type(layer).__name__}"
-        )
-    try:
-        made = layer(**kwargs)
-    except TypeError as error:
-        if isinstance(layer, (FunctionType, BuiltinFunctionType)):
-            raise TypeError(_NO_MODULE.format(name, layer.__name__, error)) from error
-        raise
-    if not isinstance(made, nn.Module):
-        given = getattr(layer, "__name__", repr(layer))
-        raise TypeError(_NO_MODULE.format(name, given, f"it returned a {type(made).__name__}"))
-    return made
-
-
 class _FusedAct(_Fused):
     """Batch norm, residual and activation in one module."""
 
@@ -235,9 +200,9 @@ class _FusedAct(_Fused):
             biased_running_var=biased_running_var, skip_nonfinite=skip_nonfinite, **kwargs,
         )  # fmt: skip
         self.drop = (
-            nn.Identity() if drop_layer is None else _make_layer("drop_layer", drop_layer, {})
+            nn.Identity() if drop_layer is None else make_layer("drop_layer", drop_layer, {})
         )
-        self.act = _make_activation(act_layer if apply_act else None, act_kwargs or {})
+        self.act = make_activation(act_layer if apply_act else None, act_kwargs or {})
 
     @property
     def eps(self) -> float:

@@ -65,7 +65,8 @@ BELOW = {
     },
     "fx": {"activations"},
     "recomputation": set(),
-    "modules": {"activations", "functional", "fx", "recomputation"},
+    "act_layers": {"activations"},
+    "modules": {"act_layers", "activations", "functional", "fx", "recomputation"},
     "sync.collectives": set(),
     "sync.steps": {"activations", "reference", "runtime.layout"},
     "sync.autograd": {
