@@ -47,10 +47,14 @@ class BatchNorm(torch.autograd.Function):
         else:
             output, statistics, mask = torch_ops.forward(tensors, *options, saved == "mask")
         mask = mask if saved == "mask" else None
-        # Save only what the backward reads, so that everything else may change before it.
-        bias = bias if reads_bias(activation, residual is not None) else None
+        # Save only what the backward reads, so that everything else may change before it. The bias
+        # may change too, as behind unfused layers: its values are beside a batch's statistics.
+        ctx.bias = bias if reads_bias(activation, residual is not None) else None
         residual = residual if saved == "residual" else None
-        var = None if training else running_var
+        bias = var = None
+        if not training:
+            bias = None if ctx.bias is None else ctx.bias.clone()
+            var = running_var
         ctx.save_for_backward(input, residual, mask, weight, bias, statistics, var)
         # Hooks may change the strides of the saved input, but the mask's bits keep this order.
         format = None if mask is None else memory_format(input)
@@ -105,6 +109,8 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     # A saved variance says that the statistics were fixed. The flag `training` doesn't:
     # it may be a tensor, and its value may have changed since.
     fixed = None if var is None else (statistics, var)
+    if ctx.bias is not None:
+        bias = reference.with_value(ctx.bias, statistics[2] if var is None else bias)
     grads = reference.batch_norm_backward(
         grad_output, input, weight, bias, fixed, eps, activation, param, residual
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import native
-from .activations import ACTIVATIONS, reads_bias, saved_for
+from .activations import ACTIVATIONS, saved_for
 from .backend import get_backend
 from .runtime import support
 from .runtime.support import HAS_TRITON
@@ -164,9 +164,6 @@ def tracked_batch_norm(
                 plan = plan_cache.insert(key, tensors, plan_forward, *key[:5])
             options = (training, momentum, correction, eps, activation, param, skip)
             if needs_grad:
-                if bias is not None and reads_bias(activation, residual is not None):
-                    # As behind unfused layers, the bias may change before the backward.
-                    tensors = (*tensors[:3], bias.clone(), *tensors[4:])
                 return BatchNorm.apply(*tensors, options, plan)
             if plan is not None:
                 return execution.run_forward(plan, tensors, *options[1:4], param)[0]

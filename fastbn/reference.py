@@ -121,5 +121,10 @@ def axes_of(x: Tensor) -> list[int]:
     return [0, *range(2, x.dim())]
 
 
+def with_value(variable: Tensor, value: Tensor) -> Tensor:
+    """Returns a tensor with the gradient of a variable and the value that this had earlier."""
+    return value + (variable - variable.detach())
+
+
 def per_channel(value: Tensor, z: Tensor) -> Tensor:
     return value.to(z.dtype).reshape(1, -1, *[1] * (z.dim() - 2))

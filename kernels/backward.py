@@ -32,6 +32,7 @@ from .addressing import (
 from .epilogue import (
     activation_backward,
     affine_of,
+    batch_affine,
     load_mask,
     normalise,
     sign_backward,
@@ -80,7 +81,7 @@ def finish_sums(
     for some in range(first, end, WIDTH):
         c = some + tl.arange(0, WIDTH)[None, :]
         channels = tl.minimum(c, sizes.C - 1)
-        rstd = affine_of(Statistics, Var, None, None, eps, channels, sizes.C, acc, "").rstd
+        rstd = affine_of(Statistics, Var, None, None, eps, channels, sizes.C, acc).rstd
         sum_g = sum_partials(Partials, first, end, c, sizes, acc, TILE)
         Products = Partials + rows_of(sizes, TILE) * sizes.C
         sum_gx = sum_partials(Products, first, end, c, sizes, acc, TILE)
@@ -210,8 +211,8 @@ def bn_reduce_bwd_kernel(
     R,  # pointer to the residual, where the activation's gradient needs it, or None
     Mask,  # pointer to the packed signs of the activation's argument, or None
     W,  # pointer to the weight, or None
-    B,  # pointer to the bias, or None
-    Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps); or to a mean alone
+    B,  # pointer to the bias that goes with a mean alone, or None
+    Statistics,  # pointer to (3, C): mean, 1 / sqrt(var + eps) and bias; or to a mean alone
     Var,  # pointer to the variance that goes with a mean alone, or None
     DW,  # pointer to the weight's gradient, or None
     DB,  # pointer to the bias' gradient, or None
@@ -242,7 +243,7 @@ def bn_reduce_bwd_kernel(
     group, tile, split = share_of(tl.program_id(0), sizes, TILE)
     run = find_run(group, tile, split, sizes, TILE)
     channels = channels_of(run, sizes, TILE)
-    affine = affine_of(Statistics, Var, W, B, eps, channels, C, acc, "")
+    affine = affine_of(Statistics, Var, W, B, eps, channels, C, acc)
     store_partial_sums(
         DY, X, R, Mask, Partials, DX, DR, affine, channels, param, run, sizes,
         ACTIVATION, "", TILE,
@@ -259,8 +260,7 @@ def bn_apply_bwd_kernel(
     R,  # pointer to the residual, where the activation's gradient needs it, or None
     Mask,  # pointer to the packed signs of the activation's argument, or None
     W,  # pointer to the weight, or None
-    B,  # pointer to the bias, or None
-    Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps)
+    Statistics,  # pointer to (3, C): mean, 1 / sqrt(var + eps) and bias
     Sums,  # pointer to (2, C): sum(g), sum(g * (x - mean)), if DX is wanted
     Count,  # pointer to the number of values that the sums are of, or None: those of the input
     DX,  # pointer to the input's gradient, or None
@@ -277,11 +277,10 @@ def bn_apply_bwd_kernel(
 ):
     """Each program computes a run, last runs first: the sums left those in the cache."""
     sizes = sizes_of(N, C, S, Q, width, length, 1, TILE)
-    acc = Statistics.dtype.element_ty
     group, tile, split = share_of(tl.num_programs(0) - 1 - tl.program_id(0), sizes, TILE)
     run = find_run(group, tile, split, sizes, TILE)
     channels = channels_of(run, sizes, TILE)
-    affine = affine_of(Statistics, None, W, B, 0.0, channels, C, acc, "")
+    affine = batch_affine(Statistics, W, channels, C, "")
     constant, slope = affine.mean, affine.mean
     if DX is not None:
         constant, slope = load_coefficients(Sums, Count, affine, channels, sizes, "")

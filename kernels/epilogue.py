@@ -42,26 +42,36 @@ def normalise(centred, affine):
 
 
 @triton.jit
-def scaled(mean, rstd, W, B, channels):
-    """Returns the `Affine` of statistics; a pointer to parameters that is None means 1 or 0."""
+def scaled(mean, rstd, bias, W, channels):
+    """Returns an `Affine`; a pointer to the weight that is None means 1."""
     scale = rstd
-    bias = tl.zeros_like(rstd)
     if W is not None:
         scale = rstd * per_channel(W, channels, rstd.dtype, "")
-    if B is not None:
-        bias = per_channel(B, channels, rstd.dtype, "")
     return Affine(mean, rstd, scale, bias)
 
 
 @triton.jit
-def affine_of(Statistics, Var, W, B, eps, channels, C, acc: tl.constexpr, CACHE: tl.constexpr):
-    """Loads an `Affine`: of a batch's mean and rstd, or of a fixed mean and variance."""
+def batch_affine(Statistics, W, channels, C, CACHE: tl.constexpr):
+    """Loads the `Affine` of a batch's statistics, which have the bias beside them."""
+    acc: tl.constexpr = Statistics.dtype.element_ty
     mean = per_channel(Statistics, channels, acc, CACHE)
+    rstd = per_channel(Statistics + C, channels, acc, CACHE)
+    bias = per_channel(Statistics + C + C, channels, acc, CACHE)
+    return scaled(mean, rstd, bias, W, channels)
+
+
+@triton.jit
+def affine_of(Statistics, Var, W, B, eps, channels, C, acc: tl.constexpr):
+    """Loads an `Affine`: of a batch's statistics, or of a fixed mean and variance."""
     if Var is None:
-        rstd = per_channel(Statistics + C, channels, acc, CACHE)
+        return batch_affine(Statistics, W, channels, C, "")
     else:
-        rstd = 1.0 / tl.sqrt(per_channel(Var, channels, acc, CACHE) + tl.full((), eps, acc))
-    return scaled(mean, rstd, W, B, channels)
+        mean = per_channel(Statistics, channels, acc, "")
+        rstd = 1.0 / tl.sqrt(per_channel(Var, channels, acc, "") + tl.full((), eps, acc))
+        bias = tl.zeros_like(rstd)
+        if B is not None:
+            bias = per_channel(B, channels, acc, "")
+        return scaled(mean, rstd, bias, W, channels)
 
 
 @triton.jit

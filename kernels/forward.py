@@ -49,20 +49,28 @@ from .tickets import last_to_arrive
 
 @triton.jit
 def store_statistics(
-    count, mean, m2, Statistics, Variances, RunningMean, RunningVar, factor, correction, eps, c,
+    count, mean, m2, B, Statistics, Variances, RunningMean, RunningVar, factor, correction, eps, c,
     exists, C,
 ):  # fmt: skip
-    """Writes statistics of channels, updates the running ones unless that waits, returns rstd."""
+    """Writes statistics of channels, and updates the running ones unless that waits.
+
+    The bias is written beside them: the parameter may change before the backward reads it.
+    Returns rstd and the bias.
+    """
     rstd = 1.0 / tl.sqrt(m2 / count + tl.full((), eps, mean.dtype))
+    bias = tl.zeros_like(rstd)
+    if B is not None:
+        bias = tl.load(B + c, exists, other=0.0).to(rstd.dtype)
     tl.store(Statistics + c, mean, exists)
     tl.store(Statistics + C + c, rstd, exists)
+    tl.store(Statistics + C + C + c, bias, exists)
     var = m2 / (count - tl.full((), correction, mean.dtype))
     if Variances is not None:
         tl.store(Variances + c, var, exists)
     else:
         update_running(RunningMean, mean, factor, c, exists)
         update_running(RunningVar, var, factor, c, exists)
-    return rstd
+    return rstd, bias
 
 
 @triton.jit
@@ -130,7 +138,7 @@ def store_partial_moments(
 
 @triton.jit
 def finish_statistics(
-    X, Partials, Statistics, RunningMean, RunningVar, NumBatchesTracked, Variances, Arrivals,
+    X, Partials, B, Statistics, RunningMean, RunningVar, NumBatchesTracked, Variances, Arrivals,
     group, groups, momentum, correction, eps, sizes, CUMULATIVE: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +155,7 @@ def finish_statistics(
             Partials, Partials + rows_of(sizes, TILE) * sizes.C, first, end, c, sizes, acc, TILE
         )
         store_statistics(
-            count, mean + near, m2, Statistics, Variances, RunningMean, RunningVar, factor,
+            count, mean + near, m2, B, Statistics, Variances, RunningMean, RunningVar, factor,
             correction, eps, c, c < end, sizes.C,
         )  # fmt: skip
     finish_batch(
@@ -203,7 +211,8 @@ def apply_run(
 @triton.jit(do_not_specialize=SIZES)
 def bn_stats_fwd_kernel(
     X,  # pointer to the input
-    Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps), written
+    B,  # pointer to the bias, or None
+    Statistics,  # pointer to (3, C): mean, 1 / sqrt(var + eps) and bias, written
     RunningMean,  # pointer to the running mean, updated, or None
     RunningVar,  # pointer to the running variance, updated, or None
     NumBatchesTracked,  # pointer to num_batches_tracked, incremented, or None
@@ -231,7 +240,7 @@ def bn_stats_fwd_kernel(
     store_partial_moments(X, Partials, run, sizes, acc, "", TILE)
     if last_to_arrive(Arrivals + group, splits * tiles_of_group(sizes, TILE)):
         finish_statistics(
-            X, Partials, Statistics, RunningMean, RunningVar, NumBatchesTracked, Variances,
+            X, Partials, B, Statistics, RunningMean, RunningVar, NumBatchesTracked, Variances,
             Arrivals, group, groups_of(sizes), momentum, correction, eps, sizes, CUMULATIVE, TILE,
         )  # fmt: skip
 
@@ -243,8 +252,8 @@ def bn_apply_fwd_kernel(
     Y,  # pointer to the output
     Mask,  # pointer to the packed signs of the activation's argument, or None
     W,  # pointer to the weight, or None
-    B,  # pointer to the bias, or None
-    Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps); or to a mean alone
+    B,  # pointer to the bias that goes with a mean alone, or None
+    Statistics,  # pointer to (3, C): mean, 1 / sqrt(var + eps) and bias; or to a mean alone
     Var,  # pointer to the variance that goes with a mean alone, or None
     N,
     C,
@@ -263,5 +272,5 @@ def bn_apply_fwd_kernel(
     group, tile, split = share_of(tl.num_programs(0) - 1 - tl.program_id(0), sizes, TILE)
     run = find_run(group, tile, split, sizes, TILE)
     x = load_whole(X, run, run.whole, "", TILE)
-    affine = affine_of(Statistics, Var, W, B, eps, channels_of(run, sizes, TILE), C, acc, "")
+    affine = affine_of(Statistics, Var, W, B, eps, channels_of(run, sizes, TILE), C, acc)
     apply_run(x, X, R, Y, Mask, affine, param, run, sizes, ACTIVATION, "", TILE)

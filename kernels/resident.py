@@ -16,7 +16,7 @@ from .addressing import (
     sizes_of,
 )
 from .backward import coefficients, gradient_of, store_gradients, store_parameter_gradients
-from .epilogue import affine_of, scaled
+from .epilogue import batch_affine, scaled
 from .forward import store_output, store_statistics
 from .moments import exist, sum_rows
 from .running import averaging_factor, finish_batch
@@ -30,7 +30,7 @@ def bn_resident_fwd_kernel(
     Mask,  # pointer to the packed signs of the activation's argument, or None
     W,  # pointer to the weight, or None
     B,  # pointer to the bias, or None
-    Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps), written
+    Statistics,  # pointer to (3, C): mean, 1 / sqrt(var + eps) and bias, written
     RunningMean,  # pointer to the running mean, updated, or None
     RunningVar,  # pointer to the running variance, updated, or None
     NumBatchesTracked,  # pointer to num_batches_tracked, incremented, or None
@@ -64,12 +64,12 @@ def bn_resident_fwd_kernel(
     centred = centre(away, rest, run, 0, TILE)
     m2 = sum_rows(centred * centred, TILE)
     mean = about + rest
-    rstd = store_statistics(
-        count, mean, m2, Statistics, Variances, RunningMean, RunningVar, factor, correction, eps,
-        channels, exist(run, mean), C,
+    rstd, bias = store_statistics(
+        count, mean, m2, B, Statistics, Variances, RunningMean, RunningVar, factor, correction,
+        eps, channels, exist(run, mean), C,
     )  # fmt: skip
     store_output(
-        x - mean, R, Y, Mask, scaled(mean, rstd, W, B, channels), param, run, 0, sizes,
+        x - mean, R, Y, Mask, scaled(mean, rstd, bias, W, channels), param, run, 0, sizes,
         ACTIVATION, True, "", TILE,
     )  # fmt: skip
     finish_batch(
@@ -85,8 +85,7 @@ def bn_resident_bwd_kernel(
     R,  # pointer to the residual, where the activation's gradient needs it, or None
     Mask,  # pointer to the packed signs of the activation's argument, or None
     W,  # pointer to the weight, or None
-    B,  # pointer to the bias, or None
-    Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps)
+    Statistics,  # pointer to (3, C): mean, 1 / sqrt(var + eps) and bias
     DW,  # pointer to the weight's gradient, or None
     DB,  # pointer to the bias' gradient, or None
     DX,  # pointer to the input's gradient, or None
@@ -107,7 +106,7 @@ def bn_resident_bwd_kernel(
     dy = load_tile(DY, run, 0, True, "", TILE).to(acc)
     x = load_tile(X, run, 0, True, "", TILE).to(acc)
     channels = channels_of(run, sizes, TILE)
-    affine = affine_of(Statistics, None, W, B, 0.0, channels, C, acc, "")
+    affine = batch_affine(Statistics, W, channels, C, "")
     centred = centre(x, affine.mean, run, 0, TILE)
     g = gradient_of(dy, centred, R, Mask, affine, param, run, 0, sizes, ACTIVATION, True, "", TILE)
     g = tl.where(inside(run, 0, TILE), g, 0.0)

@@ -114,7 +114,8 @@ def merge_ranks(Gathered, c, ranks, C, acc: tl.constexpr, RANKS: tl.constexpr, W
 @triton.jit(do_not_specialize=["C", "ranks"])
 def bn_merge_fwd_kernel(
     Gathered,  # pointer to (ranks, 3 * C + 1): the `Moments` of each rank
-    Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps), written
+    B,  # pointer to the bias, or None
+    Statistics,  # pointer to (3, C): mean, 1 / sqrt(var + eps) and bias, written
     Count,  # pointer to the number of values of a channel on all ranks, written
     RunningMean,  # pointer to the running mean, updated, or None
     RunningVar,  # pointer to the running variance, updated, or None
@@ -141,7 +142,7 @@ def bn_merge_fwd_kernel(
         # needs those that are NaN.
         exists = exists & (count > 0)
     store_statistics(
-        count, mean, m2, Statistics, Variances, RunningMean, RunningVar, factor, correction, eps,
+        count, mean, m2, B, Statistics, Variances, RunningMean, RunningVar, factor, correction, eps,
         c, exists, C,
     )  # fmt: skip
     first = tl.program_id(0) == 0

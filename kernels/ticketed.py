@@ -20,7 +20,7 @@ from .addressing import (
     tiles_of_group,
 )
 from .backward import apply_run_backward, finish_sums, load_coefficients, store_partial_sums
-from .epilogue import affine_of
+from .epilogue import batch_affine
 from .forward import apply_run, finish_statistics, store_partial_moments
 from .tickets import draw_ticket, last_to_arrive, raise_flag, wait_for_flag, work_of
 
@@ -47,7 +47,7 @@ def bn_ticketed_fwd_kernel(
     Mask,  # pointer to the packed signs of the activation's argument, or None
     W,  # pointer to the weight, or None
     B,  # pointer to the bias, or None
-    Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps), written
+    Statistics,  # pointer to (3, C): mean, 1 / sqrt(var + eps) and bias, written
     RunningMean,  # pointer to the running mean, updated, or None
     RunningVar,  # pointer to the running variance, updated, or None
     NumBatchesTracked,  # pointer to num_batches_tracked, incremented, or None
@@ -88,7 +88,7 @@ def bn_ticketed_fwd_kernel(
                 x = load_whole(X, run, run.whole, "evict_first", TILE)
                 wait_for_flag(Tickets + 1 + group, generation)
                 channels = channels_of(run, here, TILE)
-                affine = affine_of(Statistics, None, W, B, 0.0, channels, C, acc, ".cg")
+                affine = batch_affine(Statistics, W, channels, C, ".cg")
                 apply_run(
                     x, X, R, Y, Mask, affine, param, run, here, ACTIVATION, "evict_first", TILE
                 )
@@ -96,7 +96,7 @@ def bn_ticketed_fwd_kernel(
                 store_partial_moments(X, Partials, run, here, acc, "evict_last", TILE)
                 if last_to_arrive(Arrivals + group, splits * tiles):
                     finish_statistics(
-                        X, Partials, Statistics, RunningMean, RunningVar,
+                        X, Partials, B, Statistics, RunningMean, RunningVar,
                         NumBatchesTracked, Variances, Arrivals, group, groups, momentum,
                         correction, eps, here, CUMULATIVE, TILE,
                     )  # fmt: skip
@@ -111,8 +111,7 @@ def bn_ticketed_bwd_kernel(
     R,  # pointer to the residual, where the activation's gradient needs it, or None
     Mask,  # pointer to the packed signs of the activation's argument, or None
     W,  # pointer to the weight, or None
-    B,  # pointer to the bias, or None
-    Statistics,  # pointer to (2, C): mean and 1 / sqrt(var + eps)
+    Statistics,  # pointer to (3, C): mean, 1 / sqrt(var + eps) and bias
     DW,  # pointer to the weight's gradient, or None
     DB,  # pointer to the bias' gradient, or None
     Sums,  # pointer to (2, C): sum(g), sum(g * (x - mean))
@@ -147,7 +146,7 @@ def bn_ticketed_bwd_kernel(
             run = find_run(group, tile, split, here, TILE)
             if applies:
                 channels = channels_of(run, here, TILE)
-                affine = affine_of(Statistics, None, W, B, 0.0, channels, C, acc, "")
+                affine = batch_affine(Statistics, W, channels, C, "")
                 wait_for_flag(Tickets + 1 + group, generation)
                 constant, slope = load_coefficients(Sums, None, affine, channels, here, ".cg")
                 apply_run_backward(
@@ -156,7 +155,7 @@ def bn_ticketed_bwd_kernel(
                 )  # fmt: skip
             else:
                 channels = channels_of(run, here, TILE)
-                affine = affine_of(Statistics, None, W, B, 0.0, channels, C, acc, "")
+                affine = batch_affine(Statistics, W, channels, C, "")
                 store_partial_sums(
                     DY, X, R, Mask, Partials, None, None, affine, channels, param,
                     run, here, ACTIVATION, "evict_last", TILE,

@@ -263,8 +263,8 @@ def _call(case: Case) -> None:
     saved = (None, mask) if signs else (residual, None)
     format = memory_format(x) if signs else None
     options = (*epilogue, (True, case.residual, True, True), format)
-    if signs or case.activation == "none":
-        bias = None  # not read
+    if case.training or signs or case.activation == "none":
+        bias = None  # not read, or beside the batch's statistics
     torch_ops._backward(x, x, *saved, weight, bias, statistics, var, *options)
 
 
@@ -272,10 +272,11 @@ def _call_synchronised(case: Case, x, residual, weight, bias, written, signs: bo
     """The same with the moments of four processes."""
     gathered = sync_ops._moments(x).expand(4, -1).contiguous()
     momentum = None if case.channels_last else 0.1
-    statistics, count = sync_ops._merge(gathered, *written, momentum, 1.0, 1e-5, momentum is None)
+    numbers = (momentum, 1.0, 1e-5, momentum is None)
+    statistics, count = sync_ops._merge(gathered, bias, *written, *numbers)
     epilogue = (case.activation, 0.01)
-    _, mask = sync_ops._normalise(x, residual, weight, bias, statistics, *epilogue, signs)
-    saved = (None, mask, weight, None) if signs else (residual, None, weight, bias)
+    _, mask = sync_ops._normalise(x, residual, weight, statistics, *epilogue, signs)
+    saved = (None, mask, weight) if signs else (residual, None, weight)
     options = (*epilogue, (True, case.residual, True, True), memory_format(x) if signs else None)
     sums, _, _ = sync_ops._sums(x, x, *saved, statistics, *options)
     sync_ops._gradients(x, x, *saved, statistics, sums, count, *options)

@@ -10,12 +10,20 @@ TAKEN = pytest.mark.parametrize("taken", [steps, sync_ops], ids=["torch", "trito
 
 
 def merged(taken, gathered, momentum=0.1, correction=1.0, skip=False):
-    """Mean, variance, count, and the running statistics and counter that become of 2, 3 and 4."""
+    """Merges moments, with running statistics of 2 and 3 and a counter of 4.
+
+    Returns mean, variance, count, and what becomes of running statistics and counter. The bias
+    has to come out as it went in, unless there are no values.
+    """
     channels = gathered.shape[1] // 3
     mean, var = gathered.new_full((2, channels), 2.0).unbind()
     var += 1
     counter = torch.tensor(4, device=gathered.device)
-    statistics, count = taken.merge(gathered, mean, var, counter, momentum, correction, 0.0, skip)
+    bias = torch.randn_like(mean)
+    written = (mean, var, counter)
+    numbers = (momentum, correction, 0.0, skip)
+    statistics, count = taken.merge(gathered, bias, *written, *numbers)
+    assert count == 0 or statistics[2].equal(bias)
     return statistics[0], statistics[1] ** -2, count, mean, var, counter
 
 
@@ -117,7 +125,7 @@ def test_one_value_is_the_mean_and_has_no_unbiased_variance(taken, device):
 def test_running_statistics_must_be_contiguous(device):
     gathered, mean = torch.zeros(2, 7, device=device), torch.zeros(3, 2, device=device)[:, 0]
     with pytest.raises(RuntimeError, match="expected moments and running statistics that are con"):
-        sync_ops.merge(gathered, mean, mean, None, 0.1, 1.0, 1e-5, False)
+        sync_ops.merge(gathered, None, mean, mean, None, 0.1, 1.0, 1e-5, False)
 
 
 @TAKEN
@@ -132,10 +140,10 @@ def test_gradients_of_a_part(taken, residual, device):
     expected = torch.autograd.grad(z, whole[: 1 + residual], torch.cat([dy, -dy]))
 
     gathered = torch.stack([taken.moments(x), taken.moments(2 * x)])
-    statistics, count = taken.merge(gathered, None, None, None, 0.1, 1.0, 1e-5, False)
+    statistics, count = taken.merge(gathered, bias, None, None, None, 0.1, 1.0, 1e-5, False)
     options = ("silu", 0.0, (True, residual, True, True), None)
     saved = [
-        (grad, t, added if residual else None, None, weight, bias, statistics)
+        (grad, t, added if residual else None, None, weight, statistics)
         for grad, t, added in ((dy, x, r), (-dy, 2 * x, 2 * r))
     ]
     totals = sum(taken.sums(*of_part, *options)[0] for of_part in saved)

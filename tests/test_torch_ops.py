@@ -6,10 +6,12 @@ import warnings
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbn
 from fastbn import FusedBatchNorm2d, FusedBatchNormAct2d
@@ -80,8 +82,8 @@ def test_opcheck_forward_eval(save_mask, device):
 @pytest.mark.parametrize("wanted", WANTED)
 def test_opcheck_backward(wanted, fixed, device):
     x, r, dy, w, b, mean, var, _ = tensors(device)
-    statistics = (mean, var) if fixed else (torch.stack([mean, var]), None)
-    args = (dy, x, r, None, w, b, *statistics, 1e-5, "silu", 0.0, wanted, None)
+    statistics = (b, mean, var) if fixed else (None, torch.stack([mean, var, b]), None)
+    args = (dy, x, r, None, w, *statistics, 1e-5, "silu", 0.0, wanted, None)
     torch.library.opcheck(torch.ops.fastbn.backward.default, args, test_utils=TESTS)
 
 
@@ -290,7 +292,7 @@ def test_opcheck_backward_with_a_mask_of_another_format(device):
         mask,
         w,
         None,
-        torch.stack([mean, var]),
+        torch.stack([mean, var, b]),
         None,
         1e-5,
         "relu",
@@ -443,6 +445,29 @@ def test_new_sizes_of_images_compile_nothing_anew(device):
         assert y.shape[-1] == size
         assert mask.numel() >= 2 * 4 * size * size
     assert counter.frame_count == 1
+
+
+def test_a_training_step_has_two_operators(device):
+    """The forward writes the bias beside the statistics, and nothing copies it for the backward."""
+    seen = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            seen.append(str(operator))
+            return operator(*args, **(kwargs or {}))
+
+    norm = fastbn.FusedBatchNormAct2d(3).to(device)
+    x, grad = torch.randn(2, 4, 3, 5, 5, device=device).unbind()
+    with fastbn.use_backend("triton"), Seen():
+        y = norm(x)
+        grads = torch.autograd.grad(y, (norm.weight, norm.bias), grad)
+    assert [name for name in seen if "aten.detach" not in name] == [
+        "fastbn.forward_train.default",
+        "fastbn.backward.default",
+    ]
+    z = F.relu(F.batch_norm(x, None, None, norm.weight, norm.bias, True))
+    for found, expected in zip(grads, torch.autograd.grad(z, (norm.weight, norm.bias), grad)):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_aot_autograd_traces_the_operators(device):

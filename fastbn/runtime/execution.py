@@ -36,8 +36,8 @@ def run_forward(
         param: the activation's parameter.
 
     Returns:
-        The output; the (2, C) mean and rstd of the batch, or the fixed mean; and the
-        packed mask or None.
+        The output; the (3, C) mean, rstd and bias, or the fixed mean; and the packed mask or
+        None.
     """
     x, residual, weight, bias, running_mean, running_var, num_batches_tracked = tensors
     # Allocate before launching, so that running out of memory changes nothing.
@@ -51,7 +51,7 @@ def run_forward(
         plan.apply((*outputs, running_mean, running_var), eps, param)
         return y, running_mean, mask
 
-    statistics = _empty_statistics(plan, x)
+    statistics = _empty_statistics(plan, x, 3)
     cumulative = momentum is None
     rate = 0.0 if momentum is None else momentum
     variances = x.new_empty(x.shape[1], dtype=plan.statistics) if plan.skip else None
@@ -70,7 +70,8 @@ def run_forward(
         else:
             assert plan.reduce is not None
             assert plan.apply is not None
-            first, second = (x, *written, partials, arrivals), (*outputs, statistics, None)
+            first = (x, bias, *written, partials, arrivals)
+            second = (*outputs, statistics, None)
             # Check the second launch's tensors before the first launch writes anything.
             plan.apply.check(second)
             plan.reduce(first, rate, correction, eps)
@@ -107,7 +108,7 @@ def run_backward(
     parameter = parameter_like(weight, bias, statistics)
     dw = torch.empty_like(parameter) if want_dw else None
     db = torch.empty_like(parameter) if want_db else None
-    inputs = (dy, x, residual, mask, weight, bias, statistics)
+    inputs = (dy, x, residual, mask, weight, statistics)
     if not any(wanted):
         return dx, dr, dw, db
     if plan.schedule.strategy == "resident":
@@ -118,19 +119,19 @@ def run_backward(
     need_sums = want_dw or want_db or (want_dx and var is None)
     if need_sums:
         # The two passes are two launches, and so their sums are not in the workspace.
-        sums = _empty_statistics(plan, x)
+        sums = _empty_statistics(plan, x, 2)
         workspace = get_workspace(x.device, plan.groups, plan.partial_bytes)
         arrivals, tickets = workspace.arrivals, workspace.tickets
         partials = workspace.partials[plan.statistics]
     if var is not None:
         assert plan.reduce is not None
-        plan.reduce((*inputs, var, dw, db, sums, dx, dr, partials, arrivals), eps, param)
+        plan.reduce((*tensors, dw, db, sums, dx, dr, partials, arrivals), eps, param)
     elif plan.single_launch is not None and want_dx:
         plan.single_launch((*inputs, dw, db, sums, dx, dr, partials, arrivals, tickets), param)
     else:
         if need_sums:
             assert plan.reduce is not None
-            plan.reduce((*inputs, None, dw, db, sums, None, None, partials, arrivals), eps, param)
+            plan.reduce((*tensors, dw, db, sums, None, None, partials, arrivals), eps, param)
         if want_dx or want_dr:
             assert plan.apply is not None
             plan.apply((*inputs, sums, None, dx, dr), param)
@@ -140,14 +141,14 @@ def run_backward(
 def parameter_like(weight: Tensor | None, bias: Tensor | None, statistics: Tensor) -> Tensor:
     """Returns a tensor of the shape and dtype that the gradients of weight and bias have.
 
-    The backward may have kept neither of the two; the statistics' mean then serves.
+    The backward may have kept neither of the two; then the statistics' mean serves.
     """
     if weight is None:
         weight = bias
     return statistics.flatten()[: statistics.shape[-1]] if weight is None else weight
 
 
-def _empty_statistics(plan: ExecutionPlan, x: Tensor) -> Tensor:
-    """Allocates memory for two statistics or sums of each channel."""
+def _empty_statistics(plan: ExecutionPlan, x: Tensor, rows: int) -> Tensor:
+    """Allocates memory for so many statistics or sums of each channel."""
     # PyTorch allocates faster if it need not compute the strides.
-    return x.new_empty_strided((2, x.shape[1]), (x.shape[1], 1), dtype=plan.statistics)
+    return x.new_empty_strided((rows, x.shape[1]), (x.shape[1], 1), dtype=plan.statistics)

@@ -41,8 +41,9 @@ ForwardTensors: TypeAlias = tuple[
     Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
 ]
 
-# Gradient of the output, input, residual, mask, weight, bias, statistics (mean and rstd of the
-# batch, or the fixed mean), and the fixed variance.
+# Gradient of the output, input, residual, mask, weight, bias, statistics, and fixed variance. The
+# statistics are the batch's mean and rstd with the bias beside them, or the fixed mean, and only a
+# fixed mean goes with a bias of its own.
 BackwardTensors: TypeAlias = tuple[
     Tensor,
     Tensor,
@@ -144,16 +145,16 @@ def plan_backward(
 
 
 def plan_merge(
-    gathered: Tensor, written: Sequence[Tensor | None], cumulative: bool, skip: bool
+    gathered: Tensor, parameters: Sequence[Tensor | None], cumulative: bool, skip: bool
 ) -> Launcher:
     """Returns the launcher of the kernel that merges the moments of several processes.
 
     Args:
         gathered: shape (processes, 3 * C + 1), the moments.
-        written: running mean and variance, and num_batches_tracked.
+        parameters: bias, running mean and variance, and num_batches_tracked.
         cumulative, skip: as for `plan_forward`.
     """
-    dtypes = tuple(None if t is None else t.dtype for t in (gathered, *written))
+    dtypes = tuple(None if t is None else t.dtype for t in (gathered, *parameters))
     return _plan_merge(gathered.shape, gathered.device, dtypes, cumulative, skip)
 
 

@@ -31,67 +31,69 @@ def _moments(x):
 
 
 def _merge(
-    gathered, running_mean, running_var, num_batches_tracked, momentum, correction, eps, skip
+    gathered, bias, running_mean, running_var, num_batches_tracked, momentum, correction, eps, skip
 ):
     written = (running_mean, running_var, num_batches_tracked)
-    _check_devices(gathered, *written)
+    _check_devices(gathered, bias, *written)
+    bias = None if bias is None else bias.contiguous()
     if not all(t is None or t.is_contiguous() for t in (gathered, *written)):
         raise RuntimeError("expected moments and running statistics that are contiguous")
-    statistics = gathered.new_empty(2, gathered.shape[1] // 3)
+    statistics = gathered.new_empty(3, gathered.shape[1] // 3)
     count = gathered.new_empty(1)
     cumulative = momentum is None
     variances = torch.empty_like(statistics[1]) if skip else None
     counter = get_workspace(gathered.device, 1).arrivals if cumulative or skip else None
-    launch = plan_merge(gathered, written, cumulative, skip)
+    launch = plan_merge(gathered, (bias, *written), cumulative, skip)
     rate = 0.0 if cumulative else momentum
-    launch((gathered, statistics, count, *written, variances, counter), rate, correction, eps)
+    given = (gathered, bias, statistics, count, *written, variances, counter)
+    launch(given, rate, correction, eps)
     # Autograd notices changes of saved tensors by their version, which a kernel doesn't raise.
     increment_version([t for t in written if t is not None])
     return statistics, count
 
 
-def _normalise(x, residual, weight, bias, statistics, activation, param, save_mask):
-    tensors = (x, residual, weight, bias)
+def _normalise(x, residual, weight, statistics, activation, param, save_mask):
+    tensors = (x, residual, weight)
     _check_devices(*tensors, statistics)
-    y, mask = _fake_normalise(x, residual, weight, bias, statistics, activation, param, save_mask)
+    y, mask = _fake_normalise(x, residual, weight, statistics, activation, param, save_mask)
     if x.numel():
-        none = (None, None, None)
-        plan = plan_forward((*tensors, *none), True, False, activation, save_mask, False, True)
-        x, residual, weight, bias = _dense(plan, tensors)
+        absent = [None] * 4
+        plan = plan_forward((*tensors, *absent), True, False, activation, save_mask, False, True)
+        x, residual, weight = _dense(plan, tensors)
         assert plan.apply is not None
         packed = mask if save_mask else None
-        plan.apply((x, residual, y, packed, weight, bias, statistics, None), 0.0, param)
+        plan.apply((x, residual, y, packed, weight, None, statistics, None), 0.0, param)
     return y, mask
 
 
-def _sums(dy, x, residual, mask, weight, bias, statistics, activation, param, wanted, format):
-    tensors = (dy, x, residual, mask, weight, bias, statistics)
+def _sums(dy, x, residual, mask, weight, statistics, activation, param, wanted, format):
+    tensors = (dy, x, residual, mask, weight, None, statistics, None)
     _check_devices(*tensors)
     _, _, want_dw, want_db = wanted
-    parameter = parameter_like(weight, bias, statistics)
+    parameter = parameter_like(weight, None, statistics)
     # An empty input has no share in the sums.
     make = torch.empty_like if x.numel() else torch.zeros_like
-    sums = make(statistics)
+    sums = make(statistics[:2])
     dw, db = (make(parameter) if want else None for want in (want_dw, want_db))
     if x.numel():
-        plan = plan_backward((*tensors, None), activation, tuple(wanted), format, True)
+        plan = plan_backward(tensors, activation, tuple(wanted), format, True)
         workspace = get_workspace(x.device, plan.groups, plan.partial_bytes)
         shared = workspace.partials[plan.statistics], workspace.arrivals
         assert plan.reduce is not None
-        given = _dense(plan, tensors)
-        plan.reduce((*given, None, dw, db, sums, None, None, *shared), 0.0, param)
+        plan.reduce((*_dense(plan, tensors), dw, db, sums, None, None, *shared), 0.0, param)
     return sums, _or_empty(dw, x, parameter.dtype), _or_empty(db, x, parameter.dtype)
 
 
 def _gradients(
-    dy, x, residual, mask, weight, bias, statistics, sums, count, activation, param, wanted, format
+    dy, x, residual, mask, weight, statistics, sums, count, activation, param, wanted, format
 ):
-    tensors = (dy, x, residual, mask, weight, bias, statistics)
+    tensors = (dy, x, residual, mask, weight, statistics)
     _check_devices(*tensors, sums, count)
     dx, dr = _fake_gradients(*tensors, sums, count, activation, param, wanted, format)
     if x.numel():
         want_dx, want_dr, *_ = wanted
-        plan = plan_backward((*tensors, None), activation, tuple(wanted), format, True)
+        planned = (*tensors[:5], None, statistics, None)
+        plan = plan_backward(planned, activation, tuple(wanted), format, True)
         results = (dx if want_dx else None, dr if want_dr else None)
         assert plan.apply is not None
         plan.apply((*_dense(plan, tensors), sums, count, *results), param)
@@ -103,25 +105,25 @@ def _fake_moments(x):
 
 
 def _fake_merge(
-    gathered, running_mean, running_var, num_batches_tracked, momentum, correction, eps, skip
+    gathered, bias, running_mean, running_var, num_batches_tracked, momentum, correction, eps, skip
 ):
-    return gathered.new_empty(2, gathered.shape[1] // 3), gathered.new_empty(1)
+    return gathered.new_empty(3, gathered.shape[1] // 3), gathered.new_empty(1)
 
 
-def _fake_normalise(x, residual, weight, bias, statistics, activation, param, save_mask):
+def _fake_normalise(x, residual, weight, statistics, activation, param, save_mask):
     return _empty_like(x), _empty_mask(x, save_mask and x.numel() > 0)
 
 
-def _fake_sums(dy, x, residual, mask, weight, bias, statistics, activation, param, wanted, format):
+def _fake_sums(dy, x, residual, mask, weight, statistics, activation, param, wanted, format):
     _, _, want_dw, want_db = wanted
-    dtype = parameter_like(weight, bias, statistics).dtype
+    dtype = parameter_like(weight, None, statistics).dtype
     dw = x.new_empty(x.shape[1] if want_dw else 0, dtype=dtype)
     db = x.new_empty(x.shape[1] if want_db else 0, dtype=dtype)
-    return torch.empty_like(statistics), dw, db
+    return torch.empty_like(statistics[:2]), dw, db
 
 
 def _fake_gradients(
-    dy, x, residual, mask, weight, bias, statistics, sums, count, activation, param, wanted, format
+    dy, x, residual, mask, weight, statistics, sums, count, activation, param, wanted, format
 ):
     want_dx, want_dr, *_ = wanted
     if format is not None:
@@ -132,7 +134,7 @@ def _fake_gradients(
 moments = _register("sync_moments", "(Tensor input) -> Tensor", _moments, _fake_moments)
 merge = _register(
     "sync_merge",
-    "(Tensor gathered, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
+    "(Tensor gathered, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
     " Tensor(c!)? num_batches_tracked, float? momentum, float correction, float eps, bool skip)"
     " -> (Tensor statistics, Tensor count)",
     _merge,
@@ -140,14 +142,14 @@ merge = _register(
 )
 normalise = _register(
     "sync_normalise",
-    "(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor statistics,"
+    "(Tensor input, Tensor? residual, Tensor? weight, Tensor statistics,"
     " str activation, float activation_param, bool save_mask) -> (Tensor output, Tensor mask)",
     _normalise,
     _fake_normalise,
 )
 _SAVED = (
     "(Tensor grad_output, Tensor input, Tensor? residual, Tensor? mask, Tensor? weight,"
-    " Tensor? bias, Tensor statistics,"
+    " Tensor statistics,"
 )
 _OPTIONS = " str activation, float activation_param, bool[4] wanted, MemoryFormat? format)"
 sums = _register("sync_sums", f"{_SAVED}{_OPTIONS} -> (Tensor, Tensor, Tensor)", _sums, _fake_sums)

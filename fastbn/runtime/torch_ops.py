@@ -88,7 +88,7 @@ def _fake_forward_train(
     x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, correction,
     eps, activation, param, save_mask, skip=False,
 ):  # fmt: skip
-    statistics = x.new_empty((2, x.shape[1]), dtype=statistics_dtype(x.dtype))
+    statistics = x.new_empty((3, x.shape[1]), dtype=statistics_dtype(x.dtype))
     return _empty_like(x), statistics, _empty_mask(x, save_mask)
 
 

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..activations import ACTIVATIONS, reads_bias, saved_for
-from ..reference import accumulated, axes_of, per_channel
+from ..activations import ACTIVATIONS, saved_for
+from ..reference import accumulated, axes_of, per_channel, with_value
 from ..runtime import support
 from ..runtime.layout import memory_format, unpack_mask
 from . import steps
@@ -40,13 +40,14 @@ class SyncBatchNorm(torch.autograd.Function):
         _, activation, param, _, kernels = options
         saved = saved_for(activation, residual is not None)
         normalise = sync_ops.normalise if kernels else steps.normalise
-        tensors = (input, residual, weight, bias, statistics)
+        tensors = (input, residual, weight, statistics)
         output, mask = normalise(*tensors, activation, param, saved == "mask")
-        # Save only what the backward reads, so that everything else may change before it.
-        bias = bias if reads_bias(activation, residual is not None) else None
+        # Save only what the backward reads, so that everything else may change before it. The bias
+        # may change too: the statistics have its values, and a second derivative its gradient.
+        ctx.bias = bias
         residual = residual if saved == "residual" else None
         mask = mask if saved == "mask" else None
-        ctx.save_for_backward(input, residual, mask, weight, bias, statistics, count)
+        ctx.save_for_backward(input, residual, mask, weight, statistics, count)
         # Hooks may change the strides of the saved input, but the mask's bits keep this order.
         ctx.kept = options, None if mask is None else memory_format(input)
         return output
@@ -87,7 +88,7 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
 
     The statistics are computed anew as functions of the input. All processes have to take part.
     """
-    input, residual, mask, weight, bias, statistics, count = ctx.saved_tensors
+    input, residual, mask, weight, statistics, count = ctx.saved_tensors
     (eps, activation, param, group, _), format = ctx.kept
     z, axes = accumulated(input), axes_of(input)
 
@@ -105,8 +106,8 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
             argument = x_hat
             if weight is not None:
                 argument = argument * per_channel(weight, z)
-            if bias is not None:
-                argument = argument + per_channel(bias, z)
+            if ctx.bias is not None:
+                argument = argument + per_channel(with_value(ctx.bias, statistics[2]), z)
             if residual is not None:
                 argument = argument + residual
         else:

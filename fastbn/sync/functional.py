@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..activations import reads_bias
 from ..functional import as_float, check_residual, checked_activation, goes_to_kernels
 from ..runtime import support
 from . import steps
@@ -72,9 +71,6 @@ def sync_batch_norm(
     )
     if not kernels:
         _let_pytorch_refuse(input, running_mean, running_var, weight, bias, momentum, eps)
-    if bias is not None and reads_bias(activation, residual is not None):
-        # As behind unfused layers, the bias may change before the backward.
-        bias = bias.clone()
     taken = sync_ops if kernels else steps
     with torch.no_grad():
         gathered = all_gather(taken.moments(input), group)
@@ -86,7 +82,7 @@ def sync_batch_norm(
         correction = 0.0 if biased_running_var else 1.0
         # Without both running statistics there is nothing to protect.
         skip = skip_nonfinite and running_mean is not None and running_var is not None
-        statistics, count = taken.merge(gathered, *written, momentum, correction, eps, skip)
+        statistics, count = taken.merge(gathered, bias, *written, momentum, correction, eps, skip)
     options = (eps, activation, param, group, kernels)
     return SyncBatchNorm.apply(input, residual, weight, bias, statistics, count, options)
 

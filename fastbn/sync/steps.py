@@ -37,6 +37,7 @@ def moments(x: Tensor) -> Tensor:
 
 def merge(
     gathered: Tensor,
+    bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
@@ -52,7 +53,8 @@ def merge(
         skip: a batch with statistics that are not finite updates and counts nothing.
 
     Returns:
-        The (2, C) mean and 1 / sqrt(var + eps) of all values, and how many each channel has.
+        The (3, C) mean and 1 / sqrt(var + eps) of all values and the bias, or zeros without
+        one; and how many values each channel has.
     """
     means, rests, m2s = gathered[:, :-1].chunk(3, dim=1)
     counts = gathered[:, -1:]
@@ -85,21 +87,21 @@ def merge(
             running.copy_(torch.where(usable, updated, running))
     if num_batches_tracked is not None:
         num_batches_tracked.add_(usable.to(num_batches_tracked.device) if skip else 1)
-    return torch.stack([mean, torch.rsqrt(m2 / some + eps)]), count.reshape(1)
+    kept = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
+    return torch.stack([mean, torch.rsqrt(m2 / some + eps), kept]), count.reshape(1)
 
 
 def normalise(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
-    bias: Tensor | None,
     statistics: Tensor,
     activation: str,
     param: float,
     save_mask: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns activation((x - mean) * rstd * weight + bias + residual) and the argument's signs."""
-    z = _argument(_centred(x, statistics), residual, weight, bias, statistics)
+    z = _argument(_centred(x, statistics), residual, weight, statistics)
     y = ACTIVATIONS[activation].function(z, param)
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     mask = z.new_empty(0, dtype=torch.bool)
@@ -115,7 +117,6 @@ def sums(
     residual: Tensor | None,
     mask: Tensor | None,
     weight: Tensor | None,
-    bias: Tensor | None,
     statistics: Tensor,
     activation: str,
     param: float,
@@ -127,7 +128,7 @@ def sums(
     Here g is the gradient before the activation.
     """
     centred, axes = _centred(x, statistics), axes_of(x)
-    g = _gradient(dy, centred, residual, mask, weight, bias, statistics, activation, param)
+    g = _gradient(dy, centred, residual, mask, weight, statistics, activation, param)
     sum_g, sum_gx = g.sum(axes), (g * centred).sum(axes)
     return torch.stack([sum_g, sum_gx]), sum_gx * statistics[1], sum_g
 
@@ -138,7 +139,6 @@ def gradients(
     residual: Tensor | None,
     mask: Tensor | None,
     weight: Tensor | None,
-    bias: Tensor | None,
     statistics: Tensor,
     totals: Tensor,
     count: Tensor,
@@ -154,7 +154,7 @@ def gradients(
     dx = weight * rstd * (g - sum(g) / M - (x - mean) * rstd^2 * sum(g * (x - mean)) / M)
     """
     centred, rstd = _centred(x, statistics), statistics[1]
-    g = _gradient(dy, centred, residual, mask, weight, bias, statistics, activation, param)
+    g = _gradient(dy, centred, residual, mask, weight, statistics, activation, param)
     constant, slope = totals / count
     dx = g - per_channel(constant, g) - centred * per_channel(slope * rstd * rstd, g)
     scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
@@ -179,15 +179,12 @@ def _argument(
     centred: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
-    bias: Tensor | None,
     statistics: Tensor,
 ) -> Tensor:
     """Returns the activation's argument."""
-    rstd = statistics[1]
+    _, rstd, bias = statistics
     scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
-    z = centred * per_channel(scale, centred)
-    if bias is not None:
-        z = z + per_channel(bias, centred)
+    z = centred * per_channel(scale, centred) + per_channel(bias, centred)
     return z if residual is None else z + residual
 
 
@@ -197,7 +194,6 @@ def _gradient(
     residual: Tensor | None,
     mask: Tensor | None,
     weight: Tensor | None,
-    bias: Tensor | None,
     statistics: Tensor,
     activation: str,
     param: float,
@@ -209,5 +205,5 @@ def _gradient(
     if mask is not None:
         z = 2 * mask.to(g.dtype) - 1
     else:
-        z = _argument(centred, residual, weight, bias, statistics)
+        z = _argument(centred, residual, weight, statistics)
     return ACTIVATIONS[activation].derivative(g, z, param)
