@@ -21,7 +21,7 @@ def test_module_computes_the_function(row):
 
 @ROWS
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_derivative_is_the_functions(row, scale):
+def test_derivative_agrees_with_autograd(row, scale):
     z = (torch.randn(100, dtype=torch.float64) * 4).requires_grad_()
     dy, param = torch.randn(100, dtype=torch.float64), scale * row.default
     (expected,) = torch.autograd.grad(row.function(z, param), z, dy)

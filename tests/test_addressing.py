@@ -121,7 +121,7 @@ CASES = [
 
 @pytest.mark.parametrize("length", [1, 3])
 @pytest.mark.parametrize(("n", "c", "s", "width", "tile"), CASES)
-def test_runs(n, c, s, width, tile, length, device):
+def test_runs_have_the_offsets_of_plain_python(n, c, s, width, tile, length, device):
     length = 1 if tile.layout == "flat" else length
     groups = -(-c * s // width)
     columns = -(-width // tile.q) if tile.layout == "columns" else 1
@@ -216,5 +216,5 @@ def test_mask_bits_are_a_byte():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
-def test_more_than_2_31_elements(channels_last):
+def test_tensors_of_more_than_2_31_elements_are_right(channels_last):
     gpu_checks.past_2_31(channels_last)

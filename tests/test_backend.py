@@ -34,7 +34,7 @@ def run(code, **environment):
     )  # fmt: skip
 
 
-def test_set_and_use_backend():
+def test_use_backend_ends_with_its_block_and_after_an_error():
     assert fastbn.get_backend() == "auto"
     fastbn.set_backend("torch")
     with fastbn.use_backend("triton"):
@@ -48,7 +48,7 @@ def test_set_and_use_backend():
 
 
 @pytest.mark.parametrize("name", ["cuda", "", "Triton", None])
-def test_unknown_backend(name):
+def test_an_unknown_backend_is_refused(name):
     with pytest.raises(ValueError, match="backend must be one of auto, triton, torch, but got"):
         fastbn.set_backend(name)
     with pytest.raises(ValueError, match="backend must be one of"), fastbn.use_backend(name):
@@ -56,7 +56,7 @@ def test_unknown_backend(name):
     assert fastbn.get_backend() == "auto"
 
 
-def test_environment_variable():
+def test_environment_variable_sets_the_backend():
     code = "import fastbn; print(fastbn.get_backend())"
     assert run(code, FASTBN_BACKEND="torch").stdout == "torch\n"
     assert run(code).stdout == "auto\n"
@@ -74,7 +74,7 @@ def test_cpu_tensors_go_to_pytorch_unless_interpreted():
     assert run(code, TRITON_INTERPRET="1").stdout == "triton False\n"
 
 
-def test_cost_on_cpu_tensors():
+def test_cpu_tensors_cost_at_most_5_percent_more():
     """At most 5 % over nn.BatchNorm2d at (32, 64, 56, 56): what a call costs on top is constant."""
     code = """
 from timeit import repeat
@@ -213,7 +213,7 @@ def test_the_warning_points_to_the_callers_code(monkeypatch, device, replan):
 
 
 @pytest.mark.gpu
-def test_falling_back_on_a_gpu_is_said(monkeypatch):
+def test_falling_back_on_a_gpu_causes_a_warning(monkeypatch):
     monkeypatch.setattr(functional, "_warned", set())
     x, weight = torch.randn(4, 3, device="cuda"), torch.ones(3, device="cuda", dtype=torch.half)
     with (
@@ -248,19 +248,19 @@ class TestBadEpilogues:
         for k, v in bn.state_dict().items():
             assert v.cpu().equal(before[k])
 
-    def test_residual_of_another_shape(self, bn):
+    def test_a_residual_of_another_shape_is_refused(self, bn):
         with pytest.raises(
             ValueError, match=r"residual must have the input's shape \(2, 3, 4, 4\), but got \(3,"
         ):
             bn(torch.randn(2, 3, 4, 4), torch.randn(3, 1, 1))
 
-    def test_residual_on_another_device(self, bn, device):
+    def test_a_residual_on_another_device_is_refused(self, bn, device):
         x = torch.randn(2, 3, 4, 4, device=device)
         with pytest.raises(ValueError, match=f"on the input's device {x.device}, but got meta"):
             bn.to(device)(x, x.to("meta"))
 
     @pytest.mark.parametrize("activation", ["mish", ["relu"], 3])
-    def test_unknown_activation(self, bn, activation):
+    def test_an_unknown_activation_is_refused(self, bn, activation):
         with pytest.raises(ValueError, match="activation must be None or one of relu") as e:
             batch_norm(
                 torch.randn(2, 3),
@@ -285,7 +285,7 @@ class TestBadEpilogues:
             ),
         ],
     )
-    def test_parameter_of_an_activation(self, bn, activation, param, kind, why):
+    def test_a_wrong_activation_parameter_is_refused(self, bn, activation, param, kind, why):
         with pytest.raises(kind, match=f"activation_param {why}"):
             batch_norm(
                 torch.randn(2, 3), bn.running_mean, bn.running_var,
@@ -293,7 +293,7 @@ class TestBadEpilogues:
             )  # fmt: skip
 
 
-def test_explain_in_words(device, force_strategy):
+def test_explain_states_plan_and_traffic_in_words(device, force_strategy):
     force_strategy("resident")
     text = str(explain(FusedBatchNormAct2d(6).to(device), torch.randn(2, 6, 8, 8, device=device)))
     assert "Triton kernels serve this call" in text
@@ -343,7 +343,7 @@ def test_explain_agrees_with_what_happens_after_the_kernels(device):
 
 
 @pytest.mark.parametrize("chosen", ["auto", "triton", "torch"])
-def test_explain_what_is_refused(chosen, device):
+def test_explain_repeats_the_error_of_a_refused_call(chosen, device):
     """In the words of the call's own error."""
     fastbn.set_backend(chosen)
     bn = FusedBatchNormAct2d(6).to(device)
@@ -364,26 +364,26 @@ def test_explain_what_is_refused(chosen, device):
     assert explain(bn, x).reason == str(raised.value).rstrip(".")
 
 
-def test_explain_what_takes_no_residual(device):
+def test_explain_says_that_a_module_takes_no_residual(device):
     x = torch.randn(2, 6, 4, 4, device=device)
     found = explain(FusedBatchNorm2d(6).to(device), x, x)
     assert str(found) == "This call is an error: FusedBatchNorm2d takes no residual."
 
 
 @pytest.mark.parametrize("module", [1, "BatchNorm2d"])
-def test_explain_what_is_not_ours(module):
+def test_explain_refuses_what_is_no_module(module):
     message = f"module must be a module or None, but got a {type(module).__name__}"
     with pytest.raises(TypeError, match=message):
         explain(module, torch.randn(2, 6, 4, 4))
 
 
 @pytest.mark.parametrize("module", [None, FusedBatchNorm2d(6)])
-def test_explain_what_is_no_tensor(module):
+def test_explain_refuses_an_input_that_is_no_tensor(module):
     with pytest.raises(TypeError, match="input must be a tensor, but got a list"):
         explain(module, [1.0])
 
 
-def test_explain_what_pytorch_serves(device):
+def test_explain_says_why_pytorch_serves(device):
     x = torch.randn(2, 6, 8, 8, device=device)
     bn = FusedBatchNorm2d(6).to(device)
     before = {name: value.clone() for name, value in bn.state_dict().items()}
@@ -399,7 +399,7 @@ def test_explain_what_pytorch_serves(device):
         assert value.equal(before[name]), name
 
 
-def test_predicted_time(monkeypatch, device):
+def test_explain_predicts_the_time_at_full_bandwidth(monkeypatch, device):
     from fastbn.kernels.device import H100
 
     module = sys.modules["fastbn.explain"]
@@ -409,7 +409,7 @@ def test_predicted_time(monkeypatch, device):
     assert "5.8 us at full bandwidth" in str(found)
 
 
-def test_threads(device):
+def test_threads_do_not_disturb_one_another(device):
     """Calls of several threads don't disturb one another."""
     x = torch.randn(4, 6, 5, 5, device=device)
     expected = batch_norm(x, None, None, training=True)

@@ -47,7 +47,7 @@ def run_here(out, *options):
     return report.main([f"--out={out}", *options]), json.loads((out / "report.json").read_text())
 
 
-def test_report_on_a_cpu(tmp_path):
+def test_a_report_on_a_cpu_has_all_its_parts(tmp_path):
     """Whole, as users call it; without a C++ compiler it does without torch.compile."""
     done = run_module(
         "-W", "error", "-m", "benchmarks.report", "--quick", "--budget", "100", "--out", tmp_path,
@@ -93,7 +93,7 @@ def test_report_on_a_cpu(tmp_path):
         assert 0 < plan["forward"]["seconds"] < plan["backward"]["seconds"]
 
 
-def test_pytest_benchmarks(tmp_path):
+def test_pytest_benchmark_measures_eager_and_fastbn(tmp_path):
     """As users call it, under the project's own options."""
     done = run_module(
         "-m", "pytest", "benchmarks", "--benchmark-only", "-k", "MLP and float16",
@@ -126,7 +126,7 @@ def test_a_failing_rival_is_reported_and_the_rest_goes_on(here, monkeypatch, tmp
     assert "Traceback" in capsys.readouterr().out
 
 
-def test_a_wrong_rival_has_no_speed(here, monkeypatch, tmp_path):
+def test_a_wrong_rival_is_left_out_of_the_speed_ups(here, monkeypatch, tmp_path):
     def wrong(case, device):
         right = rivals.eager(case, device)
         return Rival(right.norm, lambda x, residual: 1.01 * right.call(x, residual))
@@ -143,7 +143,7 @@ def test_a_wrong_rival_has_no_speed(here, monkeypatch, tmp_path):
     assert "wrong" in (tmp_path / "report.md").read_text()
 
 
-def test_a_failing_plot_does_not_take_the_figures_with_it(here, monkeypatch, tmp_path):
+def test_a_failing_plot_leaves_the_figures(here, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.delitem(sys.modules, "benchmarks.plot")
     (tmp_path / "report.png").write_text("of an earlier run")
@@ -162,7 +162,7 @@ def test_a_failing_plot_does_not_take_the_figures_with_it(here, monkeypatch, tmp
     assert "matplotlib.figure" in (tmp_path / "report.md").read_text()
 
 
-def test_a_part_that_hangs_ends_the_report_and_what_was_found_is_on_disk(tmp_path):
+def test_a_hanging_part_ends_the_report_with_results_on_disk(tmp_path):
     hang = f"""
 import time
 from benchmarks import report
@@ -182,7 +182,7 @@ report.main(["--quick", "--out={tmp_path}"])
     assert found["plans"]
 
 
-def test_no_budget_no_figures(here, tmp_path):
+def test_without_a_budget_nothing_is_measured(here, tmp_path):
     status, found = run_here(tmp_path, "--budget=0")
     assert status == 0
     assert found["rows"] == []
@@ -223,7 +223,7 @@ def test_nothing_runs_on_a_lost_device(monkeypatch):
     assert found.skipped == ["next"]
 
 
-def test_parts_of_a_gpu_run(here, monkeypatch, tmp_path):
+def test_a_gpu_run_measures_all_rivals(here, monkeypatch, tmp_path):
     """All rivals, where there is a compiler."""
     done = []
     monkeypatch.setattr(report, "copy_bandwidth", lambda device: done.append("bandwidth"))
@@ -237,7 +237,7 @@ def test_parts_of_a_gpu_run(here, monkeypatch, tmp_path):
     assert done == ["bandwidth", *[["eager", "compile", "cooperative", "fastbn"]] * 2]
 
 
-def test_driver_version(monkeypatch, tmp_path):
+def test_driver_version_is_read_from_proc(monkeypatch, tmp_path):
     proc = tmp_path / "version"
     proc.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Thu 2025\nGCC 12\n")
     monkeypatch.setattr(environment.shutil, "which", lambda name: None)

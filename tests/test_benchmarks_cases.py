@@ -29,7 +29,7 @@ SMALL = [
 ]
 
 
-def test_cases_cover_what_was_asked_for():
+def test_cases_cover_all_dtypes_epilogues_and_networks():
     for gpu, main in ((True, "bfloat16"), (False, "float32")):
         every, quick = cases(gpu, quick=False), cases(gpu, quick=True)
         assert every[: len(quick)] == quick
@@ -47,7 +47,7 @@ def test_cases_cover_what_was_asked_for():
     assert max(case.tensor_bytes for case in cases(gpu=False, quick=False)) < 2**21
 
 
-def test_bytes_of_the_floor():
+def test_floor_bytes_are_those_of_one_pass():
     unit = 8 * 4 * 4
     assert TINY.tensor_bytes == unit
     with_residual = replace(TINY, epilogue=BN_ADD_RELU)
@@ -55,7 +55,7 @@ def test_bytes_of_the_floor():
     assert [with_residual.floor_bytes(d) / unit for d in rivals.DIRECTIONS] == [3, 7]
 
 
-def test_a_round_holds_all_that_it_computes(monkeypatch):
+def test_a_round_keeps_all_its_results_alive(monkeypatch):
     """And no backward follows its own forward, of which the cache would still hold something."""
     alive, order = [], []
 
@@ -82,7 +82,7 @@ def test_the_plan_is_of_the_problem_that_a_call_poses(case, device):
     assert device_plan(case, H100)["problem"] == vars(problem)
 
 
-def test_units_of_the_floors():
+def test_floor_units_are_those_of_one_and_two_passes():
     mask = 1 / 32  # a bit for 32 of them, read twice by two passes
     with_residual = replace(TINY, epilogue=BN_ADD_RELU)
     assert [floor_units(TINY, d) for d in rivals.DIRECTIONS] == [(2, 3), (5, 8)]
@@ -92,7 +92,7 @@ def test_units_of_the_floors():
     ]
 
 
-def test_inputs_fill_three_caches(monkeypatch):
+def test_input_sets_fill_three_times_the_cache(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=1000)
     )
@@ -103,7 +103,7 @@ def test_inputs_fill_three_caches(monkeypatch):
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_inputs_lie_as_they_should(case):
+def test_inputs_have_the_layout_and_dtype_of_the_case(case):
     made = make_inputs(case, CPU)
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(made.x.dim())
     for tensor in (*made.leaves, made.dy):
@@ -138,7 +138,7 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_the_check_finds(case, wrong):
+def test_the_check_finds_wrong_results(case, wrong):
     right = rivals.eager(case, CPU)
     rival = Rival(right.norm, lambda x, r: WRONG[wrong](right.norm, right.call(x, r)))
     assert worst_error(case, rival, make_inputs(case, CPU)) > 1

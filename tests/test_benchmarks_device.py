@@ -33,7 +33,7 @@ def test_slices_are_read_one_after_the_other(width, visits, device):
 
 
 @pytest.mark.parametrize("reads", [1, 2, 3])
-def test_slices_are_copied_and_each_is_read_so_often(reads, device):
+def test_slices_are_copied_and_read_as_often_as_asked(reads, device):
     source = numbers(4 * 3 * probes.TILE, device=device)
     target = torch.zeros_like(source)
     sums = probes.copy_slices(source, target, 3 * probes.TILE_BYTES, reads)
@@ -42,7 +42,7 @@ def test_slices_are_copied_and_each_is_read_so_often(reads, device):
     assert target.equal(source)
 
 
-def test_touch(device):
+def test_touch_sets_every_flag(device):
     flags = torch.zeros(5, dtype=torch.int32, device=device)
     probes.touch(flags)
     assert flags.tolist() == [1] * 5
@@ -152,7 +152,7 @@ def fake(monkeypatch):
     return found
 
 
-def test_constants(fake):
+def test_constants_follow_from_the_times_of_probes(fake):
     context = Recorded({"bandwidth": 0.9e12, "environment": {"platform": "Some GPU"}})
     constants.run(context)
     # The relay and the merge are no part of this GPU.
@@ -195,12 +195,12 @@ def test_a_constant_that_cannot_be_had_is_left_out(fake, monkeypatch):
         ((), 0.0),
     ],
 )
-def test_share_kept(again, share):
+def test_share_kept_ends_before_the_first_slow_slice(again, share):
     copies = [Copy(of, 2.0, 2.0 + a) for of, a in zip((0.25, 0.5, 1.5), again, strict=False)]
     assert constants.share_kept(copies) == share
 
 
-def test_strategies_are_all_that_there_are():
+def test_every_strategy_serves_some_benchmark_case():
     problems = [problem_of(case) for case in cases(gpu=True, quick=False)]
     found = [plan.schedules(p, H100, backward) for p, backward in product(problems, (False, True))]
     assert {name for schedules in found for name in schedules} == set(STRATEGIES)

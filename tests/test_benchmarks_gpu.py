@@ -129,7 +129,7 @@ def advancing(fake, monkeypatch, ms):
     monkeypatch.setitem(rivals.RIVALS, "eager", slow)
 
 
-def test_measuring_on_a_gpu(cuda, monkeypatch):
+def test_a_gpu_is_timed_by_calls_and_by_graphs(cuda, monkeypatch):
     advancing(cuda, monkeypatch, ms=2.0)
     notes = []
     rows = measure_on(monkeypatch, notes)
@@ -198,7 +198,7 @@ def test_each_strategy_is_timed(strategies_of_tiny):
     assert forward["fraction_of_two_pass"] == pytest.approx(3 * TINY.tensor_bytes / 1e9 / 1.5e-3)
 
 
-def test_a_strategy_that_is_wrong_is_reported_and_the_rest_goes_on(strategies_of_tiny, monkeypatch):
+def test_a_wrong_strategy_is_reported_and_the_rest_goes_on(strategies_of_tiny, monkeypatch):
     def fused(case, device):
         right = rivals.fused(case, device)
 
@@ -216,7 +216,7 @@ def test_a_strategy_that_is_wrong_is_reported_and_the_rest_goes_on(strategies_of
     ]
 
 
-def test_nothing_is_timed_that_another_strategy_did(strategies_of_tiny, monkeypatch, replan):
+def test_a_strategy_that_serves_nothing_is_not_timed(strategies_of_tiny, monkeypatch, replan):
     """One that serves the backward alone, and one that serves nothing."""
     schedules = plan.schedules
 

@@ -17,7 +17,7 @@ def test_both_layers_take_the_same_step():
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_table(monkeypatch, capsys):
+def test_the_table_has_each_shapes_times_and_ratio(monkeypatch, capsys):
     monkeypatch.setattr(keras_layers, "SHAPES", (SHAPE, (8, 5)))
     monkeypatch.setattr(keras_layers, "times", lambda shape: {"keras": 3e-3, "fastbn": 1.5e-3})
     keras_layers.main()

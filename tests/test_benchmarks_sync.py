@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "benchmarks" / "sync" / "README.md").read_text()
 
 
-def test_the_pages_table_is_the_models():
+def test_the_readme_shows_the_models_table():
     assert model.table() in PAGE
 
 
@@ -31,7 +31,7 @@ def test_the_picture_is_drawn(tmp_path):
     assert (tmp_path / "sync.png").stat().st_size > 20_000
 
 
-def test_measured_in_two_processes():
+def test_the_command_measures_two_processes():
     """One message of 3 C + 1 numbers, and one of 2 C; errors are those of rounding."""
     command = [sys.executable, "-m", "benchmarks.sync", "--processes", "2", "--seconds", "0"]
     env = {**os.environ, "TRITON_INTERPRET": "0"}

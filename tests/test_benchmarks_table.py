@@ -36,7 +36,7 @@ def made_up_rows():
     ]
 
 
-def test_summary():
+def test_summary_has_geometric_means_and_slower_cases():
     found = summarise(made_up_rows())
     means = {one["against"]: (one["speed_up"], one["cases"]) for one in found["geometric_means"]}
     assert means == {"eager": (pytest.approx(4.0), 2), "compile": (pytest.approx(0.5), 1)}
@@ -66,7 +66,7 @@ def test_a_plan_of_this_gpu_is_named_beside_the_figures():
     assert f"fastbn ({strategy})" not in markdown(found.as_dict(), found.rows)
 
 
-def test_table_and_plot_of_a_gpu_run(tmp_path):
+def test_a_gpu_run_has_a_table_and_a_plot(tmp_path):
     rows = [replace(row, direction="forward+backward", peak_memory=10**9) for row in made_up_rows()]
     found = report.Report(CPU, budget=1.0)
     found.environment["gpu"] = "NVIDIA H100"

@@ -22,7 +22,7 @@ class FakeClock:
         return [2.0 * (1 + index % 7) for index in range(self.marks - 1)]
 
 
-def test_statistics_of_rounds(monkeypatch):
+def test_rounds_have_a_median_and_a_spread(monkeypatch):
     monkeypatch.setattr(timing, "ROUNDS", (7, 7))
     played = []
     found = timing.time_rounds(lambda: played.append(1), calls=4, clock=FakeClock)

@@ -40,7 +40,7 @@ def test_both_networks_train_alike():
     assert sum(isinstance(module, act) for module in fused.modules()) == 1 + 3 * 4
 
 
-def test_command(tmp_path, capsys, monkeypatch):
+def test_the_command_reports_both_networks(tmp_path, capsys, monkeypatch):
     entered = []
 
     @contextlib.contextmanager
@@ -102,7 +102,7 @@ def test_no_gradient_is_left_for_the_next_step(monkeypatch):
     assert len(made) == 1
 
 
-def test_networks_that_do_not_train_alike_have_no_speed(monkeypatch, tmp_path):
+def test_networks_that_do_not_train_alike_are_an_error(monkeypatch, tmp_path):
     """They compute alike, but the second one's gradients are wrong."""
     forward = train_step.FusedBottleneck.forward
     monkeypatch.setattr(

@@ -41,7 +41,7 @@ BREAKAGES = {
         "kernels/running.py",
         "tl.min(finite, axis=0) == 1",
         "tl.min(finite, axis=0) >= 0",
-        "tests/test_skip_nonfinite.py::test_the_function_without_a_count[ticketed]",
+        "tests/test_skip_nonfinite.py::test_the_function_skips_bad_batches_without_a_count[ticketed]",
     ),
     "only the last block of channels looked at": (
         "kernels/running.py",
@@ -59,13 +59,13 @@ BREAKAGES = {
         "models/chains.py",
         "if not may_wait(node, chain.steps[-1], module, chain.steps):",
         "if False:",
-        "tests/test_fuse.py::test_the_norms_input_is_changed_after_the_norm",
+        "tests/test_fuse.py::test_an_input_changed_after_the_norm_prevents_fusing",
     ),
     "a graph taken for good": (
         "models/variants.py",
         "            return guard(module)",
         "            return True",
-        "tests/test_fuse.py::test_a_flag_that_changes_later",
+        "tests/test_fuse.py::test_a_flag_that_changes_later_is_obeyed",
     ),
     "a module with random numbers called later": (
         "models/steps.py",
@@ -77,13 +77,13 @@ BREAKAGES = {
         "models/fused.py",
         "        and not has_hooks(module)",
         "        and True",
-        "tests/test_fuse.py::test_hooks_come_and_go",
+        "tests/test_fuse.py::test_hooks_run_while_they_are_registered",
     ),
     "a residual broadcast in the kernels": (
         "models/fused.py",
         "return residual.dtype == input.dtype and",
         "return",
-        "tests/test_fuse.py::test_another_dtype_is_added",
+        "tests/test_fuse.py::test_a_residual_of_another_dtype_is_added_as_in_pytorch",
     ),
     "models unfused in silence": (
         "models/fused.py",
@@ -101,7 +101,7 @@ BREAKAGES = {
         "kernels/addressing.py",
         "start, step = row * sizes.Q + first,",
         "start, step = row.to(tl.int32) * sizes.Q + first,",
-        "tests/test_addressing.py::test_runs",
+        "tests/test_addressing.py::test_runs_have_the_offsets_of_plain_python",
     ),
     "splits merged without the distance of their means": (
         "kernels/moments.py",

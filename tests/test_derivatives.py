@@ -115,7 +115,7 @@ def some(*shape, device):
         ("gelu", True, True, False),
     ],
 )
-def test_every_mixture(activation, affine, residual, training, backend, device):
+def test_every_mixture_of_modes_is_right(activation, affine, residual, training, backend, device):
     tensors = [some(4, 2, device=device)]
     tensors += [some(2, device=device) if affine else None for _ in range(2)]
     tensors += [some(4, 2, device=device) if residual else None]
@@ -138,7 +138,7 @@ def test_every_mixture(activation, affine, residual, training, backend, device):
         torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9, msg=str(modes))
 
 
-def test_known_values(backend, device):
+def test_derivatives_have_known_values(backend, device):
     """Of the third value of one channel, by the first."""
     column = {"dtype": torch.double, "device": device}
     x = torch.tensor([[0.0], [1.0], [3.0]], **column)
@@ -163,7 +163,7 @@ def test_known_values(backend, device):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("activation", ["none", "silu"])
-def test_hessian_of_a_gradient_penalty(activation, training, backend, device):
+def test_the_hessian_of_a_gradient_penalty_is_right(activation, training, backend, device):
     """By finite differences of the penalty's gradient."""
     x, direction, weights = (some(4, 2, device=device) for _ in range(3))
     x.requires_grad_()
@@ -185,7 +185,7 @@ def test_hessian_of_a_gradient_penalty(activation, training, backend, device):
     [torch.func.jacrev, torch.func.jacfwd, torch.func.hessian],
     ids=lambda transform: transform.__name__,
 )
-def test_jacobians(transform, training, backend, device):
+def test_jacobians_and_hessians_agree_with_the_formula(transform, training, backend, device):
     tensors = (some(3, 2, device=device), some(2, device=device), some(2, device=device))
 
     def derivatives(batch_norm):
@@ -202,7 +202,7 @@ def test_jacobians(transform, training, backend, device):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_vmap_of_a_gradient(training, backend, device):
+def test_vmap_of_a_gradient_agrees_with_the_formula(training, backend, device):
     batch, weight = some(5, 4, 2, device=device), some(5, 2, device=device)
 
     def gradients(batch_norm):
@@ -266,7 +266,7 @@ def test_a_backward_that_stops_at_the_output_frees_its_graph(backend, device):
     assert alive() is None
 
 
-def test_derivatives_of_a_checkpoint(backend, device):
+def test_a_checkpoint_has_two_derivatives(backend, device):
     """Two are right; on PyTorch's path, which reads tensors twice for a third, that is an error."""
     x = some(4, 2, device=device).requires_grad_()
 
@@ -311,7 +311,7 @@ def test_transforms_refuse_what_pytorch_refuses(shape, backend, device):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_dtypes_under_transforms(dtype, training, backend, device):
+def test_transforms_keep_results_and_dtypes(dtype, training, backend, device):
     """The results and their dtypes are those of the call outside."""
     x = some(64, 2, device=device).to(dtype)
     parameters = [torch.rand(2, device=device) for _ in range(4)]

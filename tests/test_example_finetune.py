@@ -132,7 +132,7 @@ def test_the_kernels_give_the_losses_of_pytorch(pictures):
     timm.create_model("test_resnet", num_classes=3).load_state_dict(weights)
 
 
-def test_training_learns(pictures):
+def test_fine_tuning_halves_the_loss(pictures):
     results, _ = run(pictures, "--epochs=6", "--lr=3e-3", "--fuse", model="timm/test_resnet")
     history = results["history"]
     assert history[-1]["train_loss"] < history[0]["train_loss"] / 2
@@ -221,7 +221,7 @@ def test_folders_for_both_parts_are_used_as_they_are(tmp_path, other):
     assert {Path(path).parts[-3] for path, _ in test.dataset.samples} == {other}
 
 
-def test_a_last_batch_of_one_is_left_out_and_images_are_normalised_for_the_network(tmp_path):
+def test_loaders_drop_a_last_batch_of_one_and_normalise(tmp_path):
     for name in "ab":
         (tmp_path / "white" / name).mkdir(parents=True)
         for index in range(5 if name == "a" else 6):
@@ -263,7 +263,7 @@ def test_a_last_batch_of_one_is_left_out_and_images_are_normalised_for_the_netwo
         ("good --output-dir file", ["--output-dir", "file"]),
     ],
 )
-def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, capsys, options, expected):
+def test_finetune_reports_bad_input_in_one_line(tmp_path, capsys, options, expected):
     folder, *options = options.split()
     draws = {"one": [(4,)], "single": [(4, 1)], "good": [(4, 4)], "broken": [(4, 4)]}
     for counts in draws.get(folder, []):

@@ -59,7 +59,7 @@ def test_circles_are_the_same_by_either_layer(capsys):
     assert rows[2][2] == f"{curves['fastbn']['val_loss'][-1]:.4f}"
 
 
-def test_circles_through_the_kernels():
+def test_circles_through_the_kernels_agree_with_keras():
     """Without the picture, for which the interpreter would take a minute."""
     args = keras_mlp.parse_args(["--epochs=2", "-b=16"])
     data = keras_mlp.make_circles(40, seed=0) * 2
@@ -69,7 +69,7 @@ def test_circles_through_the_kernels():
         assert ours[key] == pytest.approx(values, rel=1e-4), key
 
 
-def test_circles_from_a_file_and_what_is_wrong_with_it(capsys):
+def test_circles_come_from_a_file_unless_it_is_too_short(capsys):
     path = Path("points.csv")
     path.write_text("X,Y,class\n" + "".join(f"{i},{-i},{i % 2}\n" for i in range(10)))
     curves = run(keras_mlp.main, "--norm", "fastbn", "--csv=points.csv", "--epochs=2")
@@ -125,7 +125,7 @@ def test_cifar_comes_from_keras_where_it_can(monkeypatch):
     assert classes.tolist() == [3, 1]
 
 
-def test_bad_data_is_one_line_and_nothing_is_written(capsys):
+def test_keras_reports_bad_data_in_one_line_and_writes_nothing(capsys):
     assert keras_cifar.main(["--data-path=gone", "--output-dir=none"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("keras_cifar.py: error: --data-path: expected gone to hold")

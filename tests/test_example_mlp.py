@@ -44,7 +44,7 @@ def run_script(*options, **env):
     return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
 
 
-def test_fused_and_torch_give_the_same_curves_through_the_interpreter(tmp_path):
+def test_fused_and_torch_give_the_same_curves_when_interpreted(tmp_path):
     tiny = ["--device=cpu", "--epochs=3", "--samples=40", "-b=16", f"--output-dir={tmp_path}"]
     env = {"TRITON_INTERPRET": "1", "FASTBN_BACKEND": "triton"}
     done = run_script("--norm", "torch", "fused", *tiny, **env)
@@ -162,7 +162,7 @@ def test_a_network_that_knows_one_class_is_drawn_without_a_warning(tmp_path):
     assert (tmp_path / "one.png").stat().st_size > 10_000
 
 
-def test_csv_in_any_column_order_with_a_byte_order_mark(tmp_path, run):
+def test_csv_columns_come_in_any_order_after_a_byte_order_mark(tmp_path, run):
     path = tmp_path / "points.csv"
     path.write_text(
         "\ufeffclass,note, Y,X\n" + "".join(f"{i % 2}, n ,{i},1e{i}\n" for i in range(6))
@@ -193,7 +193,7 @@ def test_csv_in_any_column_order_with_a_byte_order_mark(tmp_path, run):
         (b"X,Y,class\n\xff\xfe,1,0\n", ["cannot be read"]),
     ],
 )
-def test_bad_data_is_one_line_and_nothing_is_written(tmp_path, capsys, text, expected):
+def test_bad_csv_is_reported_in_one_line_and_nothing_is_written(tmp_path, capsys, text, expected):
     path, out = tmp_path / "points.csv", tmp_path / "out"
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -206,7 +206,7 @@ def test_bad_data_is_one_line_and_nothing_is_written(tmp_path, capsys, text, exp
     assert not out.exists()
 
 
-def test_bad_data_through_the_command_line(tmp_path):
+def test_the_command_line_reports_a_missing_file_in_one_line(tmp_path):
     done = run_script("--csv", tmp_path / "gone.csv", "--output-dir", tmp_path / "out")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
@@ -238,7 +238,7 @@ def test_an_output_folder_that_is_a_file_fails_before_the_training(tmp_path, cap
         "--device": ["nonsense", "meta", "hpu"],
     }.items(),
 )
-def test_options_out_of_range_are_one_line_and_nothing_is_written(option, values, tmp_path, capsys):
+def test_options_out_of_range_are_reported_in_one_line(option, values, tmp_path, capsys):
     for value in values:
         with pytest.raises(SystemExit) as stopped:
             train_mlp.main([f"{option}={value}", "--output-dir", str(tmp_path / "out")])

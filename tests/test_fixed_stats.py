@@ -12,13 +12,13 @@ from .test_kernels import DTYPES, LAYOUTS, NAMES, SHAPES
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=NAMES)
-def test_shapes_and_dtypes(shape, dtype, device):
+def test_fixed_stats_keep_the_rule_in_all_shapes_and_dtypes(shape, dtype, device):
     check(Case(shape, dtype, training=False, activation="relu"), device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [s for s in SHAPES if len(s) >= 4])
-def test_channels_last(shape, dtype, device):
+def test_fixed_stats_keep_the_rule_with_channels_last(shape, dtype, device):
     case = Case(shape, dtype, channels_last=True, training=False, activation="relu")
     check(case, device)
 
@@ -26,7 +26,7 @@ def test_channels_last(shape, dtype, device):
 @pytest.mark.usefixtures("tiny_tiles")
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("shape", [(3, 20, 7, 7), (5, 3, 12, 9), (4, 40, 4, 4), (2, 1, 19, 19)])
-def test_many_tiles_and_splits(shape, channels_last, device):
+def test_fixed_stats_keep_the_rule_over_many_tiles(shape, channels_last, device):
     case = Case(
         shape, channels_last=channels_last, training=False, activation="relu", residual=True
     )
@@ -34,36 +34,36 @@ def test_many_tiles_and_splits(shape, channels_last, device):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_epilogues(activation, device):
+def test_fixed_stats_keep_the_rule_with_every_epilogue(activation, device):
     check(Case((3, 10, 5, 3), training=False, activation=activation, residual=True), device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_planes_side_by_side(dtype, device):
+def test_fixed_stats_keep_the_rule_with_planes_side_by_side(dtype, device):
     case = Case((3, 16, 7, 7), dtype, training=False, activation="silu", residual=True)
     check(case, device)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
 @pytest.mark.parametrize("weight", [True, False], ids=["weight", ""])
-def test_optional_parameters(weight, bias, device):
+def test_fixed_stats_keep_the_rule_without_parameters(weight, bias, device):
     case = Case((4, 6, 5), weight=weight, bias=bias, training=False, activation="silu")
     check(case, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_parameters_in_half_precision(dtype, device):
+def test_fixed_stats_keep_the_rule_with_half_parameters(dtype, device):
     check(Case((4, 6, 5, 5), dtype, param_dtype=dtype, training=False), device)
 
 
 @pytest.mark.parametrize("eps", [1e-12, 1e-3, 1.0])
-def test_eps(eps, device):
+def test_fixed_stats_keep_the_rule_at_every_eps(eps, device):
     check(Case((8, 3, 4), eps=eps, training=False), device)
 
 
 @pytest.mark.parametrize("residual", LAYOUTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_strides(layout, residual, device):
+def test_fixed_stats_keep_the_rule_at_any_strides(layout, residual, device):
     """Input, residual and the output's gradient, each of its own strides."""
     case = Case((3, 6, 4, 5), activation="relu", residual=True, training=False)
     arguments = make_arguments(case, device)
@@ -75,7 +75,7 @@ def test_any_strides(layout, residual, device):
 
 @pytest.mark.parametrize("activation", ["tanh", "elu", "gelu_tanh", "silu", "sigmoid", "gelu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_activations_from_tiny_to_huge(activation, dtype, device):
+def test_activations_are_accurate_from_tiny_to_huge(activation, dtype, device):
     """Relative accuracy near zero; far out no NaN, and gradients up to a million."""
     magnitudes = torch.logspace(-12, 30, 211, dtype=torch.float64)
     z = torch.cat([-magnitudes.flip(0), magnitudes]).to(device, dtype).reshape(-1, 1)

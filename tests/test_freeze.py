@@ -30,7 +30,7 @@ def frozen_like(norm, device):
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("parameters", [True, False])
-def test_statistics_stay_and_normalise(parameters, backend, device):
+def test_frozen_statistics_stay_and_normalise(parameters, backend, device):
     norm = nn.BatchNorm2d(3, eps=1e-2).to(device)
     for _ in range(3):
         norm(torch.randn(8, 3, 4, 4, device=device) * 3 + 2)
@@ -62,7 +62,7 @@ def test_statistics_stay_and_normalise(parameters, backend, device):
     assert "frozen" in repr(norm)
 
 
-def test_checkpoints_go_both_ways():
+def test_checkpoints_load_into_torchvisions_norms_and_back():
     norm, reference = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
     norm(torch.randn(4, 3, 5, 5))
     torchvisions = FrozenBatchNorm2d(3)
@@ -104,7 +104,7 @@ def test_unfreezing_gives_everything_back():
         assert [type(m) for m in revert(model).modules()] == [type(m) for m in reference.modules()]
 
 
-def test_a_moved_and_copied_frozen_model():
+def test_moved_and_copied_models_stay_frozen():
     model = freeze(trained_net())
     model = copy.deepcopy(model).double()
     images = torch.randn(4, 3, 8, 8, dtype=torch.float64)

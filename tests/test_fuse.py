@@ -91,7 +91,7 @@ ACTIVATIONS = {
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations_that_are_functions(name):
+def test_activations_that_are_functions_fuse(name):
     function = ACTIVATIONS[name]
     check(lambda self, x: function(self.bn(x)), {name: 1})
     check(lambda self, x: function(self.bn(x) + x), {f"add+{name}": 1})
@@ -114,18 +114,18 @@ def test_activations_that_are_functions(name):
         (lambda y, r: y - r, None),
     ],
 )
-def test_additions(add, kind):
+def test_only_plain_additions_fuse(add, kind):
     check(lambda self, x: add(self.bn(x), x), {kind or "none": 1})
 
 
-def test_two_norms_feed_one_addition():
+def test_one_of_two_norms_takes_their_addition():
     model = check(lambda self, x: self.relu(self.bn(x) + self.bn2(x)), {"none": 1, "add+relu": 1})
     found = explain(model)
     assert found.kinds == {"bn": "plain", "bn2": "add+act"}
     assert found.reasons == {"bn": "two norms feed one addition, and the other one takes it"}
 
 
-def test_one_inplace_relu_at_several_places():
+def test_one_inplace_relu_fuses_at_several_places():
     def forward(self, x):
         y = self.inplace(self.bn(x))
         return self.inplace(self.bn2(self.inplace(y * 1)) + y)
@@ -133,7 +133,7 @@ def test_one_inplace_relu_at_several_places():
     check(forward, {"relu": 1, "add+relu": 1})
 
 
-def test_a_forward_that_looks_at_training():
+def test_a_forward_may_branch_on_training():
     def forward(self, x):
         if self.training:
             return self.relu(self.bn(x))
@@ -143,7 +143,7 @@ def test_a_forward_that_looks_at_training():
     assert fused_calls(model.eval(), x())[1] == {"add+sigmoid": 1}
 
 
-def test_a_flag_that_changes_later():
+def test_a_flag_that_changes_later_is_obeyed():
     def forward(self, x):
         y = self.bn(x)
         return self.relu(y) if self.active else y
@@ -156,7 +156,7 @@ def test_a_flag_that_changes_later():
         assert fused_calls(model, x())[1] == calls
 
 
-def test_a_list_and_a_childs_attribute_that_change_later():
+def test_changes_of_a_list_and_of_a_childs_attribute_are_seen():
     def forward(self, x):
         y = self.bn(x)
         return self.relu(y) if 2 in self.indices and self.conv.stride == (1, 1) else y
@@ -174,7 +174,7 @@ def test_a_list_and_a_childs_attribute_that_change_later():
         assert model(inputs := x()).equal(reference(inputs))
 
 
-def test_layers_in_a_list():
+def test_layers_in_a_list_fuse():
     def forward(self, x):
         for norm in self.norms:
             x = F.relu(norm(x))
@@ -187,7 +187,7 @@ def test_layers_in_a_list():
     assert fused_calls(model, x())[1] == {"relu": 3}
 
 
-def test_optional_arguments():
+def test_optional_arguments_may_be_left_out():
     def forward(self, x, shortcut=None, scale=1.0):
         if shortcut is None:
             shortcut = x * scale
@@ -210,7 +210,7 @@ def test_optional_arguments():
             model(*args, **kwargs)
 
 
-def test_a_list_for_an_argument():
+def test_an_argument_may_be_a_list():
     def forward(self, features):
         features = [features] if isinstance(features, torch.Tensor) else features
         return self.relu(self.bn(torch.cat(features, 0)))
@@ -223,7 +223,7 @@ def test_a_list_for_an_argument():
     assert model((x(), x(), x())).shape[0] == 6
 
 
-def test_the_type_of_a_layers_result_is_asked():
+def test_a_forward_may_ask_for_the_type_of_a_layers_result():
     """It is a tensor if the layer is PyTorch's own, and as long as no hook makes it another one."""
 
     def forward(self, x):
@@ -248,7 +248,7 @@ def test_the_type_of_a_layers_result_is_asked():
                 model(x())
 
 
-def test_a_sum_in_place_with_what_a_module_of_unfused_norms_returns():
+def test_a_sum_in_place_fuses_if_nobody_else_has_the_memory():
     """Nobody else has that memory, so that the sum may be in other memory."""
 
     def forward(self, x):
@@ -328,7 +328,7 @@ class Batch(torch.Tensor):
 
 
 @pytest.mark.parametrize("kind", [Batch, (list, Batch), torch.FloatTensor, nn.Parameter])
-def test_types_of_some_tensors_are_asked_for(kind):
+def test_a_forward_that_asks_for_other_tensor_types_stays(kind):
     """That a value is a tensor does not tell: the module's own forward asks."""
 
     def of_an_argument(self, x):
@@ -344,7 +344,7 @@ def test_types_of_some_tensors_are_asked_for(kind):
             assert torch.equal(model(batch), reference(batch))
 
 
-def test_sequentials_that_go_another_way():
+def test_a_sequential_may_iterate_in_its_own_order():
     class Backwards(nn.Sequential):
         def __iter__(self):
             return reversed(self._modules.values())
@@ -387,7 +387,7 @@ def test_drop_layers_fuse_in_eval_mode_alone():
 # What must not be one call.
 
 
-def test_the_residual_is_added_to_in_place():
+def test_a_residual_that_is_added_to_in_place_does_not_fuse():
     def forward(self, x):
         y = x * 2
         z = y
@@ -419,7 +419,7 @@ def test_the_residual_is_added_to_in_place():
         lambda self, x: operator.imul(x, 2),
     ],
 )
-def test_the_norms_input_is_changed_after_the_norm(change):
+def test_an_input_changed_after_the_norm_prevents_fusing(change):
     def forward(self, x):
         y = self.bn(x[:])
         return self.relu(y + change(self, x))
@@ -443,7 +443,7 @@ def test_a_residual_computed_after_the_norm_may_be_added():
     check(forward, {"add+relu": 1}, conv=nn.Conv2d(4, 4, 1))
 
 
-def test_a_norm_called_twice():
+def test_a_norm_may_be_called_twice():
     def forward(self, x):
         y = self.bn(x)
         r = self.bn(x * 2)
@@ -459,18 +459,18 @@ def test_a_norm_called_twice():
     check(forward, {"none": 1, "tanh": 1})
 
 
-def test_an_output_with_two_users():
+def test_an_output_with_two_users_is_not_fused():
     check(lambda self, x: self.relu(y := self.bn(x)) + y, {"none": 1})
     check(lambda self, x: (y := self.bn(x)) + torch.sigmoid(y), {"none": 1})
 
 
-def test_a_broadcast_addition():
+def test_a_broadcast_addition_is_not_fused():
     check(lambda self, x: self.relu(self.bn(x) + x[:, :, :1, :1]), {"none": 1})
     check(lambda self, x: self.relu(self.bn(x) + self.scale), {"none": 1},
           scale=nn.Parameter(torch.randn(4, 1, 1)))  # fmt: skip
 
 
-def test_another_dtype_is_added():
+def test_a_residual_of_another_dtype_is_added_as_in_pytorch():
     def in_place(self, x, r):
         y = self.bn(x)
         y += r
@@ -585,7 +585,7 @@ def test_a_forward_that_no_graph_shows_stays(reason):
     assert re.search(reason, found)
 
 
-def test_buffers_that_a_forward_changes():
+def test_a_forward_may_change_buffers():
     def forward(self, x):
         self.steps.add_(1)
         return self.relu(self.bn(x)) * self.steps
@@ -602,7 +602,7 @@ def test_buffers_that_a_forward_changes():
 # What people do with models afterwards.
 
 
-def test_hooks_come_and_go():
+def test_hooks_run_while_they_are_registered():
     model, reference = pair(Net)
     fuse(model)
     images = x(4, 3, 8, 8)
@@ -636,7 +636,7 @@ def test_hooks_come_and_go():
 
 @pytest.mark.parametrize("name", ["bn1", "bn2", "relu", "conv2"])
 @pytest.mark.parametrize("new", [nn.Identity, nn.GELU, lambda: nn.InstanceNorm2d(4, affine=True)])
-def test_a_module_is_replaced(name, new):
+def test_a_replaced_module_runs(name, new):
     model, reference = pair(Block)
     fuse(model)
     setattr(model, name, new())
@@ -653,7 +653,7 @@ def test_a_patched_forward_runs():
     assert_alike(model, reference, [x()])
 
 
-def test_parts_and_extensions_of_a_sequential():
+def test_a_sequential_may_be_sliced_and_extended():
     model, reference = pair(
         lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.1))
     )
@@ -697,7 +697,7 @@ def test_pickles_hold_the_modules_own_classes(tmp_path):
         assert fused_calls(fuse(made), images)[1] == NET_CALLS
 
 
-def test_fusing_twice_and_after_changes():
+def test_fusing_again_follows_changes():
     model, reference = pair(Net)
     classes = [type(m) for m in fuse(model).modules()]
     assert [type(m) for m in fuse(model).modules()] == classes
@@ -762,7 +762,7 @@ def test_norms_of_other_types_stay_and_are_named():
     assert type(convert(lazy)) is FusedBatchNorm2d
 
 
-def test_shared_modules_and_a_model_without_memory():
+def test_shared_modules_and_meta_models_fuse():
     block = Block()
     model, reference = pair(lambda: nn.Sequential(block, nn.ReLU(), block))
     fuse(model)
@@ -790,7 +790,7 @@ def test_a_scripted_model_is_refused_and_a_scripted_part_stays():
     assert model(inputs := x()).equal(reference(inputs))
 
 
-def test_conversion_to_sync_batch_norm_afterwards():
+def test_a_fused_model_converts_to_sync_batch_norm():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(fuse(Net()))
     reference = revert(copy.deepcopy(model))
     model.eval()
@@ -799,7 +799,7 @@ def test_conversion_to_sync_batch_norm_afterwards():
     assert sum(isinstance(m, nn.SyncBatchNorm) for m in model.modules()) == 6
 
 
-def test_convolutions_take_in_norms_afterwards():
+def test_norms_of_a_fused_model_fold_into_convolutions():
     model, reference = pair(Net)
     fuse(model).eval()
     reference.eval()
@@ -812,7 +812,7 @@ def test_convolutions_take_in_norms_afterwards():
     torch.testing.assert_close(whole(images), reference(images))
 
 
-def test_symbolic_tracing_of_a_fused_model():
+def test_a_fused_model_is_traced_symbolically():
     model, reference = pair(Net)
     traced = fx.symbolic_trace(fuse(model))
     norms = [n for n in traced.graph.nodes if n.op == "call_module" and ("bn" in n.target)]
@@ -861,7 +861,7 @@ def test_a_graph_with_functions_is_edited():
     assert fused_calls(model, x())[1] == {}
 
 
-def test_replicas_of_data_parallel():
+def test_replicas_of_data_parallel_are_fused():
     model, reference = pair(Net)
     replica = fuse(model)._replicate_for_data_parallel()
     images = x(4, 3, 8, 8)
@@ -1027,7 +1027,7 @@ class Doubling(nn.Sequential):
 
 
 @pytest.mark.parametrize("name", answered_for_good())
-def test_what_changes_later_is_seen(name):
+def test_whatever_changes_later_is_seen(name):
     """The module is asked before and after changes of all that such a forward looks at."""
     forward = answered_for_good()[name]
     model, reference = pair(
@@ -1064,7 +1064,7 @@ def test_what_changes_later_is_seen(name):
     torch.testing.assert_close(model.state_dict(), reference.state_dict(), rtol=0, atol=0)
 
 
-def test_two_modules_of_one_class_that_ask_for_a_childs_type():
+def test_modules_of_one_class_may_differ_in_a_childs_type():
     def forward(self, x):
         y = self.bn(x)
         y = y * 2 if isinstance(self.relu, nn.Sigmoid) else y
@@ -1084,7 +1084,7 @@ def test_two_modules_of_one_class_that_ask_for_a_childs_type():
         assert model(batch := x()).equal(reference(batch))
 
 
-def test_classes_with_a_call_of_their_own():
+def test_a_class_may_define_its_own_call():
     model, reference = pair(
         lambda: nn.Sequential(Doubling(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), nn.ReLU())
     )
@@ -1107,7 +1107,7 @@ def test_functions_in_c_see_no_tensor_in_a_stand_in(make):
     assert model(batch := x()).equal(reference(batch))
 
 
-def test_outputs_of_other_types_and_layouts():
+def test_outputs_keep_their_types_and_layouts():
     from collections import OrderedDict
 
     model, reference = pair(
@@ -1123,13 +1123,13 @@ def test_outputs_of_other_types_and_layouts():
     assert model(*inputs).stride() == reference(*inputs).stride()
 
 
-def test_a_residual_of_none_is_no_missing_residual():
+def test_a_residual_of_none_is_an_error():
     model = fuse(Own(lambda self, x, r: self.relu(self.bn(x) + r)))
     with pytest.raises(TypeError):
         model(x(), None)
 
 
-def test_many_modules_of_one_class_with_numbers_of_their_own():
+def test_modules_of_one_class_fuse_with_numbers_of_their_own():
     def forward(self, x):
         return self.relu(self.bn(x)) * self.alpha
 

@@ -127,7 +127,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_training_of_every_rank_and_axis(shape, backend, calls):
+def test_training_agrees_for_every_rank_and_axis(shape, backend, calls):
     shape, axis = SHAPES[shape]
     theirs, ours = both(axis=axis)
     assert_same(trained(ours, shape), trained(theirs, shape), **CLOSE)
@@ -135,7 +135,7 @@ def test_training_of_every_rank_and_axis(shape, backend, calls):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_training_with_every_option(options, backend, calls):
+def test_training_agrees_with_every_option(options, backend, calls):
     theirs, ours = both(**OPTIONS[options])
     shape, dtype = (4, 3, 6, 5), getattr(torch, ours.compute_dtype)
     found = trained(ours, shape, dtype=dtype)
@@ -145,7 +145,7 @@ def test_training_with_every_option(options, backend, calls):
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16", "float16"])
-def test_training_in_half_precision(policy, backend, calls):
+def test_training_agrees_in_half_precision(policy, backend, calls):
     """Keras rounds once more, and PyTorch on a CPU takes sums in half precision."""
     theirs, ours = both(dtype=policy)
     found, expected = trained(ours, (8, 4, 4, 5)), trained(theirs, (8, 4, 4, 5))
@@ -160,7 +160,7 @@ def test_training_in_half_precision(policy, backend, calls):
 @pytest.mark.parametrize(
     ("training", "trainable"), [(None, True), (False, True), (True, False), (None, False)]
 )
-def test_inference_mode(training, trainable, backend, calls):
+def test_inference_agrees_and_moves_no_statistics(training, trainable, backend, calls):
     results = []
     for layer in both(beta_initializer="random_normal"):
         trained(layer, (8, 5), steps=1)
@@ -197,7 +197,7 @@ if hasattr(both()[0], "renorm"):
 
 
 @pytest.mark.parametrize("case", UNSERVED)
-def test_what_the_kernels_do_not_compute_has_keras_numbers(case, calls):
+def test_what_the_kernels_cannot_compute_has_keras_numbers(case, calls):
     options, call = UNSERVED[case]
     shape = (1, 1, 5) if case == "one value per channel" else (4, 6, 5)
     theirs, ours = both(**options)
@@ -207,7 +207,7 @@ def test_what_the_kernels_do_not_compute_has_keras_numbers(case, calls):
     assert calls == []
 
 
-def test_mask_of_another_layer(backend):
+def test_a_mask_of_another_layer_is_used_and_passed_on(backend):
     """It is attached to the tensor, and goes on to the next layer."""
     results = []
     for norm in both():
@@ -223,7 +223,7 @@ def test_mask_of_another_layer(backend):
     torch.testing.assert_close(b.moving_mean.value, a.moving_mean.value)
 
 
-def test_mean_that_is_large_beside_the_standard_deviation(backend):
+def test_a_large_mean_leaves_the_variance_its_digits(backend):
     """Keras's formula for the variance cancels here."""
     layer = BatchNormalization(momentum=0.0)
     x = 3000 + on_device((64, 5))
@@ -237,7 +237,7 @@ def test_mean_that_is_large_beside_the_standard_deviation(backend):
 
 
 @pytest.mark.parametrize(("axis", "other"), [(-1, 1), (1, -1)])
-def test_nothing_is_copied(axis, other, calls):
+def test_inputs_are_not_copied(axis, other, calls):
     """Neither of images in the order of their axes, nor of what a convolution returns as a view."""
     x = on_device((4, 3, 6, 5))
     for inputs in (x, x.movedim(other, axis)):
@@ -277,7 +277,7 @@ FOLLOWING = {
 
 
 @pytest.mark.parametrize("name", [*ACTIVATIONS, *FOLLOWING])
-def test_activation(name, backend, monkeypatch):
+def test_every_activation_agrees_with_keras(name, backend, monkeypatch):
     activation = (ACTIVATIONS | FOLLOWING)[name]
     fused = []
 
@@ -315,7 +315,7 @@ def test_activation_survives_the_config(name):
     torch.testing.assert_close(again(x, training=True), layer(x, training=True))
 
 
-def test_unknown_activation():
+def test_an_unknown_activation_is_keras_error():
     with pytest.raises(ValueError, match=r"Could not interpret activation.*rellu"):
         BatchNormalization(activation="rellu")
 
@@ -406,7 +406,7 @@ def test_import_without_the_right_keras_says_what_to_do(module, message, monkeyp
         runpy.run_path(str(ROOT / "fastbn" / "keras" / "requirements.py"))
 
 
-def test_import_under_another_backend_of_keras():
+def test_import_under_another_keras_backend_is_an_error():
     """Whether that backend is installed or not."""
     done = subprocess.run(
         [sys.executable, "-c", "import fastbn.keras"], cwd=ROOT, capture_output=True, text=True,

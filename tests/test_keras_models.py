@@ -214,7 +214,7 @@ UNFUSED = {
 
 
 @pytest.mark.parametrize("case", UNFUSED)
-def test_activation_that_the_kernels_can_not_take_stays_where_it_is(case):
+def test_activation_that_the_kernels_cannot_take_stays(case):
     norm, activation = UNFUSED[case]
     theirs = keras.Sequential([keras.Input((5,)), norm(), activation()])
     ours = convert(theirs)
@@ -225,7 +225,7 @@ def test_activation_that_the_kernels_can_not_take_stays_where_it_is(case):
     torch.testing.assert_close(sum(ours.losses), sum(theirs.losses))
 
 
-def test_features_by_the_name_of_an_activation():
+def test_features_are_found_by_an_activations_name():
     theirs = perturbed(functional())
     expected, found = (
         keras.Model(model.input, model.get_layer("first_relu").output)(images())
@@ -235,14 +235,14 @@ def test_features_by_the_name_of_an_activation():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_unbuilt_model_of_built_layers():
+def test_an_unbuilt_model_of_built_layers_keeps_its_weights():
     theirs = keras.Sequential(perturbed(sequential()).layers)
     ours = convert(theirs)
     assert len(ours.weights) == len(theirs.weights) > 0
     torch.testing.assert_close(ours(images()), theirs(images()), rtol=1e-5, atol=1e-5)
 
 
-def test_unbuilt_models():
+def test_unbuilt_models_are_converted():
     for make in (lambda: keras.Sequential([layers.BatchNormalization()]), lambda: Subclassed(4)):
         model = convert(make())
         assert model.weights == []
@@ -318,7 +318,7 @@ def test_models_go_both_ways_through_files(make, suffix, tmp_path):
         compiled(model).fit(images(), labels(), verbose=0)
 
 
-def test_saved_model_in_another_process(tmp_path):
+def test_another_process_loads_saved_models(tmp_path):
     """It needs the import of fastbn.keras, and without an activation not even that."""
     theirs = perturbed(keras.Sequential([keras.Input((5,)), layers.BatchNormalization()]))
     plain = convert(theirs)
@@ -380,7 +380,7 @@ def test_fit_with_weights_and_callbacks_is_keras_fit(backend, tmp_path):
         assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-4), key
 
 
-def test_custom_training_loop_and_layer_in_a_model(backend):
+def test_the_layer_trains_in_a_custom_loop(backend):
     """The layer's import is all that differs, as in a tutorial's own model."""
     losses = []
     for norm in (layers.BatchNormalization, BatchNormalization):
@@ -414,7 +414,7 @@ def on_rings():
 @pytest.mark.skipif(
     torch.__version__.startswith("2.11."), reason="PyTorch 2.11 can't compile Keras's own code"
 )
-def test_fit_of_a_compiled_model(monkeypatch):
+def test_fit_with_jit_compile_has_the_same_losses(monkeypatch):
     """By `jit_compile`, which is `torch.compile`, here without generating code."""
     eager = functools.partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", eager)

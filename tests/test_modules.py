@@ -67,7 +67,7 @@ def assert_same(ours, bn, function, x, residual=None):
 
 @pytest.mark.parametrize("residual", [False, True], ids=["", "add"])
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_layers(layer, residual, device):
+def test_every_act_layer_computes_its_activation(layer, residual, device):
     ours = FusedBatchNormAct2d(3, act_layer=layer).to(device)
     bn = nn.BatchNorm2d(3).to(device)
     x, r = torch.randn(2, 4, 3, 5, 5, device=device).unbind()
@@ -76,7 +76,7 @@ def test_layers(layer, residual, device):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_forms(form, device):
+def test_every_form_agrees_with_pytorch(form, device):
     native, shape = FORMS[form]
     ours, bn = form(3, 1e-3, 0.2).to(device), native(3, 1e-3, 0.2).to(device)
     assert isinstance(ours, native)
@@ -86,7 +86,7 @@ def test_forms(form, device):
     assert_same(ours, bn, F.relu, x, residual)
 
 
-def test_arguments_of_the_layer(device):
+def test_act_kwargs_go_to_the_activation(device):
     ours = FusedBatchNormAct2d(
         3, act_layer=nn.LeakyReLU, act_kwargs={"negative_slope": 0.3}, device=device
     )
@@ -98,26 +98,26 @@ def test_arguments_of_the_layer(device):
         assert_same(ours, nn.BatchNorm2d(3).to(device), lambda z: F.elu(z, 0.5), x)
 
 
-def test_without_activation(device):
+def test_apply_act_false_leaves_the_activation_out(device):
     ours = FusedBatchNormAct2d(3, apply_act=False, device=device)
     x = torch.randn(4, 3, 5, 5, device=device)
     assert_same(ours, nn.BatchNorm2d(3).to(device), lambda z: z, x, torch.randn_like(x))
 
 
 @pytest.mark.parametrize("drop", [None, nn.Identity()])
-def test_layers_taken_out_later(drop, device):
+def test_layers_may_be_taken_out_later(drop, device):
     ours = FusedBatchNormAct2d(3, drop_layer=nn.Dropout).to(device)
     ours.act, ours.drop = None, drop
     assert_same(ours, nn.BatchNorm2d(3).to(device), lambda x: x, torch.randn(4, 3, 5, 5).to(device))
 
 
-def test_no_activation_but_dropout(device):
+def test_dropout_stays_without_an_activation(device):
     ours = FusedBatchNormAct2d(3, drop_layer=nn.Dropout).to(device)
     ours.act = None
     assert (ours(torch.randn(4, 3, 5, 5, device=device)) == 0).any()
 
 
-def test_activation_exchanged_later(device):
+def test_the_activation_may_be_exchanged_later(device):
     ours = FusedBatchNormAct2d(3, device=device)
     ours.act = nn.SiLU()
     x = torch.randn(4, 3, 5, 5, device=device)
@@ -135,7 +135,7 @@ def test_subclass_of_an_activation_is_not_mistaken_for_it(device):
 
 
 @pytest.mark.parametrize("act", ["relu", nn.Mish])
-def test_residual_of_another_shape(act, device):
+def test_a_refused_residual_leaves_the_counter(act, device):
     ours = FusedBatchNormAct2d(3, act_layer=act, device=device)
     with pytest.raises(ValueError, match=r"residual must have the input's shape \(4, 3, 5, 5\)"):
         ours(torch.randn(4, 3, 5, 5, device=device), torch.randn(3, 1, 1, device=device))
@@ -250,7 +250,7 @@ assert FusedBatchNormAct2d(1).eval()(-torch.ones(1, 1, 1, 1)) == 1
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_activation_with_parameters(device):
+def test_parameters_of_the_activation_get_gradients(device):
     ours = FusedBatchNormAct2d(3, act_layer=nn.PReLU, device=device).to(device)
     assert "act.weight" in ours.state_dict()
     x = torch.randn(4, 3, 5, 5, device=device)
@@ -258,7 +258,7 @@ def test_activation_with_parameters(device):
     assert ours.act.weight.grad is not None
 
 
-def test_drop_layer(device):
+def test_the_drop_layer_comes_before_the_residual(device):
     class Halve(nn.Module):
         def forward(self, x):
             return x / 2
@@ -271,19 +271,19 @@ def test_drop_layer(device):
 
 @pytest.mark.parametrize("layer", ["act_layer", "drop_layer"])
 @pytest.mark.parametrize("wrong", [nn.ReLU(), 3])
-def test_instance_for_a_layer(wrong, layer):
+def test_an_instance_for_a_layer_is_refused(wrong, layer):
     with pytest.raises(TypeError, match=f"{layer} must be a module class, but got an instance of"):
         FusedBatchNormAct2d(3, **{layer: wrong})
 
 
 @pytest.mark.parametrize("layer", ["act_layer", "drop_layer"])
 @pytest.mark.parametrize("wrong", [F.relu, torch.relu, lambda: 3, int])
-def test_function_for_a_layer(wrong, layer):
+def test_a_function_that_makes_no_layer_is_refused(wrong, layer):
     with pytest.raises(TypeError, match=f"{layer} must be a module class or a function that re"):
         FusedBatchNormAct2d(3, **{layer: wrong})
 
 
-def test_function_that_makes_a_layer(device):
+def test_a_function_may_make_the_layer(device):
     made = functools.partial(nn.LeakyReLU, 0.3)
     for layer in (made, lambda: made()):
         ours = FusedBatchNormAct2d(3, act_layer=layer, device=device)
@@ -291,7 +291,7 @@ def test_function_that_makes_a_layer(device):
         assert_same(ours, nn.BatchNorm2d(3).to(device), lambda z: F.leaky_relu(z, 0.3), x)
 
 
-def test_arguments_of_a_named_layer():
+def test_a_named_layer_refuses_unknown_arguments():
     with pytest.raises(TypeError, match="unexpected"):
         FusedBatchNormAct2d(3, act_layer="gelu_tanh", act_kwargs={"slope": 1})
 
@@ -306,21 +306,21 @@ def test_gelu_of_an_unknown_kind_is_refused_as_in_pytorch(device):
     assert str(found.value) == str(theirs.value)
 
 
-def test_unknown_layer():
+def test_an_unknown_layer_is_refused():
     with pytest.raises(
         ValueError, match=r"act_layer must be None, a module class or one of .*'rellu'"
     ):
         FusedBatchNormAct2d(3, act_layer="rellu")
 
 
-def test_copies(device):
+def test_a_deep_copy_computes_the_same(device):
     ours = FusedBatchNormAct2d(3, act_layer="silu", device=device)
     x = torch.randn(4, 3, 5, 5, device=device)
     ours(x)
     torch.testing.assert_close(copy.deepcopy(ours)(x), ours(x))
 
 
-def test_backbone_with_channels_last_and_amp(device):
+def test_a_residual_block_agrees_with_channels_last_and_amp(device):
     """A residual block as a network has it, in bfloat16 autocast."""
 
     class Block(nn.Module):
@@ -353,7 +353,7 @@ def test_backbone_with_channels_last_and_amp(device):
         assert difference < 0.05
 
 
-def test_counter_that_is_gone_is_not_asked_for(device):
+def test_a_deleted_counter_is_not_asked_for(device):
     x = torch.randn(3, 4, 5, 5, device=device)
     for module in (nn.BatchNorm2d(4), fastbn.FusedBatchNorm2d(4)):
         del module.num_batches_tracked

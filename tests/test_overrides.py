@@ -81,7 +81,7 @@ class Doubled(torch.Tensor):
         return 2 * result if function is fastbn.batch_norm else result
 
 
-def test_a_subclass_overrides_it(device):
+def test_a_subclass_overrides_batch_norm(device):
     x = torch.randn(4, 3, 5, device=device)
     with fastbn.use_backend("torch"):
         expected = 2 * fastbn.batch_norm(x, None, None, training=True)

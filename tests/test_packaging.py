@@ -46,7 +46,7 @@ def wheel(tmp_path_factory):
     return build("wheel", unpacked, tmp / "wheel")
 
 
-def test_contents(wheel):
+def test_the_wheel_is_complete(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         metadata = archive.read(f"fastbn-{fastbn.__version__}.dist-info/METADATA").decode()
@@ -58,7 +58,7 @@ def test_contents(wheel):
     assert "License-File: LICENSE" in metadata
 
 
-def test_beside_a_package_named_kernels(wheel, tmp_path):
+def test_the_wheel_works_beside_a_package_named_kernels(wheel, tmp_path):
     site = tmp_path / "site"
     (site / "kernels").mkdir(parents=True)
     (site / "kernels" / "__init__.py").write_text("name = 'the other one'\n")

@@ -89,7 +89,7 @@ def positional(kind):
 
 
 @pytest.mark.parametrize("fused", [p[:2] for p in PAIRS.values()])
-def test_constructor(fused):
+def test_constructors_have_the_same_arguments(fused):
     ours, theirs = fused
     assert positional(ours) == positional(theirs)
     assert isinstance(ours(3), theirs)
@@ -104,7 +104,7 @@ def test_constructor(fused):
     "bias" not in inspect.signature(nn.BatchNorm2d.__init__).parameters,
     reason="this torch's BatchNorm has no bias argument",
 )
-def test_constructor_without_bias(pair):
+def test_modules_without_bias_agree(pair):
     ours, theirs, x = pair(bias=False)
     assert ours.bias is None
     assert_same(ours, theirs, x)
@@ -125,7 +125,7 @@ def test_constructor_without_bias(pair):
     ],
     ids=str,
 )
-def test_training_and_eval(pair, kwargs):
+def test_training_and_eval_agree(pair, kwargs):
     ours, theirs, x = pair(**kwargs)
     for _ in range(3):
         assert_same(ours, theirs, x * 2 + 1)
@@ -137,7 +137,7 @@ def test_training_and_eval(pair, kwargs):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("flag", [True, False])
-def test_track_running_stats_flipped(pair, flag, training):
+def test_track_running_stats_may_be_flipped(pair, flag, training):
     ours, theirs, x = pair(track_running_stats=not flag)
     for module in (ours, theirs):
         module.track_running_stats = flag
@@ -147,7 +147,7 @@ def test_track_running_stats_flipped(pair, flag, training):
 
 @pytest.mark.parametrize("missing", ["running_mean", "running_var"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_one_statistic_missing(pair, missing, training):
+def test_a_missing_statistic_has_the_same_outcome(pair, missing, training):
     ours, theirs, x = pair()
     for module in (ours, theirs):
         setattr(module, missing, None)
@@ -156,7 +156,7 @@ def test_one_statistic_missing(pair, missing, training):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_one_value_per_channel(pair, training, device):
+def test_one_value_per_channel_has_the_same_outcome(pair, training, device):
     ours, theirs, x = pair()
     x = x[:1][(..., *[slice(0, 1)] * (x.dim() - 2))]
     ours.train(training), theirs.train(training)
@@ -169,7 +169,7 @@ def test_one_value_per_channel(pair, training, device):
         assert value.equal(before[name]), name
 
 
-def test_empty_batch(pair):
+def test_empty_batches_agree(pair):
     ours, theirs, x = pair()
     assert_same(ours, theirs, x[:0])
     assert ours.num_batches_tracked == 1
@@ -181,7 +181,7 @@ def test_empty_batch(pair):
 
 @pytest.mark.parametrize("shape", [(3,), (2, 4, 5, 5), (2, 3, 5), (2, 4), (2, 3, 2, 2, 2, 2), (0,)])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_wrong_shapes(pair, shape, training, device):
+def test_wrong_shapes_have_the_same_outcome(pair, shape, training, device):
     ours, theirs, _ = pair()
     ours.train(training), theirs.train(training)
     assert_same_outcome(ours, theirs, torch.randn(shape, device=device))
@@ -193,7 +193,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int
 @pytest.mark.parametrize("statistics", [None, *DTYPES[:4]], ids=str)
 @pytest.mark.parametrize("parameters", [None, *DTYPES[:4]], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_mixed_dtypes(dtype, parameters, statistics, device):
+def test_mixed_dtypes_have_the_same_outcome(dtype, parameters, statistics, device):
     """The mixes that torch takes work alike, those that it refuses are refused alike."""
     one_is_double = (dtype == torch.float64) != (statistics == torch.float64)
     if device.type == "cuda" and statistics and dtype.is_floating_point and one_is_double:
@@ -274,7 +274,7 @@ STRIDES = {
 
 @pytest.mark.parametrize("strides", STRIDES)
 @pytest.mark.parametrize("dim", ["2d", "3d"])
-def test_memory_format(dim, strides, device):
+def test_strides_of_outputs_and_gradients_agree(dim, strides, device):
     fused, native, shape = PAIRS[dim]
     x = STRIDES[strides](torch.randn(shape, device=device))
     x1, x2 = x.detach().requires_grad_(), x.detach().requires_grad_()
@@ -288,7 +288,7 @@ def test_memory_format(dim, strides, device):
     torch.testing.assert_close(g1, g2)
 
 
-def test_state_dict_both_ways(pair):
+def test_state_dicts_load_both_ways(pair):
     ours, theirs, x = pair()
     theirs(x), theirs(x + 1)
     ours.load_state_dict(theirs.state_dict())
@@ -298,7 +298,7 @@ def test_state_dict_both_ways(pair):
     assert ours.num_batches_tracked.dtype == torch.int64
 
 
-def test_state_dict_of_version_1(pair):
+def test_state_dicts_of_version_1_load(pair):
     ours, theirs, _ = pair()
     state = theirs.state_dict()
     del state["num_batches_tracked"]
@@ -310,7 +310,7 @@ def test_state_dict_of_version_1(pair):
     assert_same_state(ours, theirs)
 
 
-def test_pickle_deepcopy_and_save(pair):
+def test_pickled_copied_and_saved_modules_agree(pair):
     ours, theirs, x = pair()
     ours(x), theirs(x)
     file = io.BytesIO()
@@ -326,7 +326,7 @@ def test_pickle_deepcopy_and_save(pair):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
-def test_module_to_dtype(pair, dtype):
+def test_modules_agree_after_a_change_of_dtype(pair, dtype):
     ours, theirs, x = pair()
     ours, theirs, x = ours.to(dtype), theirs.to(dtype), x.to(dtype)
     assert ours.num_batches_tracked.dtype == torch.int64
@@ -338,7 +338,7 @@ def test_module_to_dtype(pair, dtype):
     assert ours.num_batches_tracked == 3
 
 
-def test_hooks_and_reset(pair):
+def test_hooks_see_the_output_and_reset_clears_the_counter(pair):
     ours, _, x = pair()
     seen = []
     ours.register_forward_hook(lambda module, args, output: seen.append(output))
@@ -384,7 +384,7 @@ def test_what_autograd_refuses_leaves_no_trace(pair, call):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("inner", ["input", "module", "both"])
-def test_tensors_of_inference_mode_outside_of_it(pair, inner, training):
+def test_tensors_of_inference_mode_have_the_same_outcome(pair, inner, training):
     """They may be read, not written."""
     modules = *_, x = pair()
     for module in modules[:2]:
@@ -425,7 +425,7 @@ NUMBERS = {
 
 @pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
 @pytest.mark.parametrize("name", ["momentum", "eps"])
-def test_numbers_of_other_types(name, number, pair, backend):
+def test_momentum_and_eps_may_be_numbers_of_other_types(name, number, pair, backend):
     """The kernels serve them too."""
     ours, theirs, x = pair(**{name: number})
     with fastbn.use_backend("triton" if backend == "auto" else backend):

@@ -52,7 +52,7 @@ every_schedule = st.builds(
 
 @settings(max_examples=400, deadline=None)
 @given(found=every_schedule)
-def test_what_always_holds(found):
+def test_schedules_cover_all_columns_and_fit_the_device(found):
     problem, device, found = found
     for schedule in found.values():
         assert schedule.seconds > 0
@@ -159,7 +159,7 @@ UNITS = [
 
 
 @pytest.mark.parametrize(("strategy", "epilogue", "forward", "backward"), UNITS)
-def test_units_of_traffic(strategy, epilogue, forward, backward):
+def test_each_strategy_has_its_units_of_traffic(strategy, epilogue, forward, backward):
     problem = Problem(32, 64, 49, 2, **epilogue)
     for units, back in ((forward, False), (backward, True)):
         schedule = strategy(problem, H100, back)
@@ -197,7 +197,7 @@ def test_fixed_statistics_leave_no_choice():
         (Problem(32, 512, 49, 2, saves="mask"), Tile(256, 8, "flat", 8, 1, 1), 4),
     ],
 )
-def test_resident_tiles(problem, tile, warps):
+def test_resident_tiles_hold_all_values_of_channels(problem, tile, warps):
     """All values of one channel or of a sector's, 16 to a thread, in tiles of two sizes."""
     assert resident_tile(problem) == tile
     if tile:
@@ -234,7 +234,7 @@ def test_resident_tiles(problem, tile, warps):
         (Problem(1, 64, 49, 2, training=False, saves="mask"), 1, 2048, "planes", 16, 49),
     ],
 )
-def test_tiles_of_a_reduction(problem, n, q, layout, access, width):
+def test_reductions_have_the_expected_tiles(problem, n, q, layout, access, width):
     tile = choose_tile(problem, H100, 128)
     assert (tile.layout, tile.access_bytes(problem.itemsize)) == (layout, access)
     assert (tile.n, tile.q, group_width(problem, tile)) == (n, q, width)
@@ -318,7 +318,7 @@ CHOICES = {
 INITIAL = {"two-pass": "2", "ticketed": "t", "resident": "r"}
 
 
-def test_choices_for_an_h100():
+def test_an_h100_gets_the_expected_strategies():
     found = {}
     for case in cases(gpu=True, quick=False):
         if case.dtype == "bfloat16" and case.epilogue.name == "BN+ReLU":
@@ -339,7 +339,7 @@ TICKETED = {
 
 
 @pytest.mark.parametrize("name", TICKETED)
-def test_slices_for_an_h100(name):
+def test_an_h100_gets_the_expected_slices(name):
     problem, *expected = TICKETED[name]
     found = []
     for backward in (False, True):

@@ -164,7 +164,7 @@ def test_an_earlier_call_changes_nothing(change, device):
 
 
 @pytest.mark.parametrize("where", ["vmap", "dual level", "dispatch mode", "no_grad", "inference"])
-def test_an_earlier_call_elsewhere(where, device):
+def test_an_earlier_call_under_a_mode_changes_nothing(where, device):
     """A call in the open is not taken for one under a transform or mode, nor the reverse."""
     x = torch.randn(3, 2, 4, 5, device=device)
     dispatched = []
@@ -224,7 +224,7 @@ def test_two_keys_in_turn_hit_the_cache(what, hits, device):
     assert hits == ["plan_forward"] * 4
 
 
-def test_gradients_wanted_in_turn(monkeypatch, hits, device):
+def test_each_set_of_wanted_gradients_has_its_own_plan(monkeypatch, hits, device):
     """Compiled kernels leave out what is not wanted: each has its own plan in the cache."""
     plans, backward = {}, execution.run_backward
 
@@ -276,7 +276,7 @@ def test_a_flag_that_is_a_tensor_is_read_each_time(device):
     torch.testing.assert_close(first, second)
 
 
-def test_symbolic_sizes_outside_their_mode():
+def test_symbolic_sizes_outside_their_mode_go_to_pytorch():
     """Sizes that can't be hashed: PyTorch's."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 3)
@@ -285,7 +285,7 @@ def test_symbolic_sizes_outside_their_mode():
         assert isinstance(batch_norm(x, None, None, training=True), FakeTensor)
 
 
-def test_functional_wrappers_are_pytorchs(device):
+def test_functional_wrappers_go_to_pytorch(device):
     x = torch.randn(2, 4, 3, device=device)
     with fastbn.use_backend("auto"):
         y = batch_norm(torch._to_functional_tensor(x), None, None, training=True)
@@ -347,7 +347,7 @@ def test_guards_that_never_match_are_not_stored(device):
     assert len(plan_cache._entries) == 1
 
 
-def test_threads_with_calls_of_one_key(device):
+def test_threads_may_share_one_key(device):
     """They differ in what only guards tell: strides."""
     x = torch.randn(2, 4, 3, 3, device=device)
     inputs = [x, x.contiguous(memory_format=torch.channels_last), spread(x), x.mT.contiguous().mT]

@@ -78,7 +78,7 @@ def test_traffic_in_the_table_is_the_planners(epilogue):
     assert list(pictures.traffic(epilogue).values()) == [eager, two, one]
 
 
-def test_no_program_in_the_picture_starts_before_its_channels_are_reduced():
+def test_programs_in_the_picture_start_once_channels_are_reduced():
     work = pictures.timeline()
     assert len(work) == 2 * pictures.SLICES * pictures.SLICE_GROUPS * pictures.SPLITS
     for slice in range(pictures.SLICES):

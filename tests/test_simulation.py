@@ -55,7 +55,7 @@ def test_nothing_is_faster_than_memory(problem, strategy, backward):
     ],
     ids=["memory", "instructions", "latency"],
 )
-def test_what_is_slower_takes_longer(facts, strategy, backward):
+def test_a_slower_device_takes_longer(facts, strategy, backward):
     """And the planner knows which of a device's facts matter."""
     schedule = schedules(IMAGES, H100, backward)[strategy]
     device = replace(H100, **facts)

@@ -215,7 +215,7 @@ def test_a_biased_variance_is_skipped_too(way, device):
     assert exact.count == 2
 
 
-def test_the_function_without_a_count(way, device):
+def test_the_function_skips_bad_batches_without_a_count(way, device):
     mean, var = torch.zeros(9, device=device), torch.ones(9, device=device)
     x = images(device)
     expected = fastbn.batch_norm(x, mean.clone(), var.clone(), training=True)
@@ -239,7 +239,7 @@ def test_without_running_statistics_nothing_changes(way, device):
     assert_same_bits([found], [fastbn.batch_norm(x, None, None, training=True)])
 
 
-def test_fixed_statistics_are_as_they_were(device):
+def test_fixed_statistics_ignore_skip_nonfinite(device):
     """In eval mode, and of frozen norms, outputs follow running statistics that nothing moves."""
     x = images(device)
     x[0, 0, 0, 0] = NAN
@@ -255,7 +255,7 @@ def test_fixed_statistics_are_as_they_were(device):
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_compiled_to_one_graph(backend, momentum, device):
+def test_skipping_compiles_to_one_graph(backend, momentum, device):
     norm = FusedBatchNorm2d(9, momentum=momentum, skip_nonfinite=True).to(device)
     exact = Exact(norm)
     with fastbn.use_backend(backend):
@@ -303,7 +303,7 @@ def test_a_cuda_graph_decides_at_each_replay(momentum, way, device):
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_whoever_overrides_the_function_is_told_or_spared(momentum, way, device):
+def test_a_mode_sees_skip_nonfinite_of_functions_alone(momentum, way, device):
     """A call of the function is seen as it is; a module decides itself whether a batch counts."""
     norm = FusedBatchNorm2d(9, momentum=momentum, skip_nonfinite=True).to(device)
     exact = Exact(norm)

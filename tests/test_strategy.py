@@ -71,7 +71,7 @@ def test_the_backward_runs_by_the_strategy_in_force_then(device, launched):
         assert launched == BACKWARD[strategy]
 
 
-def test_compiled_calls_run_by_it_too(device, launched):
+def test_compiled_calls_run_by_the_strategy_too(device, launched):
     compiled = torch.compile(fastbn.FusedBatchNorm1d(16).to(device), backend="aot_eager")
     x = torch.randn(64, 16, device=device)
     compiled(x)
@@ -103,7 +103,7 @@ def test_explain_says_what_runs_and_why(device):
         assert "ward:  resident, 1" in str(fastbn.explain(norm.train(), x[:2, :, :4]))
 
 
-def test_it_ends_with_the_block_and_after_an_error():
+def test_use_strategy_ends_with_its_block_and_after_an_error():
     def fail():
         with fastbn.use_strategy("ticketed"):
             assert get_strategy() == "ticketed"
@@ -122,7 +122,7 @@ def test_it_ends_with_the_block_and_after_an_error():
     assert get_strategy() == before == "auto"
 
 
-def test_environment_variable(monkeypatch):
+def test_environment_variable_sets_the_strategy(monkeypatch):
     code = "from fastbn.strategy import get_strategy; print(get_strategy())"
     run = [sys.executable, "-c", code]
     monkeypatch.setenv("FASTBN_STRATEGY", "ticketed")

@@ -45,7 +45,7 @@ def gradients(batch_norm, x, weight, dy, training):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_any_stride(backend, shape, training, device):
+def test_axes_of_size_1_may_have_any_stride(backend, shape, training, device):
     draws = 3 if backend == "torch" else 1  # in the interpreter each takes a second
     for channels_last, dy_channels_last in draws * list(product([False, True], repeat=2)):
         x, dy = torch.randn(2, *shape, dtype=torch.double, device=device)
@@ -61,7 +61,7 @@ def test_any_stride(backend, shape, training, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_one_image_of_an_array(backend, training, dtype, device):
+def test_an_image_with_the_strides_of_an_array_agrees(backend, training, dtype, device):
     """Height, width and channels of an image, as NumPy and PIL have them."""
     x = torch.randn(3, 7, 33, dtype=dtype, device=device).permute(2, 0, 1).unsqueeze(0)
     assert x.stride() == (33, 1, 231, 33)
@@ -74,7 +74,7 @@ def test_one_image_of_an_array(backend, training, dtype, device):
         torch.testing.assert_close(a, b)
 
 
-def test_new_strides_take_no_copy(device):
+def test_canonical_strides_take_no_copy(device):
     x = torch.randn(3, 7, 33, device=device).permute(2, 0, 1).unsqueeze(0)
     restrided = with_canonical_strides(x)
     assert restrided.data_ptr() == x.data_ptr()

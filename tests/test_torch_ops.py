@@ -45,7 +45,7 @@ def tensors(device, dtype=torch.float32, channels_last=False, statistics=True):
 @pytest.mark.parametrize("statistics", [True, False])
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_opcheck_forward_train(channels_last, momentum, statistics, device):
+def test_forward_train_passes_opcheck(channels_last, momentum, statistics, device):
     x, r, _, w, b, mean, var, num_batches_tracked = tensors(
         device, torch.bfloat16, channels_last, statistics
     )
@@ -72,7 +72,7 @@ def test_opcheck_forward_train(channels_last, momentum, statistics, device):
 
 
 @pytest.mark.parametrize("save_mask", [True, False])
-def test_opcheck_forward_eval(save_mask, device):
+def test_forward_eval_passes_opcheck(save_mask, device):
     x, r, _, w, b, mean, var, _ = tensors(device)
     args = (x, r, w, b, mean, var, 1e-5, "leaky_relu", 0.1, save_mask)
     torch.library.opcheck(torch.ops.fastbn.forward_eval.default, args, test_utils=TESTS)
@@ -80,7 +80,7 @@ def test_opcheck_forward_eval(save_mask, device):
 
 @pytest.mark.parametrize("fixed", [True, False])
 @pytest.mark.parametrize("wanted", WANTED)
-def test_opcheck_backward(wanted, fixed, device):
+def test_backward_passes_opcheck(wanted, fixed, device):
     x, r, dy, w, b, mean, var, _ = tensors(device)
     statistics = (b, mean, var) if fixed else (None, torch.stack([mean, var, b]), None)
     args = (dy, x, r, None, w, *statistics, 1e-5, "silu", 0.0, wanted, None)
@@ -95,7 +95,7 @@ def model(norm, act):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_compile_without_graph_breaks(training, device):
+def test_modules_compile_without_graph_breaks(training, device):
     torch._dynamo.reset()
     eager = model(FusedBatchNorm2d, FusedBatchNormAct2d).to(device).train(training)
     other = copy.deepcopy(eager)
@@ -133,7 +133,7 @@ def test_compiled_backward_runs_the_kernels(device):
     assert not any("var" in name or "rsqrt" in name for name in forward | backward)
 
 
-def test_compiled_under_forward_mode(device):
+def test_compiled_modules_keep_tangents(device):
     """The tangent is not lost where nothing requires a gradient."""
     torch._dynamo.reset()
     bn = FusedBatchNormAct2d(4).to(device).requires_grad_(False)
@@ -149,7 +149,7 @@ def test_compiled_under_forward_mode(device):
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-def test_export(training, strict, device):
+def test_exported_programs_hold_pytorchs_operators(training, strict, device):
     """What is exported is PyTorch's: every runtime has it, and it has a gradient."""
     torch._dynamo.reset()
     bn = FusedBatchNormAct2d(4).to(device).train(training)
@@ -177,7 +177,7 @@ def test_autograd_sees_what_kernels_write(device):
 
 
 @pytest.mark.parametrize("same", ["residual", "bias"])
-def test_compile_with_one_tensor_in_two_places(same, device):
+def test_one_tensor_in_two_places_compiles(same, device):
     torch._dynamo.reset()
     bn = FusedBatchNormAct2d(4, act_layer="silu").to(device)
     if same == "bias":
@@ -194,7 +194,7 @@ def test_compile_with_one_tensor_in_two_places(same, device):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_compile_dynamic_shapes(training, device):
+def test_dynamic_shapes_compile(training, device):
     torch._dynamo.reset()
     bn = FusedBatchNormAct2d(6, momentum=None).to(device).train(training)
     compiled = torch.compile(bn, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -209,7 +209,7 @@ def test_compile_dynamic_shapes(training, device):
             torch.testing.assert_close(bn.running_var, other.running_var)
 
 
-def test_compile_a_parameter_that_changes(device):
+def test_a_changing_activation_parameter_compiles(device):
     """Which `torch.compile` takes for a symbol."""
     torch._dynamo.reset()
 
@@ -226,7 +226,7 @@ def test_compile_a_parameter_that_changes(device):
 
 
 @pytest.mark.parametrize("transform", ["grad", "vjp"])
-def test_transforms_inside_compile(transform, device):
+def test_transforms_inside_compiled_code_agree(transform, device):
     torch._dynamo.reset()
     x = torch.randn(3, 4, 5, device=device)
     grad = torch.randn_like(x)
@@ -244,7 +244,7 @@ def test_transforms_inside_compile(transform, device):
     torch.testing.assert_close(compiled, function(x))
 
 
-def test_whoever_listens_hears_the_operators(device):
+def test_profilers_and_tracers_see_the_operators(device):
     """Without a listener the dispatcher is passed by."""
     bn = FusedBatchNormAct2d(4).to(device).eval()
     x = torch.randn(2, 4, 5, 5, device=device)
@@ -280,7 +280,7 @@ def test_operators_do_not_write_between_elements(device):
     assert memory.eq(0).all()
 
 
-def test_opcheck_backward_with_a_mask_of_another_format(device):
+def test_backward_with_a_mask_of_another_format_passes_opcheck(device):
     """The results lie as the mask does, on paper too."""
     x, r, dy, w, b, mean, var, _ = tensors(device, channels_last=True)
     numbers = (0.1, 1.0, 1e-5, "relu", 0.0)
@@ -320,7 +320,7 @@ def test_operators_refuse_tensors_on_two_devices(device):
 
 
 @pytest.mark.parametrize("negative", ["input", "weight", "residual", "grad_output"])
-def test_lazily_negated(negative, device):
+def test_lazily_negated_tensors_have_the_right_sign(negative, device):
     """Memory holds the values with the other sign."""
     x, r, dy, w, b, *_ = tensors(device)
     tensors_of = {"input": x, "weight": w, "residual": r, "grad_output": dy}
@@ -337,7 +337,7 @@ def test_lazily_negated(negative, device):
         torch.testing.assert_close(lazy, eager)
 
 
-def test_saved_tensors_that_come_back_elsewhere(device):
+def test_saved_tensors_on_another_device_are_refused(device):
     """A launch would take their memory for the device's."""
     x = torch.randn(4, 6, 5, device=device, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.to("meta")):
@@ -383,7 +383,7 @@ def test_nothing_is_written_if_an_argument_was_freed(freed, strategy, device, fo
 
 
 @pytest.mark.parametrize("residual", [False, True])
-def test_compiled_with_saved_tensor_hooks_that_change_strides(residual, device):
+def test_saved_tensor_hooks_of_compiled_code_may_change_strides(residual, device):
     """The packed mask's bits still lie as the input did."""
     torch._dynamo.reset()
     eager = FusedBatchNormAct2d(3).to(device)
@@ -405,7 +405,7 @@ def test_compiled_with_saved_tensor_hooks_that_change_strides(residual, device):
 
 
 @pytest.mark.gpu
-def test_compile_with_cuda_graphs():
+def test_cuda_graphs_of_compiled_modules_agree():
     torch._dynamo.reset()
     bn = FusedBatchNorm2d(8).cuda()
     compiled = torch.compile(copy.deepcopy(bn), mode="reduce-overhead", fullgraph=True)
@@ -422,7 +422,7 @@ def test_compile_with_cuda_graphs():
 @pytest.mark.gpu
 @pytest.mark.parametrize("strategy", ["two-pass", "ticketed"])
 @pytest.mark.parametrize("check", [gpu_checks.graph_replays, gpu_checks.streams_agree])
-def test_graphs_and_streams(check, strategy, force_strategy):
+def test_graphs_and_streams_give_the_same_bits(check, strategy, force_strategy):
     force_strategy(strategy)
     check()
 

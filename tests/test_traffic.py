@@ -38,7 +38,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("layout", "strategy", "dtype", "activation", "residual"), CASES)
-def test_units(layout, strategy, dtype, activation, residual):
+def test_counted_units_are_the_plans(layout, strategy, dtype, activation, residual):
     case = Case(*LAYOUTS[layout], strategy, dtype, activation, residual)
     for traffic, plain in zip(measure(case), UNITS[strategy]):
         schedule, problem = traffic.schedule, traffic.problem

@@ -56,7 +56,7 @@ def test_gradients_are_accumulated_before_a_step():
     torch.testing.assert_close(model.state_dict(), reference.state_dict())
 
 
-def test_moving_averages_and_new_statistics():
+def test_moving_averages_and_new_statistics_agree():
     model, reference = pair(Net)
     fuse(model)
     batches = [images() for _ in range(3)]
@@ -79,7 +79,7 @@ def test_moving_averages_and_new_statistics():
     assert averages[0].module.stem[1].num_batches_tracked == 3
 
 
-def test_functional_calls():
+def test_functional_calls_agree():
     model, reference = pair(Net)
     fuse(model)
     batch = images()
@@ -90,7 +90,7 @@ def test_functional_calls():
     torch.testing.assert_close(model.state_dict(), reference.state_dict())
 
 
-def test_autocast_and_scaled_losses(device):
+def test_autocast_with_scaled_losses_agrees(device):
     model, reference = pair(lambda: Net().to(device))
     fuse(model)
     scaler = torch.amp.GradScaler(device.type, init_scale=256.0)
@@ -111,7 +111,7 @@ def test_autocast_and_scaled_losses(device):
         assert fused_calls(model, batch)[1] == NET_CALLS
 
 
-def test_two_forwards_before_one_backward():
+def test_two_forwards_before_one_backward_agree():
     model, reference = pair(Net)
     fuse(model)
     first, second = images(), images()
@@ -123,7 +123,7 @@ def test_two_forwards_before_one_backward():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_cuda_graphs_of_fused_models(momentum):
+def test_cuda_graphs_of_fused_models_agree(momentum):
     model, reference = pair(lambda: Net().cuda())
     fuse(model)
     for norm in model.modules():

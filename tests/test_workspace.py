@@ -21,7 +21,7 @@ def _none_before():
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, GROUPS - 1, GROUPS, GROUPS + 1, 70001])
-def test_zero_aligned_and_long_enough(groups):
+def test_counters_are_zero_aligned_and_long_enough(groups):
     arrivals, tickets, *_, served, _ = get_workspace(CPU, groups)
     assert served >= groups
     assert arrivals.dtype == torch.int32
@@ -35,7 +35,7 @@ def test_zero_aligned_and_long_enough(groups):
     assert not tickets.any()
 
 
-def test_one_set_that_grows():
+def test_one_workspace_serves_all_calls_and_grows():
     first = get_workspace(CPU, 5)
     assert get_workspace(CPU, GROUPS) is first
     more = get_workspace(CPU, GROUPS + 1)
@@ -110,7 +110,7 @@ def gpu(monkeypatch):
     return made
 
 
-def test_each_stream_has_its_own(gpu):
+def test_each_stream_has_its_own_workspace(gpu):
     first = get_workspace(gpu.device, 5)
     gpu.stream = 2
     second = get_workspace(gpu.device, 5)
@@ -122,7 +122,7 @@ def test_each_stream_has_its_own(gpu):
 
 
 @pytest.mark.parametrize("current", [0, 1])
-def test_a_graph_has_its_own(gpu, current):
+def test_a_graph_has_its_own_workspace(gpu, current):
     """It may be replayed in any stream, beside launches in this one."""
     eager = get_workspace(gpu.device, 5)
     gpu.capturing, gpu.current = True, current
