@@ -1,4 +1,4 @@
-"""What a GPU alone can show: replayed graphs, streams at once, tensors past 2^31 elements."""
+"""Checks that need a GPU: replayed graphs, concurrent streams, tensors past 2^31 elements."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def _assert_equal(one: list[Tensor], other: list[Tensor]) -> None:
 
 
 def workspaces_rest() -> None:
-    """Between launches no program has arrived and no ticket is drawn."""
+    """Checks that every launch has set its counters of arrivals and tickets back to 0."""
     for one in workspace._workspaces.values():
         assert not one.arrivals.any(), "counters of arrivals are not 0 after all launches"
         assert not one.tickets[0] & 0xFFFFFFFF, "the counter of tickets is not 0 after all launches"
 
 
 def graph_replays(times: int = 1000) -> None:
-    """A captured training step gives the same bits as an eager one, and counts each replay."""
+    """Checks that a captured training step gives an eager one's bits, and counts each replay."""
     norm = FusedBatchNorm2d(64).cuda()
     x, dy = _tensors()
 
@@ -51,7 +51,7 @@ def graph_replays(times: int = 1000) -> None:
 
 
 def streams_agree(times: int = 50) -> None:
-    """Two streams at once give the same bits."""
+    """Checks that two streams that run at the same time give the same bits."""
     x, dy = _tensors()
 
     def step() -> list[Tensor]:
@@ -71,7 +71,7 @@ def streams_agree(times: int = 50) -> None:
 
 
 def past_2_31(channels_last: bool) -> None:
-    """The ends of the tensors are computed, and no sum wraps around."""
+    """Checks that the ends of such tensors are computed, and that no sum wraps around."""
     format = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.randn(33, 64, 1024, 1024, device="cuda", dtype=torch.bfloat16)
     x = x.contiguous(memory_format=format).requires_grad_()

@@ -1,8 +1,9 @@
 """Counts the instructions that a kernel's program executes, in the machine code of NVIDIA GPUs.
 
 A program's way leads from its beginning to its end, or in a ticketed launch from one ticket to
-the next, through the loop over tiles that need no mask. Elsewhere it is the shortest one: no
-tile is masked, and the program is not the last to arrive, which merges what all have found.
+the next, through the loop over tiles that need no mask. Outside of that loop the way is the
+shortest one: no tile is masked, and the program is not the last to arrive, which would have to
+merge the partial results of all programs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from itertools import pairwise
 
 WIDE = r"\bLDG\S*\.128\b"
 
-# In place of a block: where a program has ended.
+# Stands for the block that would follow the end of the program.
 END = -1
 
 
@@ -24,10 +25,10 @@ class Way:
     """Instructions of a thread on its way through a run of tiles.
 
     Attributes:
-        stores: whether the loop over tiles stores any.
+        stores: whether the loop over tiles has stores.
         loop: instructions of one turn of the loop.
         fixed: instructions outside of the loop.
-        barriers: barriers in a turn.
+        barriers: barriers in one turn of the loop.
     """
 
     stores: bool
@@ -37,26 +38,28 @@ class Way:
 
 
 def ways(sass: str) -> list[Way]:
-    """Returns the way of each loop over tiles that need no mask: of reduction, or of both phases.
+    """Returns the way through each loop over tiles that need no mask, one loop for each phase.
 
-    Loops are known by accesses of 16 bytes. A kernel with narrower ones has none.
+    These loops are recognised by their accesses of 16 bytes. For a kernel with narrower accesses
+    the list is empty.
     """
     code = Code(sass)
     inner = sorted(loop for loop in code.loops if not any(_within(o, loop) for o in code.loops))
     over_tiles = [(start, blocks) for start, blocks in inner if code.count(blocks, WIDE)]
     if not over_tiles:
         return []
-    # From ticket to ticket, if there is a loop around all others.
+    # A loop around all others draws tickets: the way then leads from one ticket to the next.
     start, blocks = code.loops[-1] if code.loops else (0, [])
     tickets = start < over_tiles[0][0] and blocks[-1] >= over_tiles[-1][1][-1]
     begin, end = (start, start) if tickets else (0, END)
     found = []
-    # Loops come in pairs, of whole tiles and of masked ones.
+    # The loop over whole tiles is followed by one over masked tiles.
     for (first, turn), (masked, _) in zip(over_tiles[::2], over_tiles[1::2]):
         stops = [begin, first]
         if not code.count(turn, "STG"):
             arrivals = [b for b in code.starts if b > masked and code.count([b], "ATOM")]
-            # Columns are added up to channels in a loop that stores them.
+            # The sums of columns are added up to those of channels in a loop of its own, which
+            # stores the results.
             stops += [b for b, its in inner if masked < b < arrivals[0] and code.count(its, "STG")]
             stops.append(arrivals[0])
         loop = sum(len(code.texts(block)) for block in turn)
@@ -71,7 +74,7 @@ def _within(inner: tuple[int, list[int]], outer: tuple[int, list[int]]) -> bool:
 
 
 class Code:
-    """The machine code of a kernel, as blocks that end where the way may turn."""
+    """The machine code of a kernel, as basic blocks: each ends at a jump or before a target."""
 
     def __init__(self, sass: str) -> None:
         found = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass)
@@ -88,11 +91,11 @@ class Code:
         self.starts = sorted(start for start in starts if start < len(self.instructions))
         self.next: dict[int, list[int]] = {}
         for start, end in zip(self.starts, [*self.starts[1:], len(self.instructions)]):
-            # Of an A100's machine code some jumps are calls that never return.
+            # In an A100's machine code some jumps are calls that never return.
             last = self.instructions[end - 1][1]
             leaves = re.search(r"^(@!?U?P\w+ )?(BRA|CALL|EXIT)\S*( !?U?P)?", last)
             after = [] if leaves is None else [jumps.get(end - 1, END)]
-            # A jump is taken or not, if it has a predicate before or behind its name.
+            # A jump with a predicate, before or behind its name, may not be taken.
             if leaves is None or leaves[1] or leaves[3]:
                 after.append(end)
             self.next[start] = after
@@ -115,7 +118,7 @@ class Code:
         return sorted(found, key=lambda loop: len(loop[1]))
 
     def count(self, blocks: list[int], kind: str) -> int:
-        """Returns how many instructions of a kind, a regular expression, there are in blocks."""
+        """Returns how many instructions in these blocks match a regular expression."""
         return sum(bool(re.search(kind, text)) for block in blocks for text in self.texts(block))
 
     def shortest(self, start: int, end: int) -> int:

@@ -1,15 +1,17 @@
-"""Whether NVIDIA's machine code hands results from program to program in order.
+"""Checks that NVIDIA's machine code hands results from program to program in order.
 
-A program that arrives, or raises a flag, has a barrier behind its stores, then one thread's fence
-and atomic. A program that goes on has that thread's atomic or load, which empties the first-level
-cache, then a barrier, and only then loads of what others stored. These pass by that cache.
+A program that arrives, or raises a flag, first stores its results, then waits at a barrier, and
+then one of its threads executes a fence and an atomic. A program that goes on executes that atomic,
+or a load of the flag, in one thread, invalidates the first-level cache, waits at a barrier, and
+only then loads what other programs stored. These loads bypass the first-level cache.
 """
 
 from __future__ import annotations
 
 import re
 
-# Instructions by what they do here. Tickets are drawn by relaxed atomics, which order nothing.
+# The instructions that matter, by what they do in the protocol. Tickets are drawn by relaxed
+# atomics, which order nothing and are therefore left out.
 KINDS = {
     "arrive": r"\bATOM\S*\.ADD\.(?!64)",
     "raise": r"\bATOM\S*\.EXCH",
@@ -25,11 +27,12 @@ KINDS = {
 
 
 def kinds(sass: str) -> list[str]:
-    """Returns the kinds of a kernel's instructions, those that matter, in order."""
+    """Returns the kinds of those of a kernel's instructions that matter, in their order."""
     found = []
     for text in re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);", sass):
         found += [kind for kind, pattern in KINDS.items() if re.search(pattern, text)]
-    # Flags have 64 bits, and so have results in float64, which no invalidation follows.
+    # Flags have 64 bits, but results in float64 do too: only the load of a flag is followed by an
+    # invalidation of the cache.
     return [
         "load" if kind == "poll" and after != "invalidate" else kind
         for kind, after in zip(found, [*found[1:], ""])
@@ -37,11 +40,11 @@ def kinds(sass: str) -> list[str]:
 
 
 def order(sass: str) -> tuple[dict[str, int], list[str]]:
-    """Returns how often a kernel's programs arrive, raise flags and poll; and what is wrong."""
+    """Returns how often a kernel arrives, raises a flag and polls, and what is out of order."""
     code, wrong = kinds(sass), []
     for i, kind in enumerate(code):
         if kind in ("arrive", "raise"):
-            # Towards the beginning: the fence, then the barrier, and no store before both.
+            # Going back from here, the fence comes first, then the barrier, then the stores.
             before = [k for k in code[:i] if k in ("store", "fence", "barrier")][-2:]
             if before != ["barrier", "fence"]:
                 wrong.append(f"{kind} after {' and '.join(before)}")

@@ -1,4 +1,4 @@
-"""Small networks, and what a test needs to know of a fused one: what it computes, and how."""
+"""Small networks, and functions that tell what a fused one computes and by which calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import fastbn.modules
 def fused_calls(model, *args, restore=True, **kwargs):
     """Runs a model; returns its output and the calls of batch norm, counted by what they fuse.
 
-    The model's state is what it was before, unless that is not wanted.
+    Afterwards the model has the state that it had before, unless `restore` is False.
     """
     calls = Counter()
     state = {name: t.clone() for name, t in model.state_dict().items()}
@@ -36,7 +36,7 @@ def fused_calls(model, *args, restore=True, **kwargs):
 
 
 def train(model, inputs, steps=2, kwargs=None):
-    """Takes steps of SGD; returns all outputs, the gradients of the inputs, and the last ones."""
+    """Takes steps of SGD and returns the output and the inputs' gradients of each step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     results = []
     for step in range(steps):
@@ -51,7 +51,7 @@ def train(model, inputs, steps=2, kwargs=None):
 
 
 def assert_alike(model, reference, inputs, kwargs=None, exact=True):
-    """Holds a fused model to an unfused one: two steps, then eval mode, then one more step."""
+    """Compares a fused model with an unfused one in two steps, in eval mode, and in a step more."""
     limits = {"rtol": 0, "atol": 0} if exact else {}
     for mode, steps in ((True, 2), (False, 0), (True, 1)):
         if steps:
@@ -68,14 +68,14 @@ def assert_alike(model, reference, inputs, kwargs=None, exact=True):
 
 
 def pair(make):
-    """Returns a model made for fusing, and its like."""
+    """Returns a new model, which a test may fuse, and a copy to compare it with."""
     torch.manual_seed(1)
     model = make()
     return model, copy.deepcopy(model)
 
 
 class Block(nn.Module):
-    """A residual block as torchvision's."""
+    """A residual block like torchvision's."""
 
     def __init__(self, channels=4, out=None, stride=1):
         super().__init__()

@@ -1,4 +1,4 @@
-"""One call of batch norm three ways: fastbn, PyTorch, and exactly; and the one tolerance rule."""
+"""Runs a call of batch norm by fastbn, by PyTorch and exactly, and holds fastbn to one rule."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ from fastbn.reference import batch_norm as reference
 from fastbn.runtime import workspace
 from fastbn.runtime.layout import with_canonical_strides
 
-# The rule: fastbn's error against float64 is at most twice that of PyTorch's
-# own operator on the same input, in the channel where that fares worst (how a
-# mean rounds is luck), plus this many units in the last place of the channel's
-# largest value, or of the terms that cancel in it. In float64 the oracle itself
-# is rounded.
+# The rule is that fastbn's error against float64 is at most twice that of PyTorch's own operator on
+# the same input, in the channel where PyTorch's is worst (since how a mean rounds is a matter of
+# chance), plus this many units in the last place of the channel's largest value, or of the terms
+# that cancel in it. In float64 the exact result is itself rounded, so that more units are allowed.
 FLOOR_ULPS = {torch.float64: 32, torch.float32: 6, torch.float16: 0.5, torch.bfloat16: 0.5}
 EPSILON = {dtype: torch.finfo(dtype).eps for dtype in
            (torch.float64, torch.float32, torch.float16, torch.bfloat16)}  # fmt: skip
 
-# Gradients are not compared where the activation's argument is this close to
-# a kink: there rounding decides which side it falls on.
+# Gradients are not compared where the activation's argument is this close to a kink, since rounding
+# decides on which side of the kink it falls.
 KINKS = (-3.0, 0.0, 3.0, 6.0)
 KINK_WIDTH = 0.05
 
@@ -59,7 +58,7 @@ class Case:
 
 @dataclass
 class Arguments:
-    """The tensors of a case; None where there is none."""
+    """The tensors of a case; a tensor that the case leaves out is None."""
 
     case: Case
     input: Tensor
@@ -72,7 +71,7 @@ class Arguments:
     num_batches_tracked: Tensor
 
     def to(self, dtype: torch.dtype) -> Arguments:
-        """The same numbers in another dtype, in fresh memory."""
+        """Returns the same numbers in another dtype, in fresh memory."""
 
         def convert(t):
             return None if t is None else t.to(dtype, copy=True)
@@ -91,7 +90,7 @@ class Arguments:
 
 
 def make_arguments(case: Case, device: torch.device, num_batches_tracked: int = 3) -> Arguments:
-    """Random tensors for a case."""
+    """Returns random tensors for a case."""
     c = case.shape[1]
     half = case.dtype in (torch.float16, torch.bfloat16)
     param_dtype = case.param_dtype or (torch.float32 if half else case.dtype)
@@ -131,11 +130,11 @@ def make_arguments(case: Case, device: torch.device, num_batches_tracked: int = 
 
 @contextlib.contextmanager
 def poisoned():
-    """Uninitialised memory is NaN, so that an unwritten element shows."""
+    """Fills uninitialised memory with NaN, so that an element that is never written shows."""
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory
-        # Nor is anything left of partial results of an earlier launch.
+        # The workspaces still hold partial results of earlier launches: these become NaN too.
         for one in workspace._workspaces.values():
             one.partials[torch.float32].view(torch.uint8).fill_(255)
         yield
@@ -144,7 +143,7 @@ def poisoned():
 
 
 def run_fastbn(arguments: Arguments) -> dict[str, Tensor]:
-    """Outputs, updated statistics and gradients of fastbn's kernels."""
+    """Returns the output, updated statistics and gradients that fastbn's kernels compute."""
     case = arguments.case
 
     def function(input, weight, bias, residual):
@@ -160,17 +159,17 @@ def run_fastbn(arguments: Arguments) -> dict[str, Tensor]:
 
 
 def run_exact(arguments: Arguments) -> dict[str, Tensor]:
-    """The same of the reference, in float64."""
+    """Returns the results of the reference in float64."""
     correction = 0.0 if arguments.case.biased_running_var else 1.0
     return _run_torch(arguments.to(torch.float64), partial(reference, correction=correction))
 
 
 def run_native(arguments: Arguments) -> dict[str, Tensor]:
-    """The same of PyTorch's operators, in the arguments' dtype."""
+    """Returns the results of PyTorch's operators in the arguments' dtype."""
 
     def batch_norm(input, mean, var, weight, bias, *options):
         if weight is None and bias is not None:
-            weight = torch.ones_like(bias)  # which the backward on a GPU needs
+            weight = torch.ones_like(bias)  # since the backward on a GPU needs a weight
         unbiased = None if var is None else var.clone()
         output = F.batch_norm(input, mean, unbiased, weight, bias, *options)
         if var is not None:
@@ -187,7 +186,7 @@ def run_native(arguments: Arguments) -> dict[str, Tensor]:
             var.copy_(unbiased)
 
     fresh = clone(arguments)
-    # With other strides along axes of size 1 PyTorch's gradients on a CPU are wrong.
+    # PyTorch's gradients on a CPU are wrong if an axis of size 1 has an unusual stride.
     for name in ("input", "grad_output", "residual"):
         if getattr(fresh, name) is not None:
             setattr(fresh, name, with_canonical_strides(getattr(fresh, name)))
@@ -242,17 +241,23 @@ def _results(arguments: Arguments, function) -> dict[str, Tensor]:
 
 
 def check(case: Case, device: torch.device) -> None:
-    """Runs a case three ways and holds fastbn to the rule, in all its results."""
+    """Runs a case in all three ways and holds each of fastbn's results to the rule."""
     compare(make_arguments(case, device))
 
 
 def compare(arguments: Arguments) -> None:
-    """`check` for given tensors."""
+    """Does what `check` does, for given tensors."""
     assert_right(run_fastbn(clone(arguments)), arguments, expect(arguments))
 
 
 class Expected(NamedTuple):
-    """The results of a call: exactly, of PyTorch, and of PyTorch's own kernels."""
+    """What a call's results are compared with.
+
+    Attributes:
+        exact: the results in float64.
+        native: PyTorch's results, whose dtypes, shapes and strides fastbn's must have.
+        yardstick: the results of PyTorch's own kernels, to whose error fastbn's is held.
+    """
 
     exact: dict[str, Tensor]
     native: dict[str, Tensor]
@@ -260,9 +265,9 @@ class Expected(NamedTuple):
 
 
 def expect(arguments: Arguments) -> Expected:
-    """Returns what a call's results are held to."""
+    """Returns what a call's results are compared with."""
     native = run_native(arguments)
-    # On hostile input cuDNN, where it serves, is no yardstick.
+    # cuDNN's errors on hostile input are too large to be a yardstick.
     with torch.backends.cudnn.flags(enabled=False):
         yardstick = run_native(arguments) if arguments.input.is_cuda else native
     return Expected(run_exact(arguments), native, yardstick)
@@ -283,7 +288,7 @@ def assert_right(actual: dict[str, Tensor], arguments: Arguments, expected: Expe
         scale = torch.maximum(_largest(exact[name]), _terms(name, arguments))
         actual_error = _largest(actual[name].double() - exact[name])
         native_error = _largest(yardstick[name].double() - exact[name])
-        # Where PyTorch's result is not finite, fastbn's has the units alone.
+        # Where PyTorch's result is not finite, fastbn's error may only be the units of the rule.
         native_error.masked_fill_(~native_error.isfinite(), 0.0)
         ulps = FLOOR_ULPS[actual[name].dtype] * EPSILON[actual[name].dtype]
         allowed = (2 * (native_error / scale).max() + ulps) * scale
@@ -292,14 +297,14 @@ def assert_right(actual: dict[str, Tensor], arguments: Arguments, expected: Expe
 
 
 def _terms(name: str, arguments: Arguments) -> Tensor:
-    """Size of what a channel's result is a sum or difference of."""
+    """Returns the size of the terms whose sum or difference each channel's result is."""
     x = arguments.input.double()
     axes = [0, *range(2, x.dim())]
     grad = _largest(arguments.grad_output.double())
     if name == "running_mean":
         return _largest(x)
     if name in ("grad_weight", "grad_bias"):
-        # M terms of random sign.
+        # The sum of M terms of random sign grows with the root of M.
         return grad * (x.numel() / x.shape[1]) ** 0.5
     scale = (x.var(axes, correction=0) + arguments.case.eps).rsqrt()
     if arguments.weight is not None:
@@ -312,12 +317,12 @@ def _terms(name: str, arguments: Arguments) -> Tensor:
 
 
 def _largest(t: Tensor) -> Tensor:
-    """Largest magnitude in each channel."""
+    """Returns the largest magnitude in each channel."""
     return t.abs() if t.dim() == 1 else t.abs().amax([0, *range(2, t.dim())])
 
 
 def clone(arguments: Arguments) -> Arguments:
-    """The arguments in fresh memory, laid out alike; `Tensor.clone` would fill gaps."""
+    """Returns a copy with the same layout in memory, gaps included: `Tensor.clone` fills them."""
 
     def copy(t):
         storage = t.untyped_storage().clone()

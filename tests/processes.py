@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from .conftest import HAS_GPU
 
-# Nobody shall wait longer than this for a peer, in seconds.
+# No process waits longer than so many seconds for a peer.
 TIMEOUT = 60
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -26,10 +26,10 @@ FORKS.set_forkserver_preload(["torch", "torch.distributed", "triton"])
 def run(
     world: int, function: Callable, *arguments: Any, timeout: float = TIMEOUT, ends: bool = False
 ) -> list[Any]:
-    """Returns what function(rank, *arguments) returns in each of so many processes.
+    """Returns what function(rank, *arguments) returns in each of `world` processes.
 
-    An exception fails the test. With `ends` it is returned, or the exit status of a process
-    that ended without one.
+    An exception in a process fails the test. With `ends` the exception is returned instead, and for
+    a process that ended without a result or an exception its exit status is.
     """
     with tempfile.TemporaryDirectory() as folder:
         processes = [

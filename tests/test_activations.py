@@ -1,4 +1,4 @@
-"""The table of activations: each row agrees with its module and with itself."""
+"""Each row of the table of activations agrees with its module, and its parts with each other."""
 
 import pytest
 import torch

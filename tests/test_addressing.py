@@ -1,4 +1,4 @@
-"""Where runs of tiles lie, also past 2^31 elements, against Python's integers."""
+"""Runs of tiles lie where plain Python computes that they do, also past 2^31 elements."""
 
 import pytest
 import torch
@@ -28,8 +28,11 @@ def locate(
     Out, Loaded, Channels, Numbers, N, C, S, Q, width, length, group, tile, split,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Writes offsets of elements that are a run's own and of those that are loaded, else -1;
-    channels; and numbers of tiles and values.
+    """Writes what the kernels compute of one run.
+
+    `Out` gets the offsets of the elements that belong to the run and `Loaded` those of the elements
+    that are loaded, with -1 for all others; `Channels` gets the channels of the run's columns, and
+    `Numbers` the numbers of tiles and values.
     """
     n = tl.arange(0, TILE.n)[:, None]
     q = tl.arange(0, TILE.q)[None, :]
@@ -52,18 +55,18 @@ def locate(
 
 
 def leads(n, c, s, tile):
-    """How many columns before a plane are in its first tile: of each of eight channels."""
+    """Returns how many columns of the first tile lie before the plane, for up to eight channels."""
     return [g * s % tile.align for g in range(min(c, 8))]
 
 
 def expected(n, c, s, width, length, group, tile, split, tiling):
-    """The same in plain Python: offsets of the run's tiles, and channels of its columns."""
+    """Returns, by plain Python, the offsets of a run's tiles and the channels of its columns."""
     columns, size = c * s, tiling.q
     if tiling.layout in ("planes", "flat"):
         begin, end = group * s, (group + 1) * s
         first = begin - begin % tiling.align
         along = -(-(s + max(leads(n, c, s, tiling))) // size)
-        # Rows and first columns of the run's rows of tiles.
+        # A corner is the row and the first column of each row of a tile.
         if tiling.layout == "flat":
             corners = [[(k // along, first + k % along * size) for k in range(tiling.n)]]
         else:
@@ -102,7 +105,7 @@ CASES = [
     (3, 5, 9, 9, Tile(2, 16, "planes", 1, 1, 1)),
     (5, 8, 49, 49, Tile(2, 16, "planes", 8, 1, 1)),
     (4, 16, 60, 60, Tile(2, 32, "planes", 8, 1, 1)),
-    # Only some planes reach into a third tile.
+    # Here some planes reach into a third tile, and others do not.
     (5, 8, 63, 63, Tile(2, 32, "planes", 8, 1, 1)),
     (2, 12, 13, 13, Tile(1, 8, "planes", 4, 1, 1)),
     (5, 3, 64, 64, Tile(1, 16, "planes", 8, 1, 1)),
@@ -148,7 +151,7 @@ def test_runs_have_the_offsets_of_plain_python(n, c, s, width, tile, length, dev
         )  # fmt: skip
         offsets, found = expected(n, c, s, width, length, group, column, split, tile)
         tiles, first, rest, *others = numbers.tolist()
-        # The run of a plane that ends before has at most a tile, of which nothing is inside.
+        # A run may begin behind the end of its plane: it has at most one tile, with nothing inside.
         offsets += [[[-1] * tile.q] * tile.n] * (tiles - len(offsets))
         assert out[:tiles].tolist() == offsets
         assert channels[: len(found)].tolist() == found
@@ -161,7 +164,7 @@ def test_runs_have_the_offsets_of_plain_python(n, c, s, width, tile, length, dev
             each = len({at % (c * s) for rows in offsets for row in rows for at in row if at >= 0})
             each = 1 if tile.layout == "planes" else max(each, 1)
             assert others[2:] == [values // each] * 2
-        # What is loaded has all that is inside, ends with whole accesses, and is in the array.
+        # All that is inside is loaded, in whole accesses, none of which reaches past the array.
         own, loaded = out[:tiles], loaded[:tiles]
         assert ((loaded == own) | (own == -1)).all()
         assert ((loaded >= -1) & (loaded < n * c * s)).all()
@@ -177,7 +180,7 @@ def divide(Out, Columns, Sizes, BLOCK: tl.constexpr):
 
 
 def test_columns_are_divided_exactly(device):
-    """The first and the last column of planes of all sizes, as far as a group may reach."""
+    """Looks at the first and the last column of planes, up to the widest group that there is."""
     sizes = torch.cat([torch.arange(1, 3000), torch.arange(3000, MAX_WIDTH // 8, 101)]).int()
     last = MAX_WIDTH // sizes
     planes = torch.stack([last * 0 + 1, last // 2, last - 1, last])
@@ -200,7 +203,7 @@ def share(Out, program, C, S, Q, width, TILE: tl.constexpr):
 
 
 def test_every_run_has_a_program(device):
-    """Neighbouring programs lie side by side in memory."""
+    """Checks the order too: neighbouring programs read neighbouring memory."""
     found = []
     for program in range(3 * 4 * 2):
         out = torch.full((3,), -1, dtype=torch.int64, device=device)

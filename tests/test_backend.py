@@ -1,4 +1,4 @@
-"""Choice of the backend, refusals, and `explain`."""
+"""Tests how a backend is chosen, what each of them refuses, and what `explain` says."""
 
 import contextlib
 import os
@@ -75,7 +75,10 @@ def test_cpu_tensors_go_to_pytorch_unless_interpreted():
 
 
 def test_cpu_tensors_cost_at_most_5_percent_more():
-    """At most 5 % over nn.BatchNorm2d at (32, 64, 56, 56): what a call costs on top is constant."""
+    """Compares with nn.BatchNorm2d at (32, 64, 56, 56).
+
+    What a call costs on top doesn't depend on the size, so it is measured on a small input.
+    """
     code = """
 from timeit import repeat
 import torch
@@ -198,9 +201,9 @@ def test_falling_back_warns_once_a_reason(monkeypatch):
 
 
 def test_the_warning_points_to_the_callers_code(monkeypatch, device, replan):
-    """From a function and from within modules alike."""
+    """Calls the function directly, and by way of a module in a module."""
     monkeypatch.setattr(functional, "_warned", set())
-    # As a function of the package's own: a frame of this file would end the search.
+    # The function is made within the package, as a frame of this file would count as the caller's.
     reason = eval("lambda *call: warn_fallback(f'of {len(_warned)}')", vars(functional))
     monkeypatch.setattr(support, "unsupported_reason", reason)
     x = torch.randn(4, 3, device=device)
@@ -237,7 +240,7 @@ def test_noncontiguous_statistics_are_updated_all_the_same(device):
 
 @pytest.mark.parametrize("name", ["triton", "torch"])
 class TestBadEpilogues:
-    """Refused before anything is written."""
+    """Epilogues that are refused before any buffer of the module is written."""
 
     @pytest.fixture
     def bn(self, name):
@@ -344,7 +347,6 @@ def test_explain_agrees_with_what_happens_after_the_kernels(device):
 
 @pytest.mark.parametrize("chosen", ["auto", "triton", "torch"])
 def test_explain_repeats_the_error_of_a_refused_call(chosen, device):
-    """In the words of the call's own error."""
     fastbn.set_backend(chosen)
     bn = FusedBatchNormAct2d(6).to(device)
     x = torch.randn(2, 6, 4, 4, device=device)
@@ -410,7 +412,6 @@ def test_explain_predicts_the_time_at_full_bandwidth(monkeypatch, device):
 
 
 def test_threads_do_not_disturb_one_another(device):
-    """Calls of several threads don't disturb one another."""
     x = torch.randn(4, 6, 5, 5, device=device)
     expected = batch_norm(x, None, None, training=True)
     results = [None] * 4

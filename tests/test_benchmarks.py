@@ -1,4 +1,4 @@
-"""benchmarks/: the report, part by part, and whole runs on the CPU."""
+"""Tests the report of benchmarks/ part by part, and in whole runs on the CPU."""
 
 import faulthandler
 import itertools
@@ -23,8 +23,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def run_module(*command, **env):
-    """A subprocess on the CPU, free of this suite's interpreter."""
-    # Nor does a worker of this suite count as one of the subprocess's.
+    """Runs Python in a subprocess on the CPU, without Triton's interpreter."""
+    # Without pytest's variables, a pytest in the subprocess doesn't take itself for a worker.
     inherited = {name: v for name, v in os.environ.items() if not name.startswith("PYTEST_")}
     plain = {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     env = {**inherited, **plain, **env}
@@ -34,7 +34,7 @@ def run_module(*command, **env):
 
 @pytest.fixture
 def here(monkeypatch):
-    """The report on tiny cases in this process, quickly, on the CPU and without the compiler."""
+    """Makes reports in this process quick: tiny cases on the CPU, without `torch.compile`."""
     monkeypatch.setattr(report, "cases", lambda gpu, quick: [TINY, replace(TINY, epilogue=BN)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(timing.COPY_BYTES, "cpu", 2**12)
@@ -43,12 +43,12 @@ def here(monkeypatch):
 
 
 def run_here(out, *options):
-    """Exit status and JSON."""
+    """Runs the report in this process and returns its exit status and its JSON."""
     return report.main([f"--out={out}", *options]), json.loads((out / "report.json").read_text())
 
 
 def test_a_report_on_a_cpu_has_all_its_parts(tmp_path):
-    """Whole, as users call it; without a C++ compiler it does without torch.compile."""
+    """Runs the command as users do; without a C++ compiler it leaves out torch.compile."""
     done = run_module(
         "-W", "error", "-m", "benchmarks.report", "--quick", "--budget", "100", "--out", tmp_path,
         CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
@@ -94,7 +94,7 @@ def test_a_report_on_a_cpu_has_all_its_parts(tmp_path):
 
 
 def test_pytest_benchmark_measures_eager_and_fastbn(tmp_path):
-    """As users call it, under the project's own options."""
+    """Runs the command as users do, under the project's own options of pytest."""
     done = run_module(
         "-m", "pytest", "benchmarks", "--benchmark-only", "-k", "MLP and float16",
         f"--benchmark-json={tmp_path / 'found.json'}", "-p", "no:cacheprovider",
@@ -224,7 +224,6 @@ def test_nothing_runs_on_a_lost_device(monkeypatch):
 
 
 def test_a_gpu_run_measures_all_rivals(here, monkeypatch, tmp_path):
-    """All rivals, where there is a compiler."""
     done = []
     monkeypatch.setattr(report, "copy_bandwidth", lambda device: done.append("bandwidth"))
     monkeypatch.setattr(report, "no_compiler", lambda device: None)

@@ -1,4 +1,4 @@
-"""benchmarks/: what is measured, its inputs, the rivals, and the check that finds wrong ones."""
+"""Tests the cases of benchmarks/, their inputs, the rivals, and the check for wrong results."""
 
 import weakref
 from dataclasses import replace
@@ -56,7 +56,7 @@ def test_floor_bytes_are_those_of_one_pass():
 
 
 def test_a_round_keeps_all_its_results_alive(monkeypatch):
-    """And no backward follows its own forward, of which the cache would still hold something."""
+    """Checks the order too: all forwards come first, so that no backward finds `x` in the cache."""
     alive, order = [], []
 
     class Result:
@@ -83,7 +83,7 @@ def test_the_plan_is_of_the_problem_that_a_call_poses(case, device):
 
 
 def test_floor_units_are_those_of_one_and_two_passes():
-    mask = 1 / 32  # a bit for 32 of them, read twice by two passes
+    mask = 1 / 32  # a bit for each element of 32; two passes read it twice
     with_residual = replace(TINY, epilogue=BN_ADD_RELU)
     assert [floor_units(TINY, d) for d in rivals.DIRECTIONS] == [(2, 3), (5, 8)]
     assert [floor_units(with_residual, d) for d in rivals.DIRECTIONS] == [
@@ -118,7 +118,7 @@ def test_inputs_have_the_layout_and_dtype_of_the_case(case):
 def test_rivals_are_right(case, name):
     with fastbn.use_backend("torch"):
         rival = rivals.RIVALS[name](case, CPU)
-        for _ in range(2):  # running statistics that are no longer new
+        for _ in range(2):  # the second time the running statistics are no longer the initial ones
             assert worst_error(case, rival, make_inputs(case, CPU)) <= 1
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/: probes, and the constants that follow from their times."""
+"""Tests the probes of benchmarks/gpu, and the constants that follow from their times."""
 
 from itertools import product
 
@@ -85,11 +85,12 @@ def test_partial_results_are_merged(splits, rows, device):
 
 
 class FakeGPU(Constants):
-    """A GPU of 1e12 bytes a second, and four times that from the cache.
+    """A GPU that reads 1e12 bytes a second from memory, and four times that from the cache.
 
-    Rows of 32 bytes come at a quarter of the speed, of 64 bytes at half; rows
-    of 128 seem faster than whole ones. Slices stay up to 0.6 of the cache, or 0.3
-    without hints. A launch takes 3 us, a load 0.6 us or 0.2 us, a ticket 2 ns.
+    Rows of 32 bytes are read at a quarter of that speed and rows of 64 bytes at half; rows of 128
+    bytes seem faster than whole rows. Slices stay in the cache up to 0.6 of its size, or 0.3
+    without hints. A launch takes 3 us, a load 0.6 us from memory or 0.2 us from the cache, and a
+    ticket 2 ns.
     """
 
     def __init__(self, monkeypatch):
@@ -124,7 +125,7 @@ class FakeGPU(Constants):
 
 
 class Recorded:
-    """A step's context that keeps its records."""
+    """The context of a step, which keeps the step's records."""
 
     def __init__(self, known):
         self.device, self.known, self.records, self.rehearse = CPU, known, [], False
@@ -155,7 +156,7 @@ def fake(monkeypatch):
 def test_constants_follow_from_the_times_of_probes(fake):
     context = Recorded({"bandwidth": 0.9e12, "environment": {"platform": "Some GPU"}})
     constants.run(context)
-    # The relay and the merge are no part of this GPU.
+    # The fake GPU has no relay and no merge, so that these may fail.
     assert {one["part"] for one in context.of("failure")} <= {"hand_over", "merge_seconds"}
     (line,) = context.of("device")
     assert eval(line["line"]) == Device(
@@ -188,9 +189,9 @@ def test_a_constant_that_cannot_be_had_is_left_out(fake, monkeypatch):
 @pytest.mark.parametrize(
     ("again", "share"),
     [
-        ((0.0, 0.1, 0.6), 1.0),  # the cache holds no more than itself
-        ((-0.1, 0.6, 1.0), 0.5),  # noise made the first one free
-        ((0.1, 0.7, 0.1), 0.25),  # what comes after a gap does not count
+        ((0.0, 0.1, 0.6), 1.0),  # the cache can't hold a slice larger than itself
+        ((-0.1, 0.6, 1.0), 0.5),  # by noise the second reading of the first slice took no time
+        ((0.1, 0.7, 0.1), 0.25),  # a fast slice behind a slow one does not count
         ((0.7, 0.7, 0.7), 0.0),
         ((), 0.0),
     ],

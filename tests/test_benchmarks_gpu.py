@@ -1,6 +1,6 @@
-"""benchmarks/: rivals and strategies measured on a GPU.
+"""Tests how benchmarks/ measures rivals and strategies on a GPU.
 
-A GPU's part is played by stand-ins for `torch.cuda`, which keep its rules.
+No GPU is needed: fakes of `torch.cuda` check that its rules are kept.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from .test_benchmarks_device import Recorded
 
 
 class FakeCuda:
-    """Streams, events, graphs and memory: enough of `torch.cuda` to see them used rightly."""
+    """A fake of those parts of `torch.cuda` that timing uses; it checks how they are used."""
 
     def __init__(self):
         self.streams = ["default"]
@@ -114,7 +114,7 @@ def measure_on(monkeypatch, notes):
 
 
 def advancing(fake, monkeypatch, ms):
-    """Every forward of eager's takes so long on the device."""
+    """Makes every eager forward take so many milliseconds on the device."""
     eager = rivals.eager
 
     def slow(case, device):
@@ -137,7 +137,7 @@ def test_a_gpu_is_timed_by_calls_and_by_graphs(cuda, monkeypatch):
     assert [(row.direction, row.method) for row in rows] == list(
         itertools.product(rivals.DIRECTIONS, ("calls", "graph"))
     )
-    # A round of three calls takes 6 ms, its graph 3.
+    # A round of three calls takes 6 ms, and its graph 3 ms.
     assert [row.median_us for row in rows] == pytest.approx([2000, 1000] * 2)
     assert rows[1].gb_per_s == pytest.approx(2 * TINY.tensor_bytes / 1e-3 / 1e9)
     assert rows[1].fraction_of_copy == pytest.approx(rows[1].gb_per_s)
@@ -162,7 +162,7 @@ def test_what_cannot_be_captured_is_noted_and_still_timed(cuda, monkeypatch):
 
 @pytest.fixture
 def strategies_of_tiny(cuda, monkeypatch):
-    """Times each strategy on a GPU, with kernels in Triton's interpreter."""
+    """Returns a function that times each strategy as on a GPU, with interpreted kernels."""
     if not fastbn.explain(None, make_inputs(TINY, CPU).x).plan:
         pytest.skip("no kernels for the CPU here")
     monkeypatch.setattr(measure, "clock_of", lambda device: timing.CudaClock)
@@ -217,7 +217,7 @@ def test_a_wrong_strategy_is_reported_and_the_rest_goes_on(strategies_of_tiny, m
 
 
 def test_a_strategy_that_serves_nothing_is_not_timed(strategies_of_tiny, monkeypatch, replan):
-    """One that serves the backward alone, and one that serves nothing."""
+    """One strategy serves the backward alone, and another one neither direction."""
     schedules = plan.schedules
 
     def some(problem, device, backward):

@@ -1,4 +1,4 @@
-"""benchmarks/: Keras's layer beside fastbn's."""
+"""Tests the benchmark that times Keras's layer and fastbn's in turn."""
 
 import pytest
 import torch

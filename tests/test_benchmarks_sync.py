@@ -1,4 +1,4 @@
-"""The page on shared statistics says what the model says, and its command runs."""
+"""benchmarks/sync/README.md says what the model says, and the commands in it run."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ def test_the_choice_follows_from_the_model():
             gathered, reduced = model.gathered(ranks, channels), model.reduced(ranks, channels)
             assert (gathered < reduced) == (ranks <= 32)
     assert model.gathered(8, 256) < 0.6 * model.reduced(8, 256)
-    # A hop between nodes moves the crossing, and bandwidth hardly does.
+    # The number of GPUs at which the two cost the same depends hardly on the bandwidth.
     slow = model.Network(bytes_between=50e9)
     assert model.all_gather(32, 2048, slow) < 2 * model.all_reduce(32, 1024, slow)
 
@@ -32,7 +32,7 @@ def test_the_picture_is_drawn(tmp_path):
 
 
 def test_the_command_measures_two_processes():
-    """One message of 3 C + 1 numbers, and one of 2 C; errors are those of rounding."""
+    """The messages have 3 C + 1 and 2 C numbers, and errors are no larger than rounding makes."""
     command = [sys.executable, "-m", "benchmarks.sync", "--processes", "2", "--seconds", "0"]
     env = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""benchmarks/: speed-ups, their means, the tables and the plot, of made-up figures."""
+"""Tests the speed-ups of benchmarks/, their means, the tables and the plot on made-up figures."""
 
 from dataclasses import replace
 
@@ -22,7 +22,10 @@ ROW = Row(
 
 
 def made_up_rows():
-    """Against eager 2x and 8x, against compile 0.5x; what must not be compared is absurd."""
+    """Returns rows with speed-ups of 2 and 8 over eager, and of 0.5 over compile.
+
+    The times of rows that must not be compared are absurdly long, so that a mistake shows.
+    """
     second = replace(ROW, shape="16x4")
     return [
         ROW,
@@ -53,7 +56,7 @@ def test_the_slowest_comes_first():
 
 
 def test_a_plan_of_this_gpu_is_named_beside_the_figures():
-    """One of another GPU is not."""
+    """A plan for another GPU is not named."""
     planned = device_plan(TINY, H100) | {"network": "N", "dtype": "bfloat16"}
     strategy = planned["forward"]["strategy"]
     found = report.Report(CPU, budget=1.0)

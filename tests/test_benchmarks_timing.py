@@ -1,4 +1,4 @@
-"""benchmarks/: the clocks, and statistics of rounds."""
+"""Tests the rounds that benchmarks/ times, and the statistics of their times."""
 
 import math
 
@@ -10,7 +10,7 @@ from .test_benchmarks_cases import CPU
 
 
 class FakeClock:
-    """Laps of 2, 4, 6, ... seconds, over and over."""
+    """A clock whose laps take 2, 4, ... 14 seconds, again and again."""
 
     def __init__(self):
         self.marks = 0

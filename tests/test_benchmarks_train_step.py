@@ -1,4 +1,4 @@
-"""benchmarks/train_step.py, with a network of a block a stage."""
+"""Tests benchmarks/train_step.py with a network that has one block in each stage."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ def small(monkeypatch):
 
 
 def test_both_networks_train_alike():
-    """In float64, by the same names: outputs, gradients and statistics."""
+    """Compares outputs, and gradients and statistics by their names, in float64."""
     native, fused = (make().double() for make in train_step.NETWORKS.values())
     fused.load_state_dict(native.state_dict())
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
@@ -68,7 +68,7 @@ def test_the_command_reports_both_networks(tmp_path, capsys, monkeypatch):
 
 
 def test_compiled_rows_are_compiled(monkeypatch):
-    # With two images rounding soon decides where training goes: compare the first loss.
+    # With two images rounding soon decides where training goes, so only the first loss is compared.
     monkeypatch.setattr(train_step, "STEPS", 1)
     compiled = []
 
@@ -103,7 +103,7 @@ def test_no_gradient_is_left_for_the_next_step(monkeypatch):
 
 
 def test_networks_that_do_not_train_alike_are_an_error(monkeypatch, tmp_path):
-    """They compute alike, but the second one's gradients are wrong."""
+    """Both networks have the same outputs, but the second one's gradients are wrong."""
     forward = train_step.FusedBottleneck.forward
     monkeypatch.setattr(
         train_step.FusedBottleneck,

@@ -1,4 +1,4 @@
-"""Broken on purpose: the tests must notice each time."""
+"""Breaks a copy of the project on purpose, in many ways: the tests must fail each time."""
 
 import multiprocessing
 import shutil
@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 # Seconds until a broken kernel counts as hanging.
 LIMIT = 300
 
-# what breaks: (file, what is there, what to put, tests that must fail)
+# Each entry is named after what it breaks, and has a file, the text to replace, its replacement,
+# and the tests that must fail.
 BREAKAGES = {
     "mask dropped from the moments": (
         "kernels/access.py",
@@ -256,7 +257,8 @@ BREAKAGES = {
 }
 
 
-# Each copy is tested in a process of its own, forked from one that has imported all the rest.
+# Each copy is tested in a process of its own, forked from one that has imported torch and Triton
+# already, so that it starts fast.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "triton"])
 TEST = """
@@ -275,7 +277,7 @@ os._exit(code)
 
 
 def run(tmp_path, file, there, put, tests):
-    """Tests a copy of the project in which a line was exchanged.
+    """Tests a copy of the project in which a piece of text is replaced.
 
     Returns the exit status, which is negative after a crash and None if the tests hang, and
     what the tests printed.
@@ -301,7 +303,7 @@ def run(tmp_path, file, there, put, tests):
 def test_broken_copy_fails(breakage, tmp_path):
     status, output = run(tmp_path, *BREAKAGES[breakage])
     if status is None:
-        # Only by these do programs wait for each other.
+        # Programs wait for each other by tickets alone, so nothing else may hang.
         assert BREAKAGES[breakage][0] == "kernels/tickets.py"
     # A write out of bounds may end the whole process, or any error may follow from it.
     elif status >= 0:

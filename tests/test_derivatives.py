@@ -1,4 +1,4 @@
-"""Derivatives of every order, by every mixture of PyTorch's ways, against an elementary formula."""
+"""Compares derivatives of all orders, in all of PyTorch's modes, with an elementary formula."""
 
 import weakref
 from itertools import product
@@ -40,7 +40,7 @@ def fused(x, weight=None, bias=None, residual=None, *, training=True, activation
 
 
 def formula(x, weight=None, bias=None, residual=None, *, training=True, activation="none"):
-    """Batch norm of a matrix, from sums and products."""
+    """Computes batch norm of a matrix from sums, products and a square root."""
     if training:
         mean = x.sum(0) / len(x)
         var = ((x - mean) * (x - mean)).sum(0) / len(x)
@@ -56,7 +56,7 @@ def dot(tensors, others):
     return sum((t * other).sum() for t, other in zip(tensors, others))
 
 
-# Each maps a scalar function of a tuple of tensors to its derivative in a direction.
+# Each of these functions maps a scalar function of tensors to its derivative in a direction.
 def by_grad(function, direction):
     return lambda tensors: dot(torch.func.grad(function)(tensors), direction)
 
@@ -90,7 +90,7 @@ def supported(modes):
     forward = [mode for mode in modes if mode in ("jvp", "dual")]
     if "dual" in forward and len(forward) > 1:
         return False
-    # Inside of `jvp` no tensor of the caller's is a leaf.
+    # `torch.autograd.grad` can't run inside of `jvp`, where no tensor of the caller's is a leaf.
     return "jvp" not in modes[modes.index("backward") + 1 :] if "backward" in modes else True
 
 
@@ -139,7 +139,7 @@ def test_every_mixture_of_modes_is_right(activation, affine, residual, training,
 
 
 def test_derivatives_have_known_values(backend, device):
-    """Of the third value of one channel, by the first."""
+    """Derives the third value of a channel by the first one."""
     column = {"dtype": torch.double, "device": device}
     x = torch.tensor([[0.0], [1.0], [3.0]], **column)
     direction = (torch.tensor([[1.0], [0.0], [0.0]], **column),)
@@ -164,7 +164,7 @@ def test_derivatives_have_known_values(backend, device):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("activation", ["none", "silu"])
 def test_the_hessian_of_a_gradient_penalty_is_right(activation, training, backend, device):
-    """By finite differences of the penalty's gradient."""
+    """Compares the Hessian with finite differences of the penalty's gradient."""
     x, direction, weights = (some(4, 2, device=device) for _ in range(3))
     x.requires_grad_()
 
@@ -242,7 +242,7 @@ def test_transforms_update_captured_statistics_as_in_pytorch(transform, backend,
     results = []
     for kind in (fastbn.FusedBatchNorm1d, torch.nn.BatchNorm1d):
         norm = kind(2, device=device, dtype=torch.double)
-        # PyTorch refuses to count inside of a transform.
+        # PyTorch refuses to increment the counter inside of a transform.
         norm.num_batches_tracked = None
         MODES[transform](lambda tensors, norm=norm: norm(*tensors).sin().sum(), (x.cos(),))((x,))
         results.append((norm.running_mean, norm.running_var))
@@ -251,12 +251,12 @@ def test_transforms_update_captured_statistics_as_in_pytorch(transform, backend,
 
 
 def test_a_backward_that_stops_at_the_output_frees_its_graph(backend, device):
-    """It may be differentiated, but never reaches batch norm."""
+    """The gradient is differentiable, but its graph doesn't reach batch norm."""
     x = some(4, 2, device=device).requires_grad_()
     inner = x.sin()
     y = fused(inner)
     (grad,) = torch.autograd.grad(y.square().sum(), y, create_graph=True)
-    # A later backward through batch norm is an ordinary one.
+    # A later backward through batch norm builds no graph.
     (found,) = torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
     assert not found.requires_grad
     torch.testing.assert_close(found, torch.zeros_like(x))
@@ -267,7 +267,7 @@ def test_a_backward_that_stops_at_the_output_frees_its_graph(backend, device):
 
 
 def test_a_checkpoint_has_two_derivatives(backend, device):
-    """Two are right; on PyTorch's path, which reads tensors twice for a third, that is an error."""
+    """The third is an error on PyTorch's path, which would read the checkpoint's tensors twice."""
     x = some(4, 2, device=device).requires_grad_()
 
     def layer(x):
@@ -312,7 +312,7 @@ def test_transforms_refuse_what_pytorch_refuses(shape, backend, device):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_transforms_keep_results_and_dtypes(dtype, training, backend, device):
-    """The results and their dtypes are those of the call outside."""
+    """The output under `jvp` has the values and the dtype of a call without a transform."""
     x = some(64, 2, device=device).to(dtype)
     parameters = [torch.rand(2, device=device) for _ in range(4)]
 

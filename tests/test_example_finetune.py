@@ -1,4 +1,4 @@
-"""examples/finetune.py, run for real: fused and not, frozen parts, weights, data, and bad input."""
+"""Runs examples/finetune.py: fused or not, with frozen parts, with weights, and on bad input."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ NETWORK = "mobilenet_v3_small"
 
 @pytest.fixture(autouse=True)
 def plain_cpu(tmp_path, monkeypatch):
-    """One thread, PyTorch's batch norm unless a test says otherwise, and no network."""
+    """Sets one thread and PyTorch's batch norm, and lets no download reach the network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
@@ -41,7 +41,7 @@ def plain_cpu(tmp_path, monkeypatch):
 
 
 def draw(folder, counts, classes=CLASSES):
-    """Draws noisy images of as many classes as there are counts; a colour tells the class."""
+    """Draws `counts[i]` noisy images of class i, and gives each class a colour of its own."""
     for label, (name, count) in enumerate(zip(classes, counts)):
         (folder / name).mkdir(parents=True)
         generator = torch.Generator().manual_seed(label)
@@ -59,7 +59,7 @@ def pictures(tmp_path):
 
 
 def run(folder, *options, out="out", model=NETWORK):
-    """In this process; the results that it wrote, without the clock's part, and the weights."""
+    """Runs in this process and returns the results written, without the times, and the weights."""
     fixed = ["--device=cpu", "--workers=0", "--image-size=32", "--epochs=1", "-b=8"]
     given = [folder, "--model", model, *fixed, *options, "--output-dir", out]
     assert finetune.main([*map(str, given)]) == 0
@@ -98,7 +98,7 @@ def test_fused_and_unfused_runs_are_the_same_and_share_weights(pictures, capsys)
     _, train, test = image_folder.load_split(pictures, None)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (finetune.MEAN, finetune.STD))
     images = []
-    for image, _ in test:  # (24, 20), scaled to a shorter side of 32, and the middle of that
+    for image, _ in test:  # an image of 24 by 20 is scaled to a shorter side of 32, then cropped
         scaled = torchvision.transforms.functional.resize(image, 32)
         middle = torchvision.transforms.functional.center_crop(scaled, 32)
         tensor = torchvision.transforms.functional.to_tensor(middle)
@@ -126,7 +126,7 @@ def test_the_kernels_give_the_losses_of_pytorch(pictures):
     expected, _ = run(pictures, *tiny, model="timm/test_resnet")
     with use_backend("triton"), CountedCalls() as calls:
         results, weights = run(pictures, *tiny, "--fuse", model="timm/test_resnet")
-    assert calls.norms[:2] == (2 * 8, 2 * 4)  # a batch to train on, and one to test on
+    assert calls.norms[:2] == (2 * 8, 2 * 4)  # there is a batch to train on and one to test on
     (row,), (expected_row,) = results["history"], expected["history"]
     assert row == pytest.approx(expected_row, rel=1e-4)
     timm.create_model("test_resnet", num_classes=3).load_state_dict(weights)

@@ -1,4 +1,4 @@
-"""examples/keras_mlp.py and keras_cifar.py, run for real at tiny sizes."""
+"""Runs examples/keras_mlp.py and keras_cifar.py at tiny sizes."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ import keras_mlp  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def plain_cpu(tmp_path, monkeypatch):
-    """One thread, and PyTorch's batch norm but where a test wants the kernels."""
+    """Sets one thread and PyTorch's batch norm; a test may choose the kernels instead."""
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -32,7 +32,7 @@ def plain_cpu(tmp_path, monkeypatch):
 
 @pytest.fixture
 def few_images(monkeypatch):
-    """No network, and few images of the stand-in: so many for training and for validation."""
+    """Cuts off the network, and returns a function that sets the numbers of stand-in images."""
 
     def fail(url):
         raise OSError("no network")
@@ -60,7 +60,7 @@ def test_circles_are_the_same_by_either_layer(capsys):
 
 
 def test_circles_through_the_kernels_agree_with_keras():
-    """Without the picture, for which the interpreter would take a minute."""
+    """Leaves out the picture, for which the interpreter would take a minute."""
     args = keras_mlp.parse_args(["--epochs=2", "-b=16"])
     data = keras_mlp.make_circles(40, seed=0) * 2
     with fastbn.use_backend("triton"):
@@ -89,7 +89,7 @@ def test_cifar_is_the_same_by_either_layer(model, few_images, capsys):
     assert metrics["data"] == cifar_data.STAND_IN
     theirs, ours = (metrics["norms"][norm]["history"] for norm in ("keras", "fastbn"))
     for a, b in zip(theirs, ours, strict=True):
-        # Adam's first steps are the sign of the gradient, which amplifies rounding a little.
+        # Adam's first steps depend on the gradient's sign alone, which amplifies rounding a little.
         assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-3)
         assert b["val_loss"] == pytest.approx(a["val_loss"], rel=1e-2)
     assert metrics["norms"]["none"]["history"][0]["train_loss"] != theirs[0]["train_loss"]

@@ -1,4 +1,4 @@
-"""examples/train_mlp.py, run for real: curves, split, order, files, and what users get wrong."""
+"""Runs examples/train_mlp.py and checks curves, the split, the order, files and error messages."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def one_thread():
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs main in this process and returns the curves it wrote."""
+    """Returns a function that runs the script in this process and returns the curves written."""
 
     def run(*options, name="out"):
         out = tmp_path / name
@@ -38,7 +38,7 @@ def run(tmp_path):
 
 
 def run_script(*options, **env):
-    # Triton 3.6's interpreter itself does what NumPy has deprecated.
+    # Triton 3.6's interpreter itself uses what NumPy has deprecated.
     warnings = ["-W", "error", "-W", "ignore:Conversion of an array with ndim:DeprecationWarning"]
     command = [sys.executable, *warnings, str(SCRIPT), *map(str, options)]
     return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
@@ -134,7 +134,8 @@ def test_a_last_batch_of_one_is_left_out(norm):
 def test_curves_are_what_the_network_scores():
     points, labels = train_mlp.make_circles(10, seed=0)
     loss = torch.nn.functional.binary_cross_entropy_with_logits
-    still = train_mlp.parse_args(["--lr=1e-30", "--epochs=1", "-b=4"])  # batches of 4, 4 and 2
+    # With so low a rate the network doesn't change; the batches have 4, 4 and 2 points.
+    still = train_mlp.parse_args(["--lr=1e-30", "--epochs=1", "-b=4"])
     net = train_mlp.build_net("none", still.order, still.seed)
     (value,) = train_mlp.train(net, (points, labels) * 2, still)["train_loss"]
     assert value == pytest.approx(loss(net(points), labels).item(), rel=1e-6)
@@ -144,7 +145,7 @@ def test_curves_are_what_the_network_scores():
     net = train_mlp.build_net("torch", args.order, args.seed)
     curves = train_mlp.train(net, (points, labels, points[:90], labels[:90]), args)
     assert net[1].num_batches_tracked == 30
-    logits = net.eval()(points[:90])  # the running statistics, not those of the ninety
+    logits = net.eval()(points[:90])  # by the running statistics, not those of the 90 points
     right = ((logits > 0) == (labels[:90] == 1)).float().mean()
     assert curves["val_loss"][-1] == pytest.approx(loss(logits, labels[:90]).item(), rel=1e-6)
     assert curves["val_accuracy"][-1] == pytest.approx(right.item(), rel=1e-6)

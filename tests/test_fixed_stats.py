@@ -1,4 +1,4 @@
-"""Kernels with given statistics against float64, by the rule of `oracle.py`."""
+"""Holds the kernels with given statistics to the rule of `oracle.py`."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_fixed_stats_keep_the_rule_at_every_eps(eps, device):
 @pytest.mark.parametrize("residual", LAYOUTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fixed_stats_keep_the_rule_at_any_strides(layout, residual, device):
-    """Input, residual and the output's gradient, each of its own strides."""
+    """Gives the input, the residual and the output's gradient strides of their own."""
     case = Case((3, 6, 4, 5), activation="relu", residual=True, training=False)
     arguments = make_arguments(case, device)
     arguments.input = LAYOUTS[layout](arguments.input)
@@ -76,7 +76,7 @@ def test_fixed_stats_keep_the_rule_at_any_strides(layout, residual, device):
 @pytest.mark.parametrize("activation", ["tanh", "elu", "gelu_tanh", "silu", "sigmoid", "gelu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_activations_are_accurate_from_tiny_to_huge(activation, dtype, device):
-    """Relative accuracy near zero; far out no NaN, and gradients up to a million."""
+    """Asks for relative accuracy near zero, for no NaN anywhere, and for gradients up to 1e6."""
     magnitudes = torch.logspace(-12, 30, 211, dtype=torch.float64)
     z = torch.cat([-magnitudes.flip(0), magnitudes]).to(device, dtype).reshape(-1, 1)
     ours = z.clone().requires_grad_()
@@ -118,8 +118,8 @@ def test_the_side_of_a_kink_is_pytorchs(activation, residual, device):
 @pytest.mark.parametrize("residual", [False, True], ids=["", "add"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_and_infinity_as_in_pytorch(activation, residual, device):
-    """Output and gradient where the activation's argument is not finite."""
-    # In float32 PyTorch's own GELU of infinity is NaN on a CPU.
+    """Compares outputs and gradients where the activation's argument is not finite."""
+    # The dtype is float64, since in float32 PyTorch's own GELU of infinity is NaN on a CPU.
     values = [float("nan"), float("inf"), -float("inf"), 1.0]
     x = torch.tensor(values, dtype=torch.float64, device=device).view(2, 2)
     add = torch.ones_like(x) if residual else None

@@ -1,4 +1,4 @@
-"""Frozen norms: fixed statistics in training mode, and torchvision's checkpoints."""
+"""Tests frozen norms: fixed statistics in training mode, and torchvision's checkpoints."""
 
 import copy
 
@@ -22,7 +22,7 @@ def trained_net():
 
 
 def frozen_like(norm, device):
-    """The norm as torchvision freezes it."""
+    """Returns torchvision's frozen norm with this norm's state."""
     frozen = FrozenBatchNorm2d(norm.num_features, norm.eps).to(device)
     frozen.load_state_dict(norm.state_dict())
     return frozen
@@ -140,7 +140,7 @@ def test_torchvisions_frozen_norms_fuse():
         fuse(model)
         images = torch.randn(4, 3, 8, 8)
         assert fused_calls(model, images)[1] == NET_CALLS
-        # Another order of operations rounds otherwise.
+        # torchvision computes in another order, so that results differ by rounding.
         assert_alike(model, reference, [images], exact=False)
         reverted = revert(copy.deepcopy(model))
         assert [type(m) for m in reverted.modules()] == [type(m) for m in reference.modules()]

@@ -1,7 +1,7 @@
-"""`fuse` and its like: models compute what they did, and as much of it in one call as may be.
+"""`fuse`, `convert` and `revert` keep what models compute, and `fuse` takes as few calls as it can.
 
-Each module here was computed wrong by some way of fusing. Results are compared bit for bit with
-those of the model before, on PyTorch's path.
+Each module here was computed wrongly by some earlier way of fusing. Results are compared bit for
+bit with those of an unfused copy, on PyTorch's path.
 """
 
 import copy
@@ -38,7 +38,7 @@ def x(*shape):
 
 
 class Own(nn.Module):
-    """A module with two norms, ReLUs and whatever a test adds."""
+    """A module with two norms, two ReLUs, and the members and the forward that a test gives."""
 
     def __init__(self, forward, **members):
         super().__init__()
@@ -52,7 +52,7 @@ class Own(nn.Module):
 
 
 def check(forward, expected, inputs=None, kwargs=None, exact=True, **members):
-    """Fuses a module with this forward: it computes the same, by these calls."""
+    """Fuses a module with this forward, and checks what it computes and by which calls."""
     model, reference = pair(lambda: Own(forward, **members))
     fuse(model)
     inputs = inputs or [x()]
@@ -62,7 +62,7 @@ def check(forward, expected, inputs=None, kwargs=None, exact=True, **members):
     return model
 
 
-# What can be one call.
+# The following tests fuse norms with what can be computed in the same call.
 
 
 def test_a_network_fuses_across_modules():
@@ -106,7 +106,7 @@ def test_activations_that_are_functions_fuse(name):
         (lambda y, r: y.add(r), "add"),
         (lambda y, r: y.add_(r), "add"),
         (lambda y, r: operator.iadd(y, r), "add"),
-        # Nobody can see what these compute in one call, or they compute something else.
+        # The kernels don't compute the following ones in one call.
         (lambda y, r: torch.add(y, r, alpha=2), None),
         (lambda y, r: y.add(r, alpha=2), None),
         (lambda y, r: y + 1, None),
@@ -195,7 +195,7 @@ def test_optional_arguments_may_be_left_out():
 
     check(forward, {"add+relu": 1})
     check(forward, {"add+relu": 1}, [x(), x()])
-    # A number may be new in each call: the module's own forward takes it.
+    # A number may differ from call to call, so that the module's own forward runs.
     model = check(forward, {"none": 1}, kwargs={"scale": 2.0})
     inputs = x(), x()
     for kwargs, calls in (({"scale": 1}, {"none": 1}), ({"shortcut": inputs[1]}, {"add+relu": 1})):
@@ -224,7 +224,7 @@ def test_an_argument_may_be_a_list():
 
 
 def test_a_forward_may_ask_for_the_type_of_a_layers_result():
-    """It is a tensor if the layer is PyTorch's own, and as long as no hook makes it another one."""
+    """The result is known to be a tensor if the layer is PyTorch's own and has no hooks."""
 
     def forward(self, x):
         x = self.layers(self.relu(self.bn(x)))
@@ -237,7 +237,7 @@ def test_a_forward_may_ask_for_the_type_of_a_layers_result():
         assert type(model(x())) is list
         hook.remove()
         assert fused_calls(model, x())[1] == {"relu": 2}
-    # A module of one's own may return anything, and a pooling layer may return a pair.
+    # A user's module may return anything, and a pooling layer may return a pair.
     for layer in (Own(lambda self, x: [x]), nn.MaxPool2d(2, return_indices=True)):
         model.layers[-1] = layer
         kind = type(layer(x()))
@@ -249,7 +249,7 @@ def test_a_forward_may_ask_for_the_type_of_a_layers_result():
 
 
 def test_a_sum_in_place_fuses_if_nobody_else_has_the_memory():
-    """Nobody else has that memory, so that the sum may be in other memory."""
+    """A module returns what it has just computed, so the sum may be written to other memory."""
 
     def forward(self, x):
         y = self.ghost(x)
@@ -329,7 +329,7 @@ class Batch(torch.Tensor):
 
 @pytest.mark.parametrize("kind", [Batch, (list, Batch), torch.FloatTensor, nn.Parameter])
 def test_a_forward_that_asks_for_other_tensor_types_stays(kind):
-    """That a value is a tensor does not tell: the module's own forward asks."""
+    """A value that is a tensor may also be of a subclass, so that the module's own forward runs."""
 
     def of_an_argument(self, x):
         return self.relu(self.bn(x)) * (3 if isinstance(x, kind) else 1)
@@ -384,7 +384,7 @@ def test_drop_layers_fuse_in_eval_mode_alone():
     assert fused_calls(model.train(), x())[1] == {"add+relu": 1}
 
 
-# What must not be one call.
+# The following tests have norms that must not be fused.
 
 
 def test_a_residual_that_is_added_to_in_place_does_not_fuse():
@@ -599,7 +599,7 @@ def test_a_forward_may_change_buffers():
     assert fused_calls(model, x())[1] == {"relu": 1}
 
 
-# What people do with models afterwards.
+# The following tests use models after they were fused.
 
 
 def test_hooks_run_while_they_are_registered():
@@ -821,7 +821,7 @@ def test_a_fused_model_is_traced_symbolically():
 
 
 def test_a_graph_is_edited(tmp_path):
-    """One that `torch.fx` traced, of a network that is not fused."""
+    """The graph is one that `torch.fx` traced before the network was fused."""
     model, reference = (fx.symbolic_trace(net) for net in pair(Net))
     steps = [(node.op, node.target) for node in model.graph.nodes]
     assert fuse(model) is model
@@ -838,7 +838,7 @@ def test_a_graph_is_edited(tmp_path):
     model.graph.lint()
     torch.save(model, tmp_path / "graph.pt")
     loaded = torch.load(tmp_path / "graph.pt", weights_only=False)
-    # Loading traces the code again, and so finds the calls that it stands for.
+    # Loading traces the code again, and so finds the modules' calls instead of the fused ones.
     assert loaded(images).equal(model(images))
     assert fused_calls(fuse(loaded), images)[1] == NET_CALLS
     assert fused_calls(copy.deepcopy(model), images)[1] == NET_CALLS
@@ -872,7 +872,7 @@ def test_replicas_of_data_parallel_are_fused():
                 module._modules[name] = child._replicate_for_data_parallel()
                 replicate(module._modules[name], child)
         for name, parameter in parent._parameters.items():
-            # As in `torch.nn.parallel.replicate`.
+            # `torch.nn.parallel.replicate` does the same.
             if parameter is None:
                 module._parameters[name] = None
             else:
@@ -907,7 +907,8 @@ def test_explain_says_what_became_of_norms():
              "blocks.1.bn1": "act", "blocks.1.bn2": "plain",
              "blocks.1.downsample.1": "add+act"}  # fmt: skip
     assert found.kinds == kinds
-    # Counted by hand, in elements: BN+ReLU saves 5 tensors, BN+add+ReLU 5 and 13/16 in float32.
+    # These were counted by hand, in elements: BN+ReLU saves 5 tensors, BN+add+ReLU saves 5 and
+    # 29/32 in float32.
     big, small = 4 * 4 * 8 * 8, 4 * 6 * 4 * 4
     assert found.saved_bytes == round(4 * ((2 * 5 + 5.90625) * big + (5 + 5.90625) * small))
     words = str(found).splitlines()
@@ -918,7 +919,8 @@ def test_explain_says_what_became_of_norms():
     assert "A training step reads and writes" in buffer.getvalue()
 
 
-# Questions and changes that a graph can't show, each of which was once answered for good.
+# The following forwards ask for or change what a graph can't show. An earlier way of tracing used
+# the answers that it got in the trace for all later calls.
 
 
 def answered_for_good():
@@ -1028,7 +1030,7 @@ class Doubling(nn.Sequential):
 
 @pytest.mark.parametrize("name", answered_for_good())
 def test_whatever_changes_later_is_seen(name):
-    """The module is asked before and after changes of all that such a forward looks at."""
+    """Compares with an unfused copy before and after changes of all that these forwards look at."""
     forward = answered_for_good()[name]
     model, reference = pair(
         lambda: Own(
@@ -1101,7 +1103,7 @@ def test_a_class_may_define_its_own_call():
     ],
 )
 def test_functions_in_c_see_no_tensor_in_a_stand_in(make):
-    """They took it for one, and the process died."""
+    """They once took the tracer's stand-in for a tensor, and the process crashed."""
     model, reference = pair(lambda: Own(lambda self, x: self.relu(self.bn(x) + make(x))))
     fuse(model)
     assert model(batch := x()).equal(reference(batch))

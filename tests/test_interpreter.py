@@ -20,7 +20,7 @@ def round_kernel(X, Cast, Stored, N: tl.constexpr):
 def values(kind):
     if kind == "random":
         return torch.randn(4096)
-    if kind == "ties":  # halfway between two neighbours, of which either may be even
+    if kind == "ties":  # values halfway between two neighbours, of which one is even
         return (torch.arange(0x3F80, 0x4080).repeat(16) << 16 | 0x8000).int().view(torch.float32)
     if kind == "denormal":
         return torch.randint(0, 2**23, (4096,), dtype=torch.int32).view(torch.float32)
@@ -76,7 +76,7 @@ def compute_kernel(A, B, Out, OPERATION: tl.constexpr):
     ],
 )
 def test_integers_that_overflow_are_an_error(dtype, a, b, operation):
-    """As in Triton's own check, 64 bits are not checked."""
+    """Integers of 64 bits wrap around, since Triton's own check leaves them out too."""
     exact = {"add": a + b, "sub": a - b, "mul": a * b}[operation]
     limits = torch.iinfo(dtype)
     tensors = [torch.tensor([0, 1, value, 2], dtype=dtype) for value in (a, b, 0)]

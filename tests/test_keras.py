@@ -1,4 +1,4 @@
-"""`fastbn.keras.BatchNormalization` against Keras's own layer, option by option."""
+"""Compares `fastbn.keras.BatchNormalization` with Keras's own layer, option by option."""
 
 import os
 import runpy
@@ -29,7 +29,7 @@ def backend(request):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The inputs that go to `fastbn.batch_norm`."""
+    """Lists the inputs that the layer passes to `fastbn.batch_norm`."""
     seen = []
 
     def spy(input, *args, **kwargs):
@@ -52,7 +52,7 @@ def on_device(shape, dtype=torch.float32):
 
 
 def both(*args, **kwargs):
-    """Keras's layer and fastbn's, of the same initial weights."""
+    """Returns Keras's layer and fastbn's, with the same initial weights."""
     made = []
     for kind in (keras.layers.BatchNormalization, BatchNormalization):
         keras.utils.set_random_seed(1)
@@ -61,7 +61,7 @@ def both(*args, **kwargs):
 
 
 def trained(layer, shape, steps=STEPS, dtype=torch.float32, **call):
-    """All that ten steps of training make: outputs, gradients, weights, and an inference."""
+    """Returns all results of some training steps, and the output of an inference after them."""
     torch.manual_seed(2)
     optimizer = keras.optimizers.SGD(0.1)
     results = {}
@@ -146,7 +146,7 @@ def test_training_agrees_with_every_option(options, backend, calls):
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16", "float16"])
 def test_training_agrees_in_half_precision(policy, backend, calls):
-    """Keras rounds once more, and PyTorch on a CPU takes sums in half precision."""
+    """Allows for Keras's additional rounding and for PyTorch's sums in half precision on a CPU."""
     theirs, ours = both(dtype=policy)
     found, expected = trained(ours, (8, 4, 4, 5)), trained(theirs, (8, 4, 4, 5))
     assert {name: t.dtype for name, t in found.items()} == {
@@ -203,12 +203,12 @@ def test_what_the_kernels_cannot_compute_has_keras_numbers(case, calls):
     theirs, ours = both(**options)
     found = trained(ours, shape, dtype=torch.float32, **call)
     assert_same(found, trained(theirs, shape, **call), rtol=0, atol=0)
-    # Inference with one value per channel too goes Keras's way.
+    # Keras's own code computes the inference too, even with one value per channel.
     assert calls == []
 
 
 def test_a_mask_of_another_layer_is_used_and_passed_on(backend):
-    """It is attached to the tensor, and goes on to the next layer."""
+    """The mask is attached to the tensor, and the LSTM behind the norm gets it too."""
     results = []
     for norm in both():
         x = keras.Input((6, 5))
@@ -224,7 +224,7 @@ def test_a_mask_of_another_layer_is_used_and_passed_on(backend):
 
 
 def test_a_large_mean_leaves_the_variance_its_digits(backend):
-    """Keras's formula for the variance cancels here."""
+    """Compares with float64, since Keras's own formula for the variance loses its digits here."""
     layer = BatchNormalization(momentum=0.0)
     x = 3000 + on_device((64, 5))
     y = layer(x, training=True)
@@ -238,7 +238,7 @@ def test_a_large_mean_leaves_the_variance_its_digits(backend):
 
 @pytest.mark.parametrize(("axis", "other"), [(-1, 1), (1, -1)])
 def test_inputs_are_not_copied(axis, other, calls):
-    """Neither of images in the order of their axes, nor of what a convolution returns as a view."""
+    """Checks contiguous images, and the views that a convolution returns, in both layouts."""
     x = on_device((4, 3, 6, 5))
     for inputs in (x, x.movedim(other, axis)):
         y = BatchNormalization(axis=axis)(inputs, training=True)
@@ -300,7 +300,7 @@ def test_every_activation_agrees_with_keras(name, backend, monkeypatch):
     assert len(fused) == 2
 
 
-# Keras saves a lambda in files of models only.
+# A function of a user's own is left out, since Keras saves a lambda only in files of models.
 @pytest.mark.parametrize(
     "name", [*ACTIVATIONS, *[name for name in FOLLOWING if name != "a function"]]
 )
@@ -328,7 +328,7 @@ def test_config_without_an_activation_is_keras_own():
 
 
 def test_weights_train_on_in_pytorch(backend):
-    """As examples/README.md says."""
+    """Follows what examples/README.md says about weights from Keras."""
     theirs = keras.layers.BatchNormalization()
     trained(theirs, (8, 5), steps=2)
     norm = fastbn.FusedBatchNorm1d(5, eps=1e-3, momentum=0.01, biased_running_var=True)
@@ -407,7 +407,7 @@ def test_import_without_the_right_keras_says_what_to_do(module, message, monkeyp
 
 
 def test_import_under_another_keras_backend_is_an_error():
-    """Whether that backend is installed or not."""
+    """The message is the same whether that backend is installed or not."""
     done = subprocess.run(
         [sys.executable, "-c", "import fastbn.keras"], cwd=ROOT, capture_output=True, text=True,
         env=os.environ | {"KERAS_BACKEND": "tensorflow"},

@@ -1,4 +1,4 @@
-"""Keras models with fastbn's batch norm: converted, trained, saved, and loaded elsewhere."""
+"""Converts Keras models to fastbn's batch norm, and trains, saves and loads them."""
 
 import functools
 import subprocess
@@ -43,14 +43,14 @@ def sequential():
 
 
 def deferred():
-    """Built by its first call, and not by an `Input`."""
+    """Returns a model that is built by its first call, and not by an `Input`."""
     model = keras.Sequential(sequential().layers)
     model(images())
     return model
 
 
 def functional():
-    """With a shortcut that reads the first activation, and a branch of another depth."""
+    """Returns a model whose first activation is read by two branches; one has an activation too."""
     inputs = keras.Input((6, 6, 3))
     x = layers.Conv2D(4, 3, padding="same")(inputs)
     x = layers.BatchNormalization(name="first")(x)
@@ -75,7 +75,7 @@ def nested():
 
 @keras.saving.register_keras_serializable("tests")
 class Subclassed(keras.Model):
-    """As the tutorial's custom model: a block, and the average over the image."""
+    """A custom model like the tutorial's, with a block and the average over the image."""
 
     def __init__(self, filters, **kwargs):
         super().__init__(**kwargs)
@@ -101,7 +101,7 @@ def subclassed():
     return model
 
 
-# And the activations that move into each model's batch norms.
+# Functions that make models, each with the activations of the converted model's batch norms.
 MODELS = {
     sequential: ["relu", "ReLU"],
     deferred: ["relu", "ReLU"],
@@ -131,7 +131,7 @@ def norms(model):
 
 
 def names(model):
-    """Of all layers but inputs, which Keras names anew."""
+    """Returns the names of all layers except inputs, to which Keras gives new names."""
     return [layer.name for layer in model.layers if not isinstance(layer, layers.InputLayer)]
 
 
@@ -146,7 +146,7 @@ def assert_same_weights(a, b, **tolerance):
 
 
 def perturbed(model):
-    """With weights that differ from all initial ones."""
+    """Changes all weights from their initial values and returns the model."""
     torch.manual_seed(5)
     for weight in model.weights:
         weight.assign(weight.value + torch.rand_like(weight.value) / 4)
@@ -161,7 +161,7 @@ def test_converted_model_computes_and_trains_alike(make, backend):
     ours = convert(theirs)
     assert [type(norm) for norm in norms(ours)] == [BatchNormalization] * len(MODELS[make])
     assert sorted(name_of(n.activation) for n in norms(ours)) == sorted(MODELS[make])
-    if make is not subclassed:  # whose layers Keras names anew
+    if make is not subclassed:  # Keras gives new names to the layers of a subclassed model
         assert names(ours) == names(theirs)
     assert_same_weights(ours, theirs, rtol=0, atol=0)
     x, y = images(), labels()
@@ -176,12 +176,14 @@ def test_converted_model_computes_and_trains_alike(make, backend):
 
 
 def test_activation_that_something_else_reads_stays_where_it_is(backend):
+    # Two layers read the first norm. The second norm is read by the activation, and it is an output
+    # of the model. One activation, which is called twice, follows the last two norms.
     inputs = keras.Input((5,))
     norm = [layers.BatchNormalization() for _ in range(4)]
-    added = keras.ops.add(layers.ReLU()(norm[0](inputs)), norm[0].output)  # read twice
-    shown = norm[1](added)  # and an output of the model
+    added = keras.ops.add(layers.ReLU()(norm[0](inputs)), norm[0].output)
+    shown = norm[1](added)
     twice, relu = norm[2](layers.ReLU()(shown)), layers.ReLU()
-    relus = relu(norm[3](relu(twice)))  # one activation, called twice
+    relus = relu(norm[3](relu(twice)))
     theirs = perturbed(keras.Model(inputs, [relus, shown]))
     ours = convert(theirs)
     assert [name_of(n.activation) for n in norms(ours)] == ["linear"] * 4
@@ -308,7 +310,7 @@ def test_models_go_both_ways_through_files(make, suffix, tmp_path):
     ours.save(tmp_path / f"ours{suffix}")
     theirs.save(tmp_path / f"theirs{suffix}")
     loaded = keras.saving.load_model(tmp_path / f"ours{suffix}")
-    if make is subclassed:  # whose own code made its layers
+    if make is subclassed:  # loading runs the class's own code, which makes Keras's layers
         loaded = convert(loaded)
     assert [type(norm) for norm in norms(loaded)] == [BatchNormalization] * len(MODELS[make])
     again = convert(keras.saving.load_model(tmp_path / f"theirs{suffix}"))
@@ -319,7 +321,7 @@ def test_models_go_both_ways_through_files(make, suffix, tmp_path):
 
 
 def test_another_process_loads_saved_models(tmp_path):
-    """It needs the import of fastbn.keras, and without an activation not even that."""
+    """The file needs `import fastbn.keras`, or without an activation just Keras's own layer."""
     theirs = perturbed(keras.Sequential([keras.Input((5,)), layers.BatchNormalization()]))
     plain = convert(theirs)
     fused = convert(keras.Sequential([keras.Input((5,)), *theirs.layers, layers.ReLU()]))
@@ -358,7 +360,7 @@ numpy.save("fused.npy", model.predict(numpy.load("x.npy"), verbose=0))
 
 
 def test_fit_with_weights_and_callbacks_is_keras_fit(backend, tmp_path):
-    """Sample weights, checkpoints, an early stop, and a last batch of one sample."""
+    """Trains with sample weights, checkpoints, an early stop, and a last batch of one sample."""
     results = []
     for name in ("theirs", "ours"):
         keras.utils.set_random_seed(0)
@@ -381,7 +383,7 @@ def test_fit_with_weights_and_callbacks_is_keras_fit(backend, tmp_path):
 
 
 def test_the_layer_trains_in_a_custom_loop(backend):
-    """The layer's import is all that differs, as in a tutorial's own model."""
+    """Only the class of the layer differs between the two models, as a changed import would do."""
     losses = []
     for norm in (layers.BatchNormalization, BatchNormalization):
         keras.utils.set_random_seed(0)
@@ -415,7 +417,7 @@ def on_rings():
     torch.__version__.startswith("2.11."), reason="PyTorch 2.11 can't compile Keras's own code"
 )
 def test_fit_with_jit_compile_has_the_same_losses(monkeypatch):
-    """By `jit_compile`, which is `torch.compile`, here without generating code."""
+    """`jit_compile` calls `torch.compile`, which generates no code here."""
     eager = functools.partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", eager)
     losses = []

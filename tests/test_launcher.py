@@ -1,6 +1,6 @@
-"""Launchers: what one starts is what Triton would have started.
+"""A launcher starts the kernel that Triton would have started.
 
-Triton's own binder says what a call is specialised on; nothing is compiled or launched.
+Triton's own binder says what a call is specialised on. Nothing is compiled or launched.
 """
 
 import itertools
@@ -53,7 +53,7 @@ class Compiled:
 
 @pytest.fixture
 def launches(monkeypatch, replan):
-    """Records kernels that Triton dispatched, and those started from the cache."""
+    """Lists the kernels that Triton dispatches, and those that launchers start from the cache."""
     monkeypatch.setattr(driver, "_active", _Driver(TARGETS["sm_90"]))
     dispatched, started = [], []
     for name, kernel in KERNELS.items():
@@ -64,7 +64,7 @@ def launches(monkeypatch, replan):
 
 
 def offset(tensor, elements):
-    """The same tensor, so many elements behind an aligned address."""
+    """Returns a copy of a tensor that begins so many elements behind an aligned address."""
     memory = tensor.new_empty(tensor.numel() + elements)
     memory = memory[elements:].as_strided(tensor.shape, tensor.stride())
     return memory.copy_(tensor)
@@ -75,7 +75,7 @@ HALF, FULL, DOUBLE = torch.bfloat16, torch.float32, torch.float64
 
 
 def training_calls():
-    """Calls that differ in one thing after the other, each made twice."""
+    """Yields calls that differ from a first one in shape, in dtypes, or in one thing more."""
     for shape in SHAPES:
         for dtype, param in ((FULL, FULL), (HALF, FULL), (HALF, HALF), (DOUBLE, DOUBLE)):
             yield {"shape": shape, "dtype": dtype, "param": param}
@@ -152,7 +152,7 @@ def options_of(change):
 
 
 def test_launcher_starts_the_kernel_that_triton_would(launches, monkeypatch):
-    """Dtypes, alignment, sizes, what is left out, constants, options: all that Triton looks at."""
+    """Varies all that Triton specialises on: dtypes, alignment, sizes, None, constants, options."""
     dispatched, started = launches
     launch = execution_plan.Launcher.__call__
     checked = []
@@ -166,7 +166,7 @@ def test_launcher_starts_the_kernel_that_triton_would(launches, monkeypatch):
             wanted = self.kernel.specialisation(arguments, {"debug": False, **self.constants})
             assert compiled.specialisation == wanted
             assert compiled.kernel is self.kernel
-            # As many as four programs leave each other, or one resident program has for itself.
+            # A multiprocessor's registers are shared by four programs, or kept for a resident one.
             warps, resident = compiled.kwargs["num_warps"], "resident" in self.kernel.__name__
             programs = 1 if resident else 4
             assert compiled.kwargs["maxnreg"] == min(255, 65536 // (32 * warps * programs))
@@ -177,7 +177,7 @@ def test_launcher_starts_the_kernel_that_triton_would(launches, monkeypatch):
 
     monkeypatch.setattr(execution_plan.Launcher, "__call__", spy)
     different = list(training_calls())
-    # Forth and back, so that each call comes after one that differs from it.
+    # The calls run in order, in reverse and in order again, so that each follows different ones.
     for change in different + different[::-1] + different:
         call(**options_of(change))
     assert set(checked) == set(KERNELS)
@@ -186,7 +186,7 @@ def test_launcher_starts_the_kernel_that_triton_would(launches, monkeypatch):
 
 @pytest.mark.parametrize(("device", "hip"), [("cuda", None), ("cuda", "6.4"), ("xpu", None)])
 def test_registers_are_limited_on_nvidia_alone(device, hip, monkeypatch):
-    """The other compilers refuse the option."""
+    """The compilers for other GPUs refuse the option `maxnreg`."""
     monkeypatch.setattr(torch.version, "hip", hip)
     assert limits_registers(torch.device(device)) == (device == "cuda" and hip is None)
 

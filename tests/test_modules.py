@@ -1,4 +1,4 @@
-"""The forms with an activation: `bn(x)`, residual and activation in one module."""
+"""Tests the modules that compute batch norm, the sum with a residual, and an activation."""
 
 import copy
 import functools
@@ -146,14 +146,14 @@ X = torch.tensor([-1.0, 2.0]).view(1, 1, 1, 2)
 
 
 def on(module):
-    """A hook on all modules, which adds 10 to the output of one kind of them."""
+    """Registers a hook on all modules, which adds 10 to the output of one class of them."""
     return nn.modules.module.register_module_forward_hook(
         lambda found, args, output: output + 10 if type(found) is module else None
     )
 
 
-# What a call of the activation honours: what is done to a module of `act_layer`, and what it
-# then makes of the normalised values -1 and 2.
+# Changes that a call of the activation's module would honour. Each has the `act_layer`, a function
+# that changes the module, and what the normalised values -1 and 2 then become.
 CHANGES = {
     "hook": (nn.ReLU, lambda act, patch: act.register_forward_hook(lambda *a: a[2] + 5), (5, 7)),
     "hook before": (
@@ -196,12 +196,12 @@ def test_the_activation_is_what_a_call_of_its_module_computes(change, device, mo
 
 @pytest.mark.parametrize("layer", [nn.ReLU, nn.Identity])
 def test_hooks_on_all_modules_see_the_layers(layer, device):
-    """The activation, and the drop layer that is none."""
+    """The hooks see both the activation and the drop layer, which is an Identity by default."""
     ours = FusedBatchNormAct2d(1, act_layer=layer, device=device).eval()
     clean = ours(X.to(device))
     handle = on(layer)
     try:
-        # Identity stands twice: it is the drop layer too.
+        # The hook on Identity runs twice if the activation is an Identity like the drop layer.
         torch.testing.assert_close(ours(X.to(device)), clean + (10 if layer is nn.ReLU else 20))
     finally:
         handle.remove()
@@ -237,7 +237,7 @@ def test_compiled_module_sees_that_the_activation_changes(device):
 
 
 def test_a_forward_replaced_before_the_import_is_no_stock_one(backend):
-    """The change comes first in a process of its own."""
+    """Runs in a process of its own, where the change comes before the import of fastbn."""
     if backend != "auto":
         pytest.skip("the process has a backend of its own")
     code = """
@@ -321,7 +321,7 @@ def test_a_deep_copy_computes_the_same(device):
 
 
 def test_a_residual_block_agrees_with_channels_last_and_amp(device):
-    """A residual block as a network has it, in bfloat16 autocast."""
+    """Compares a residual block of a network in autocast to bfloat16."""
 
     class Block(nn.Module):
         def __init__(self, norm, act):

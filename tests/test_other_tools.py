@@ -1,4 +1,4 @@
-"""Tools that know nothing of fastbn: what they do with its modules is right, or an error."""
+"""What tools that know nothing of fastbn do with its modules is right, or an error."""
 
 import copy
 import io
@@ -22,7 +22,7 @@ def backend(request):
 
 
 def network(device):
-    """A network whose norms have seen data, so that each of them matters."""
+    """Returns a network whose norms have seen data, so that none of them is the identity."""
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(3, 4, 3),
@@ -51,7 +51,7 @@ class WithResidual(nn.Module):
 
 
 class NoLeaf(torch.fx.Tracer):
-    """A tracer that would look into every module."""
+    """A tracer that by itself treats no module as a leaf, and traces into each."""
 
     def is_leaf_module(self, module, name):
         return False
@@ -67,7 +67,7 @@ def test_fx_traces_modules_as_leaves(training, x, device):
     assert before["1.num_batches_tracked"] == ours[1].num_batches_tracked
     assert traced(x).equal(ours(x))
     torch.testing.assert_close(traced.state_dict(), ours.state_dict(), rtol=0, atol=0)
-    # What is a leaf follows the mode that is set after the trace.
+    # A leaf module follows the mode that is set after the trace.
     assert traced.train(not training)(x).equal(ours.train(not training)(x))
 
 
@@ -99,7 +99,7 @@ def test_torchvision_extracts_features(x, device):
 def test_fx_folding_keeps_the_activation(x, device):
     ours = network(device).eval()
     assert optimization.fuse(ours)(x).equal(ours(x))
-    # What folds a plain norm gets a plain norm.
+    # `optimization.fuse` folds norms of the class `nn.BatchNorm2d` only, so this one is made plain.
     ours[3].__class__ = nn.BatchNorm2d
     alone = nn.Sequential(nn.Conv2d(4, 4, 1).to(device), ours[3]).eval()
     z = ours[:3](x)
@@ -128,7 +128,7 @@ def test_a_tool_that_would_drop_the_activation_gets_an_error(tool, device):
 
 
 def fold(conv, norm):
-    """Folding as many tools have it, in code that fastbn can't know."""
+    """Folds a norm into a convolution as many tools do, in code that fastbn can't recognise."""
     scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
     folded = copy.deepcopy(conv)
     folded.weight.data = conv.weight * scale.view(-1, 1, 1, 1)
@@ -196,7 +196,7 @@ def test_eps_is_set_kept_and_shown(x, device):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_torch_jit_traces_pytorchs_path(x, device):
-    """Nothing of what fastbn looks at becomes part of the trace, nor causes a warning."""
+    """No check of fastbn's becomes a part of the trace or causes a warning."""
     ours = network(device).eval()
     with fastbn.use_backend("torch"):
         traced = torch.jit.trace(ours, x)

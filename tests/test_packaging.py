@@ -1,4 +1,4 @@
-"""The wheel that users install: complete, and at peace with a package named `kernels`."""
+"""The wheel that users install is complete, and works beside a package named `kernels`."""
 
 import os
 import shutil
@@ -26,13 +26,13 @@ def build(kind, source, out):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from the unpacked sdist, as an installer does that finds no wheel."""
+    """Builds a wheel from the unpacked sdist, as an installer does that finds no wheel."""
     tmp = tmp_path_factory.mktemp("build")
     source = tmp / "source"
     source.mkdir()
     for name in ("fastbn", "kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    # Other folders of Python beside the package are not to be packaged.
+    # These folders lie beside the package and must not get into the wheel.
     for name in ("tests", "benchmarks", "build"):
         (source / name).mkdir()
         (source / name / "__init__.py").touch()

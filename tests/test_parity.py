@@ -1,4 +1,4 @@
-"""Whatever `nn.BatchNorm*d` does, the fused modules do: held against the installed torch."""
+"""Whatever the installed torch's `nn.BatchNorm*d` do, the fused modules do too."""
 
 import copy
 import inspect
@@ -23,7 +23,7 @@ PAIRS = {
 
 @pytest.fixture(params=["auto", "torch"], autouse=True)
 def backend(request):
-    """Both what the kernels serve and what goes to PyTorch."""
+    """Runs each test by the kernels, where these can serve it, and by PyTorch."""
     with fastbn.use_backend(request.param):
         yield request.param
 
@@ -43,7 +43,7 @@ def pair(request, device):
 
 
 def assert_same(ours, theirs, x):
-    """Same output, gradients and buffers."""
+    """Asserts that two modules have the same output, gradients and buffers."""
     x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
     y1, y2 = ours(x1), theirs(x2)
     torch.testing.assert_close(y1, y2)
@@ -67,7 +67,7 @@ def assert_same_state(ours, theirs):
 
 
 def outcome(function, *args):
-    """What a call returns, or the type and text of what it raises."""
+    """Returns what a call returns, or the type and text of the exception that it raises."""
     try:
         return function(*args)
     except Exception as error:
@@ -83,7 +83,7 @@ def assert_same_outcome(ours, theirs, *args):
 
 
 def positional(kind):
-    """The arguments of a constructor that need no keyword, in their order, and their defaults."""
+    """Returns the arguments of a constructor that need no keyword, with their defaults."""
     parameters = inspect.signature(kind).parameters.values()
     return [(p.name, p.default) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
@@ -164,7 +164,7 @@ def test_one_value_per_channel_has_the_same_outcome(pair, training, device):
     assert_same_outcome(ours, theirs, x)
     if training:
         assert outcome(ours, x)[0] is ValueError
-    # Nothing was written, not even the counter.
+    # Neither a refused call nor one in eval mode has written anything, not even the counter.
     for name, value in ours.state_dict().items():
         assert value.equal(before[name]), name
 
@@ -194,10 +194,10 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int
 @pytest.mark.parametrize("parameters", [None, *DTYPES[:4]], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mixed_dtypes_have_the_same_outcome(dtype, parameters, statistics, device):
-    """The mixes that torch takes work alike, those that it refuses are refused alike."""
+    """Mixtures that torch accepts give the same results; others are refused by the same error."""
     one_is_double = (dtype == torch.float64) != (statistics == torch.float64)
     if device.type == "cuda" and statistics and dtype.is_floating_point and one_is_double:
-        pytest.skip("torch takes the memory of one for numbers of the other's dtype")
+        pytest.skip("torch reads the memory of one as if it had the other's dtype")
     x = torch.randn(4, 3, 5, device=device).to(dtype)
     w = None if parameters is None else torch.rand(3, device=device).to(parameters)
 
@@ -371,9 +371,9 @@ LATE = {
 
 @pytest.mark.parametrize("call", LATE)
 def test_what_autograd_refuses_leaves_no_trace(pair, call):
-    """Though it is refused only after the sizes and dtypes have been accepted."""
+    """Autograd refuses these calls only after the sizes and dtypes have been accepted."""
     ours, theirs, x = pair()
-    _in_inference_mode(copy.deepcopy(ours), x)  # a call alike, whose plan must not serve
+    _in_inference_mode(copy.deepcopy(ours), x)  # a similar call, whose cached plan must not serve
     before = copy.deepcopy(ours.state_dict())
     found = outcome(LATE[call], ours, x)
     assert found == outcome(LATE[call], theirs, x)
@@ -385,11 +385,11 @@ def test_what_autograd_refuses_leaves_no_trace(pair, call):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("inner", ["input", "module", "both"])
 def test_tensors_of_inference_mode_have_the_same_outcome(pair, inner, training):
-    """They may be read, not written."""
+    """Outside of inference mode these tensors may be read, but not written."""
     modules = *_, x = pair()
     for module in modules[:2]:
         module.train(training)
-        _in_inference_mode(copy.deepcopy(module), x)  # a call alike
+        _in_inference_mode(copy.deepcopy(module), x)  # a similar call
     if inner != "input":
         modules = [_in_inference_mode(copy.deepcopy, module) for module in modules[:2]]
     if inner != "module":
@@ -402,7 +402,7 @@ def test_tensors_of_inference_mode_have_the_same_outcome(pair, inner, training):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_kernels_read_tensors_of_inference_mode(training, device):
-    """Where PyTorch takes them, as features kept from another network may be."""
+    """The kernels too read such tensors, which may be features kept from another network."""
     bn = FusedBatchNorm2d(3).to(device).train(training)
     x = _in_inference_mode(torch.randn(4, 3, 5, 5, device=device).clone)
     assert x.is_inference()
@@ -426,7 +426,7 @@ NUMBERS = {
 @pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
 @pytest.mark.parametrize("name", ["momentum", "eps"])
 def test_momentum_and_eps_may_be_numbers_of_other_types(name, number, pair, backend):
-    """The kernels serve them too."""
+    """The kernels serve these numbers too."""
     ours, theirs, x = pair(**{name: number})
     with fastbn.use_backend("triton" if backend == "auto" else backend):
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""The planner: what always holds, and what it decides for an H100."""
+"""Tests what holds for every plan, and what the planner decides for an H100."""
 
 import dataclasses
 import math
@@ -78,21 +78,21 @@ def test_schedules_cover_all_columns_and_fit_the_device(found):
 
 def tiles_along(problem, tile):
     if tile.layout == "planes":
-        # A plane and the columns before it from where its first access begins.
+        # The tiles of a plane begin up to `lead` columns before it, where an access may begin.
         lead = max(c * problem.s % tile.align for c in range(tile.align))
         return math.ceil((problem.s + lead) / tile.q)
     return math.ceil(problem.n / tile.n)
 
 
 def check_pass(problem, device, work, resident=False):
-    """All columns of all rows are in one run each, and runs begin where accesses may begin."""
+    """Checks that runs have each element once, and begin where accesses may begin."""
     tile, columns = work.tile, problem.c * problem.s
     for size in (tile.n, tile.q, tile.merge_rows, tile.merge_channels):
         assert size & (size - 1) == 0
     assert (tile.layout == "channels") == (problem.s == 1)
     assert columns % tile.align == 0
     assert tile.access_bytes(problem.itemsize) in (2, 4, 8, 16)
-    # Whole bytes of the packed mask.
+    # A row of a tile has whole bytes of the packed mask.
     assert tile.q % 8 == 0
     if tile.layout in ("planes", "flat"):
         assert work.width == problem.s
@@ -113,7 +113,7 @@ def check_pass(problem, device, work, resident=False):
     across = math.ceil(problem.n / tile.n) if tile.layout == "planes" else 1
     runs = math.ceil(along / work.length)
     assert work.splits == runs * across
-    # Even runs: with fewer tiles there would be more runs.
+    # Runs are as even as they can be: if they had a tile less, there would be more of them.
     assert work.length == math.ceil(along / runs)
     assert work.groups(problem) == math.ceil(columns / work.width)
     # A tile never reaches 2^31 elements from its start, unless one row does.
@@ -131,7 +131,7 @@ def test_schedules_are_immutable_and_cached(problem):
 @pytest.mark.parametrize("c", [1, 3, 64])
 @pytest.mark.parametrize("last", [False, True])
 def test_few_channels_fill_the_device(c, last):
-    """Where native batch norm launches one block a channel."""
+    """Checks few channels, for which PyTorch's own batch norm starts only one block each."""
     n, s = 256, 56 * 56
     problem = Problem(n * s, c, 1, 2) if last and c > 1 else Problem(n, c, s, 2)
     if c == 1:
@@ -141,7 +141,8 @@ def test_few_channels_fill_the_device(c, last):
         assert programs >= 0.7 * PROGRAMS_PER_SM * H100.sm_count
 
 
-# Forward and backward units of each strategy, as in the design's table of traffic.
+# A unit is a tensor read or written once. Each strategy is listed with its epilogue and the units
+# of its forward and backward.
 PLAIN, RESIDUAL = {}, {"residual": True}
 MASK, KEPT = {"residual": True, "saves": "mask"}, {"residual": True, "saves": "residual"}
 UNITS = [
@@ -165,7 +166,7 @@ def test_each_strategy_has_its_units_of_traffic(strategy, epilogue, forward, bac
         schedule = strategy(problem, H100, back)
         assert schedule.units == units
         assert schedule.launches == (2 if strategy is two_pass else 1)
-        # What two passes read twice from memory, tickets read once from the cache.
+        # A ticketed launch reads from the cache what two passes read from memory a second time.
         again = two_pass(problem, H100, back).units - units
         assert schedule.cached_units == (again if strategy is ticketed else 0)
 
@@ -179,7 +180,7 @@ def test_fixed_statistics_leave_no_choice():
 @pytest.mark.parametrize(
     ("problem", "tile", "warps"),
     [
-        # Pieces of eight of planes that begin up to seven columns late.
+        # Pieces have eight columns, and planes begin up to seven columns behind a piece's start.
         (Problem(64, 512, 49, 2), Tile(1024, 8, "flat", 8, 1, 1), 16),
         (Problem(32, 512, 49, 2), Tile(256, 8, "flat", 8, 1, 1), 4),
         (Problem(146, 512, 49, 2), Tile(1024, 8, "flat", 8, 1, 1), 16),
@@ -191,14 +192,14 @@ def test_fixed_statistics_leave_no_choice():
         (Problem(1024, 4096, 1, 4), Tile(1024, 8, "channels", 4, 1, 1), 16),
         (Problem(32, 100, 1, 2), Tile(128, 16, "channels", 4, 1, 1), 4),
         (Problem(8, 8, 1, 8), None, 0),
-        # Channels would share bytes of a mask that runs along rows.
+        # Channels would share bytes of a mask whose bits run along rows, so that there is no tile.
         (Problem(64, 512, 49, 2, saves="mask"), None, 0),
         (Problem(64, 512, 16, 2, saves="mask"), Tile(256, 8, "flat", 8, 1, 1), 4),
         (Problem(32, 512, 49, 2, saves="mask"), Tile(256, 8, "flat", 8, 1, 1), 4),
     ],
 )
 def test_resident_tiles_hold_all_values_of_channels(problem, tile, warps):
-    """All values of one channel or of a sector's, 16 to a thread, in tiles of two sizes."""
+    """A tile has all values of a channel, or of the channels of a sector: 16 for each thread."""
     assert resident_tile(problem) == tile
     if tile:
         assert resident(problem, H100, False).apply.tile == tile
@@ -208,7 +209,7 @@ def test_resident_tiles_hold_all_values_of_channels(problem, tile, warps):
 @pytest.mark.parametrize(
     ("problem", "n", "q", "layout", "access", "width"),
     [
-        # Planes side by side, in groups of whole channels that leave little of a tile unused.
+        # These have planes side by side, in groups of whole channels that use most of each tile.
         (Problem(256, 2048, 49, 2), 8, 256, "columns", 16, 4312),
         (Problem(256, 2048, 49, 4), 8, 128, "columns", 16, 3920),
         (Problem(256, 64, 14 * 14, 2), 8, 256, "columns", 16, 4312),
@@ -216,10 +217,10 @@ def test_resident_tiles_hold_all_values_of_channels(problem, tile, warps):
         (Problem(256, 64, 28 * 28, 2), 8, 256, "columns", 16, 7840),
         (Problem(256, 64, 32 * 32, 2), 8, 256, "columns", 16, 1024),
         (Problem(256, 64, 9, 2), 8, 256, "columns", 16, 504),
-        # Rows of these don't begin at whole bytes of a mask.
+        # Here rows don't begin at whole bytes of a mask, so that each plane has its own tiles.
         (Problem(256, 2044, 49, 2), 2, 256, "planes", 2, 49),
         (Problem(256, 2044, 49, 4), 8, 128, "planes", 16, 49),
-        # Planes of more than four tiles, few images, or channels last.
+        # These have planes of more than four tiles, few images, or channels last.
         (Problem(256, 64, 33 * 33, 2), 8, 256, "planes", 16, 33 * 33),
         (Problem(256, 64, 56 * 56, 2), 8, 256, "planes", 16, 56 * 56),
         (Problem(63, 64, 49, 2), 8, 256, "planes", 16, 49),
@@ -229,7 +230,7 @@ def test_resident_tiles_hold_all_values_of_channels(problem, tile, warps):
         (Problem(2, 63, 2**20 - 1, 2), 1, 512, "planes", 2, 2**20 - 1),
         (Problem(256, 64, 1, 2), 32, 64, "channels", 16, 64),
         (Problem(256, 20, 1, 2), 64, 32, "channels", 8, 32),
-        # Runs with fixed statistics do little once.
+        # Runs with fixed statistics have little fixed work, so that they may be short.
         (Problem(1, 64, 49, 2, training=False), 2, 1024, "columns", 16, 1960),
         (Problem(1, 64, 49, 2, training=False, saves="mask"), 1, 2048, "planes", 16, 49),
     ],
@@ -241,15 +242,15 @@ def test_reductions_have_the_expected_tiles(problem, n, q, layout, access, width
 
 
 def test_fixed_statistics_leave_a_mask_where_it_is():
-    """Its forward may have had other statistics than its backward is planned for."""
+    """The order of a mask's bits may not depend on which statistics the backward is planned for."""
     for n in (1, 8, 63, 64, 256):
         problem = Problem(n, 64, 49, 2, residual=True, saves="mask")
         assert mask_by_rows(problem) == (n >= 64)
         assert mask_by_rows(replace(problem, training=False)) == (n >= 64)
 
 
-# Networks whose sizes change at every step: how many steps to try, and how many kernels they may
-# compile at most.
+# Networks whose sizes change at every step. Each has a function that draws sizes, the number of
+# steps to try, and the number of kernels that they may compile at most.
 EVER_NEW_SIZES = {
     "point clouds": (lambda draw: (draw(10_000, 200_000), 64, 1), 10_000, 12),
     "detection": (lambda draw: (2, 256, draw(7, 200) * draw(7, 200)), 10_000, 12),
@@ -269,7 +270,7 @@ EVER_NEW_SIZES = {
 @pytest.mark.parametrize("network", EVER_NEW_SIZES)
 @pytest.mark.parametrize("epilogue", [PLAIN, MASK], ids=["plain", "mask"])
 def test_ever_new_sizes_compile_few_kernels(network, epilogue):
-    """Forward and backward, for one number of channels: all that Triton specialises kernels on."""
+    """Counts forward and backward kernels by all that differs for Triton between these calls."""
     sizes, steps, most = EVER_NEW_SIZES[network]
     draw = random.Random(0).randint
     found = set()
@@ -281,15 +282,16 @@ def test_ever_new_sizes_compile_few_kernels(network, epilogue):
 
 
 def compiled(schedule, backward):
-    """What tells the kernels of a schedule from others of the same direction."""
+    """Yields what tells the kernels of a schedule from others of the same direction."""
     if schedule.strategy != "resident":
         yield backward, schedule.strategy == "ticketed", "reduce", schedule.reduce.tile
     if schedule.strategy != "ticketed":
         yield backward, schedule.strategy == "resident", schedule.warps, schedule.apply.tile
 
 
-# What the planner chooses on an H100, forward/backward: two-pass 2, ticketed t, resident r.
-# In bf16, BN+ReLU, channels-first and channels-last (or rows).
+# The strategies that the planner chooses on an H100 for BN+ReLU in bfloat16, as forward/backward,
+# for channels-first and then for channels-last (or for rows): 2 stands for two-pass, t for ticketed
+# and r for resident.
 CHOICES = {
     "256x256x56x56": "t/2 2/2",
     "512x64x32x32": "t/t 2/2",
@@ -328,7 +330,8 @@ def test_an_h100_gets_the_expected_strategies():
     assert {shape: " ".join(letters) for shape, letters in found.items()} == CHOICES
 
 
-# (problem, then forward and backward: tile, tiles of a run, splits, groups of a slice), ticketed.
+# A problem, and for its ticketed forward and then its backward: the tile, the tiles of a run, the
+# splits, and the groups of a slice.
 TICKETED = {
     "56x56 first": (Problem(256, 64, 3136, 2), (8, 256), 7, 64, 6, (8, 256), 5, 96, 4),
     "14x14 first": (Problem(256, 256, 196, 2), (8, 256), 8, 4, 4, (8, 256), 5, 7, 3),
@@ -351,7 +354,7 @@ def test_an_h100_gets_the_expected_slices(name):
 
 
 def test_a_slice_has_work_for_all_programs():
-    """Two phases keep all programs busy while a slice is reduced and another one applied."""
+    """A slice is reduced while another one is applied, so each needs work for half the programs."""
     for case in cases(gpu=True, quick=False):
         problem = problem_of(case)
         for backward in (False, True):
@@ -363,13 +366,13 @@ def test_a_slice_has_work_for_all_programs():
 
 
 def test_what_does_not_fit_the_cache_takes_two_passes():
-    """Channels last and many rows: a slice 64 bytes wide has 51 MB."""
+    """Takes channels last with so many rows that a slice of 64 bytes in width has 51 MB."""
     problem = Problem(802816, 256, 1, 2)
     assert set(schedules(problem, H100, False)) == {"two-pass"}
-    # Half the rows, half the bytes: twice, they fit the cache that can be counted on.
+    # Two slices must fit the share of the cache that can be counted on: a quarter of the rows does.
     assert "ticketed" not in schedules(replace(problem, n=401408), H100, False)
     assert "ticketed" in schedules(replace(problem, n=200704), H100, False)
-    # Backward reads two tensors.
+    # A backward reads two tensors, and an A100 has a smaller cache.
     assert "ticketed" not in schedules(replace(problem, n=200704), H100, True)
     assert "ticketed" not in schedules(replace(problem, n=200704), A100, False)
 
@@ -378,13 +381,13 @@ def test_facts_of_the_device_decide():
     problem = Problem(256, 1024, 14 * 14, 2)
     assert make_plan(problem, H100).forward.strategy == "ticketed"
     assert make_plan(problem, replace(H100, l2_share=1e-4)).forward.strategy == "two-pass"
-    # Where the cache is slower than memory, nobody goes there for a second reading.
+    # If the cache is slower than memory, reading from it a second time gains nothing.
     slow = replace(H100, l2_speed=0.3)
     assert make_plan(problem, slow).forward.strategy == "two-pass"
     narrow = Problem(50176, 32, 1, 2)
     rows = replace(H100, row_rates=((64, 0.1),))
     assert ticketed(narrow, rows, False).seconds > ticketed(narrow, H100, False).seconds
-    # A slow device takes longer, however it is done.
+    # A slower device takes longer by every strategy.
     for found in (two_pass, ticketed):
         assert found(problem, L4, False).seconds > found(problem, H100, False).seconds
 

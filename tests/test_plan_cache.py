@@ -1,4 +1,4 @@
-"""The plan cache finds only what would be planned just so, and nothing that was refused."""
+"""The plan cache finds only plans that would be made again, and none for a refused call."""
 
 import contextlib
 import gc
@@ -25,7 +25,7 @@ def only_kernels(replan):
 
 @pytest.fixture
 def hits(monkeypatch):
-    """Names of the planners whose plans were found in the cache."""
+    """Lists the names of the planners whose plans are found in the cache."""
     planners, found = {}, []
     lookup, insert = plan_cache.lookup, plan_cache.insert
 
@@ -78,12 +78,12 @@ def lazily_negated(t):
 
 
 def spread(t):
-    """The same values, every second element in memory."""
+    """Returns the same values at every second element in memory."""
     return torch.stack([t, t], -1)[..., 0]
 
 
 def changes():
-    """Each: name, and what it makes of one argument."""
+    """Yields the name of a change, and a function that makes it of one argument."""
     of_tensors = {
         "requires_grad": lambda t: t.clone().requires_grad_(),
         "double": torch.Tensor.double,
@@ -119,7 +119,7 @@ def _in_inference_mode(make):
 
 
 def outcome(device, change):
-    """Output, gradient of the input, statistics; or the error."""
+    """Returns the output and the input's gradient, or the error; and the running statistics."""
     torch.manual_seed(0)
     arguments = {
         "input": torch.randn(2, 4, 3, 5, device=device), "running_mean": torch.zeros(4),
@@ -145,7 +145,7 @@ def outcome(device, change):
 
 @pytest.mark.parametrize("change", [pytest.param(c, id=name) for name, c in changes()])
 def test_an_earlier_call_changes_nothing(change, device):
-    """What is refused, and every result, is the same whatever was called before."""
+    """Errors and results are the same whatever was called before."""
     plan_cache.clear()
     cold = outcome(device, change)
     for earlier in ({}, {"input": lambda t: t.requires_grad_()}):
@@ -165,7 +165,7 @@ def test_an_earlier_call_changes_nothing(change, device):
 
 @pytest.mark.parametrize("where", ["vmap", "dual level", "dispatch mode", "no_grad", "inference"])
 def test_an_earlier_call_under_a_mode_changes_nothing(where, device):
-    """A call in the open is not taken for one under a transform or mode, nor the reverse."""
+    """An ordinary call is not taken for one under a transform or mode, nor the reverse."""
     x = torch.randn(3, 2, 4, 5, device=device)
     dispatched = []
 
@@ -203,7 +203,7 @@ def test_an_earlier_call_under_a_mode_changes_nothing(where, device):
     "what", ["gradient", "dtype", "format", "training", "activation", "residual"]
 )
 def test_two_keys_in_turn_hit_the_cache(what, hits, device):
-    """As of two networks of the same sizes, one with fixed statistics or in another precision."""
+    """Calls in turn as two networks do that differ in one thing, such as the precision."""
     x = torch.randn(2, 4, 3, 3, device=device)
     mean, var = torch.zeros(4, device=device), torch.ones(4, device=device)
     one = {"input": x, "training": True}
@@ -225,7 +225,7 @@ def test_two_keys_in_turn_hit_the_cache(what, hits, device):
 
 
 def test_each_set_of_wanted_gradients_has_its_own_plan(monkeypatch, hits, device):
-    """Compiled kernels leave out what is not wanted: each has its own plan in the cache."""
+    """Kernels are compiled without the gradients that are not wanted, so plans differ too."""
     plans, backward = {}, execution.run_backward
 
     def spy(plan, *arguments):
@@ -245,7 +245,7 @@ def test_each_set_of_wanted_gradients_has_its_own_plan(monkeypatch, hits, device
 
 
 def test_a_call_without_gradients_is_not_taken_for_one_with(device):
-    """It saved no mask."""
+    """The call without gradients saves no mask, which a backward would need."""
     x, r = torch.randn(2, 2, 4, 3, 3, device=device).unbind()
     x.requires_grad_()
 
@@ -277,7 +277,7 @@ def test_a_flag_that_is_a_tensor_is_read_each_time(device):
 
 
 def test_symbolic_sizes_outside_their_mode_go_to_pytorch():
-    """Sizes that can't be hashed: PyTorch's."""
+    """Symbolic sizes can't be hashed, and therefore can't be a key."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 3)
     x = mode.from_tensor(torch.randn(5, 4, 6), symbolic_context=context)
@@ -294,7 +294,7 @@ def test_functional_wrappers_go_to_pytorch(device):
 
 
 def test_freed_memory_is_not_read(device):
-    """Neither by the first call nor by one whose plan is cached."""
+    """Checks the first call, and one whose plan is cached."""
     plan_cache.clear()
     for keep in (True, False, False):
         x = torch.randn(2, 4, 3, 3, device=device)
@@ -329,7 +329,7 @@ def test_number_of_keys_is_limited(monkeypatch, device):
 
 
 def test_latest_entries_of_a_key_stay(monkeypatch, hits, device):
-    """They differ in what only guards tell: dtypes."""
+    """The calls differ in their dtypes, which are not in the key but in the guards."""
     monkeypatch.setattr(plan_cache, "_MAX_ENTRIES_OF_A_KEY", 2)
     x = torch.randn(2, 4, 3, device=device)
     for dtype in (torch.half, torch.float, torch.double, torch.float, torch.half):
@@ -339,7 +339,7 @@ def test_latest_entries_of_a_key_stay(monkeypatch, hits, device):
 
 
 def test_guards_that_never_match_are_not_stored(device):
-    """Guards don't match one tensor in two places: here the input and its own gradient."""
+    """Guards match no call with one tensor in two places, as here the input and its gradient."""
     x = torch.randn(2, 4, 3, device=device, requires_grad=True)
     for _ in range(3):
         y = batch_norm(x, None, None, training=True)
@@ -348,7 +348,7 @@ def test_guards_that_never_match_are_not_stored(device):
 
 
 def test_threads_may_share_one_key(device):
-    """They differ in what only guards tell: strides."""
+    """The calls differ in their strides, which are not in the key but in the guards."""
     x = torch.randn(2, 4, 3, 3, device=device)
     inputs = [x, x.contiguous(memory_format=torch.channels_last), spread(x), x.mT.contiguous().mT]
     expected = [batch_norm(x, None, None, training=True) for x in inputs]

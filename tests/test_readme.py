@@ -1,4 +1,4 @@
-"""The README's claims: its code runs, its output is real, its numbers are the planner's."""
+"""The README's code runs and prints what is shown, and its numbers are the planner's."""
 
 import os
 import re
@@ -66,7 +66,7 @@ def test_the_table_of_networks_is_the_benchmarks():
 
 
 def numbers(cell):
-    """(forward, backward) of a cell like "3 1/16 + 4"."""
+    """Returns (forward, backward) from a cell such as "3 1/16 + 4"."""
     return tuple(sum(map(Fraction, part.split())) for part in cell.split("+"))
 
 
@@ -86,7 +86,7 @@ def test_programs_in_the_picture_start_once_channels_are_reduced():
         applied = [one.start for one in work if one.slice == slice and one.applies]
         assert len(reduced) == len(applied)
         assert sorted(applied)[len(applied) // 2] >= sorted(reduced)[len(reduced) // 2]
-    assert all(one.start == one.drawn for one in work)  # as the README says, nobody waits
+    assert all(one.start == one.drawn for one in work)  # as the README says, no program waits
 
 
 def test_pictures_are_drawn_as_they_are_committed(tmp_path):

@@ -1,4 +1,4 @@
-"""The planner's predictions against a simulation of one multiprocessor."""
+"""Compares the planner's predictions with a simulation of one multiprocessor."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ BOTH = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backw
 
 @BOTH
 def test_the_planner_agrees_with_the_simulation(backward):
-    """Within 20 % for what it chose for the benchmarks' shapes, whatever dtype and epilogue."""
+    """They agree within 20 % on the planner's choice for each of the benchmarks' cases."""
     strategies = set()
     for case in cases(gpu=True, quick=False):
         problem = problem_of(case)
@@ -38,7 +38,7 @@ def test_nothing_is_faster_than_memory(problem, strategy, backward):
     schedule = schedules(problem, H100, backward)[strategy]
     for latency in (1e-9, 0.7e-6):
         device = replace(H100, latency=latency, cache_latency=latency / 2)
-        # The second of two passes finds in the cache what it kept.
+        # The second of two passes finds a part of the tensors in the cache.
         kept = H100.l2_share * H100.l2_bytes if strategy == "two-pass" else 0.0
         floor = (schedule.units * problem.tensor_bytes - kept) / H100.bandwidth
         assert simulate(problem, device, schedule, backward) > 0.98 * floor
@@ -56,7 +56,7 @@ def test_nothing_is_faster_than_memory(problem, strategy, backward):
     ids=["memory", "instructions", "latency"],
 )
 def test_a_slower_device_takes_longer(facts, strategy, backward):
-    """And the planner knows which of a device's facts matter."""
+    """The planner's prediction for the slower device agrees with the simulation too."""
     schedule = schedules(IMAGES, H100, backward)[strategy]
     device = replace(H100, **facts)
     slower = simulate(IMAGES, device, schedule, backward)

@@ -1,4 +1,4 @@
-"""`skip_nonfinite`: batches whose statistics are not finite move no running statistics."""
+"""With `skip_nonfinite`, batches whose statistics are not finite move no running statistics."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ WAYS = ["two-pass", "resident", "ticketed", "pytorch"]
 
 @pytest.fixture(params=WAYS)
 def way(request, force_strategy, monkeypatch):
-    """Who computes: the kernels, of which the test launches no others, or PyTorch."""
+    """Makes one strategy's kernels compute, or PyTorch, and checks that no other strategy did."""
     if request.param == "pytorch":
         with fastbn.use_backend("torch"):
             yield request.param
@@ -38,7 +38,7 @@ def way(request, force_strategy, monkeypatch):
 
 
 class Exact:
-    """Running statistics in float64, by the definition."""
+    """Running statistics in float64, computed by the definition."""
 
     def __init__(self, norm):
         self.norm = norm
@@ -46,7 +46,7 @@ class Exact:
         self.count = norm.num_batches_tracked.item()
 
     def add(self, x):
-        """Takes a batch, unless its statistics are not finite in the running ones' dtype."""
+        """Adds a batch, unless its statistics are not finite in the running statistics' dtype."""
         values = x.double().transpose(0, 1).flatten(1)
         mean = values.mean(1)
         var = values.var(1, correction=0 if self.norm.biased_running_var else 1)
@@ -76,7 +76,7 @@ def assert_same_bits(found, expected):
 
 
 def images(device):
-    """A batch in the layout of which Triton's interpreter makes the fewest steps."""
+    """Returns a batch in the layout that takes Triton's interpreter the fewest steps."""
     x = torch.randn(4, 9, 5, 3, device=device)
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -89,7 +89,7 @@ def one_value(value):
 
 
 def squares_overflow(x):
-    """The mean and all values are finite, the variance of one channel is not."""
+    """Makes the variance of one channel infinite, while its mean and all values are finite."""
     x[:, 7] *= 1e25
 
 
@@ -138,7 +138,7 @@ def test_outputs_and_gradients_are_the_same_as_without(way, device):
 
 
 def test_one_bad_channel_of_very_many_decides(way, device):
-    """In the first, the middle or the last block of channels that the last program looks at."""
+    """The channel is in the first, a middle or the last block that the last program looks at."""
     norm = fastbn.FusedBatchNorm1d(1100, skip_nonfinite=True).to(device)
     exact = Exact(norm)
     for channel, value in ((None, 0.0), (511, 1e30), (512, NAN), (1099, 1e30), (None, 0.0)):
@@ -158,7 +158,7 @@ def test_one_bad_channel_of_very_many_decides(way, device):
     ids=str,
 )
 def test_the_last_of_many_groups_decides(strategy, dtype, force_strategy, device):
-    """Whichever group has the bad value, and whatever the launch before left in the counters."""
+    """The bad value may be in any group, and the counters come from an earlier launch."""
     force_strategy(strategy)
     norm = FusedBatchNorm2d(20, skip_nonfinite=True).to(device, dtype)
     exact = Exact(norm)
@@ -175,7 +175,7 @@ def test_the_last_of_many_groups_decides(strategy, dtype, force_strategy, device
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_statistics_are_as_finite_as_their_dtype_allows(dtype, way, device):
-    """The squares of 16-bit values overflow only in statistics of 16 bits."""
+    """The variance of float16 values overflows if the statistics are of float16 too."""
     for stats in (torch.float32, dtype):
         tolerance = max(1e-5, 8 * torch.finfo(stats).eps)
         norm = fastbn.FusedBatchNorm1d(8, skip_nonfinite=True).to(device, stats)
@@ -240,7 +240,7 @@ def test_without_running_statistics_nothing_changes(way, device):
 
 
 def test_fixed_statistics_ignore_skip_nonfinite(device):
-    """In eval mode, and of frozen norms, outputs follow running statistics that nothing moves."""
+    """In eval mode and in frozen norms nothing moves the running statistics anyway."""
     x = images(device)
     x[0, 0, 0, 0] = NAN
     for backend in ("triton", "torch"):
@@ -272,7 +272,7 @@ def test_skipping_compiles_to_one_graph(backend, momentum, device):
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_pytorchs_path_asks_no_device_for_a_value(momentum):
-    """A fake tensor has no value, and reading one is an error."""
+    """Uses fake tensors: these have no values, so that reading one is an error."""
     with fastbn.use_backend("torch"), FakeTensorMode():
         norm = FusedBatchNorm2d(9, momentum=momentum, skip_nonfinite=True)
         assert norm(torch.randn(4, 9, 5, 3)).shape == (4, 9, 5, 3)
@@ -304,7 +304,7 @@ def test_a_cuda_graph_decides_at_each_replay(momentum, way, device):
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_mode_sees_skip_nonfinite_of_functions_alone(momentum, way, device):
-    """A call of the function is seen as it is; a module decides itself whether a batch counts."""
+    """A module decides itself whether a batch counts, and calls the function without the option."""
     norm = FusedBatchNorm2d(9, momentum=momentum, skip_nonfinite=True).to(device)
     exact = Exact(norm)
     with Log() as log:
@@ -356,7 +356,7 @@ def test_a_refused_call_is_refused_as_without(way, device):
             assert norm.num_batches_tracked == 0
         assert errors[0] == errors[1]
     for norm in norms:
-        norm(x)  # so that the strategy is seen
+        norm(x)  # one call that runs, since the fixture `way` looks for launches
 
 
 def test_modules_say_that_they_skip():

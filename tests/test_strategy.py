@@ -32,7 +32,7 @@ def backend():
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Names of the kernels launched so far."""
+    """Lists the names of the kernels that are launched."""
     names = []
     launch = Launcher.__call__
 

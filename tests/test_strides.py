@@ -1,4 +1,4 @@
-"""Axes of size 1 may have any stride, in the input and in the output's gradient."""
+"""Axes of size 1 may have any stride in the input and in the output's gradient."""
 
 from itertools import product
 
@@ -23,7 +23,7 @@ SHAPES = [
 
 
 def laid_out(values, channels_last):
-    """The values in one of the two layouts, axes of size 1 with strides drawn by chance."""
+    """Returns the values in one of the two layouts, with random strides for axes of size 1."""
     format = CHANNELS_LAST[values.dim()] if channels_last else torch.contiguous_format
     strides = [
         torch.randint(1, 2 * values.numel(), ()).item() if size == 1 else stride
@@ -46,7 +46,7 @@ def gradients(batch_norm, x, weight, dy, training):
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_axes_of_size_1_may_have_any_stride(backend, shape, training, device):
-    draws = 3 if backend == "torch" else 1  # in the interpreter each takes a second
+    draws = 3 if backend == "torch" else 1  # a draw takes the interpreter a second
     for channels_last, dy_channels_last in draws * list(product([False, True], repeat=2)):
         x, dy = torch.randn(2, *shape, dtype=torch.double, device=device)
         weight = torch.rand(shape[1], dtype=torch.double, device=device)
@@ -62,7 +62,7 @@ def test_axes_of_size_1_may_have_any_stride(backend, shape, training, device):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_an_image_with_the_strides_of_an_array_agrees(backend, training, dtype, device):
-    """Height, width and channels of an image, as NumPy and PIL have them."""
+    """The image has its axes in the order height, width, channels, as in NumPy and PIL."""
     x = torch.randn(3, 7, 33, dtype=dtype, device=device).permute(2, 0, 1).unsqueeze(0)
     assert x.stride() == (33, 1, 231, 33)
     dy = torch.randn(1, 33, 3, 7, dtype=dtype, device=device)

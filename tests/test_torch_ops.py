@@ -1,4 +1,4 @@
-"""The operators as `torch.library` sees them, and under `torch.compile`."""
+"""Tests the operators by `torch.library.opcheck` and under `torch.compile`."""
 
 import copy
 import warnings
@@ -115,7 +115,7 @@ def test_modules_compile_without_graph_breaks(training, device):
 
 
 def test_compiled_backward_runs_the_kernels(device):
-    """Not the differentiable reference, which second derivatives take."""
+    """The graph has no operation of the reference, which only second derivatives need."""
     torch._dynamo.reset()
     graphs = []
 
@@ -134,7 +134,7 @@ def test_compiled_backward_runs_the_kernels(device):
 
 
 def test_compiled_modules_keep_tangents(device):
-    """The tangent is not lost where nothing requires a gradient."""
+    """The tangent is kept although nothing requires a gradient."""
     torch._dynamo.reset()
     bn = FusedBatchNormAct2d(4).to(device).requires_grad_(False)
     compiled = torch.compile(bn, backend="aot_eager")
@@ -150,7 +150,7 @@ def test_compiled_modules_keep_tangents(device):
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_exported_programs_hold_pytorchs_operators(training, strict, device):
-    """What is exported is PyTorch's: every runtime has it, and it has a gradient."""
+    """Every runtime has PyTorch's operators, and exported programs may be differentiated."""
     torch._dynamo.reset()
     bn = FusedBatchNormAct2d(4).to(device).train(training)
     x = torch.randn(2, 4, 5, 5, device=device)
@@ -210,7 +210,7 @@ def test_dynamic_shapes_compile(training, device):
 
 
 def test_a_changing_activation_parameter_compiles(device):
-    """Which `torch.compile` takes for a symbol."""
+    """`torch.compile` makes a symbol of the parameter, whose value it doesn't know."""
     torch._dynamo.reset()
 
     def function(x, alpha):
@@ -245,7 +245,7 @@ def test_transforms_inside_compiled_code_agree(transform, device):
 
 
 def test_profilers_and_tracers_see_the_operators(device):
-    """Without a listener the dispatcher is passed by."""
+    """Ordinary calls bypass the dispatcher, by which these tools see operators."""
     bn = FusedBatchNormAct2d(4).to(device).eval()
     x = torch.randn(2, 4, 5, 5, device=device)
     expected = bn(x)
@@ -265,7 +265,7 @@ def test_profilers_and_tracers_see_the_operators(device):
             assert any("fastbn.forward_eval" in str(node.target) for node in graph.graph.nodes)
             torch.testing.assert_close(graph(x), expected)
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # deprecated, but there
+            warnings.simplefilter("ignore")  # torch.jit is deprecated, but still works
             traced = torch.jit.trace(bn, x)
         assert "fastbn::forward_eval" in str(traced.inlined_graph)
 
@@ -281,7 +281,7 @@ def test_operators_do_not_write_between_elements(device):
 
 
 def test_backward_with_a_mask_of_another_format_passes_opcheck(device):
-    """The results lie as the mask does, on paper too."""
+    """The results have the mask's memory format, for fake tensors too."""
     x, r, dy, w, b, mean, var, _ = tensors(device, channels_last=True)
     numbers = (0.1, 1.0, 1e-5, "relu", 0.0)
     *_, mask = torch_ops._forward_train(x, r, w, b, None, None, None, *numbers, True)
@@ -321,7 +321,7 @@ def test_operators_refuse_tensors_on_two_devices(device):
 
 @pytest.mark.parametrize("negative", ["input", "weight", "residual", "grad_output"])
 def test_lazily_negated_tensors_have_the_right_sign(negative, device):
-    """Memory holds the values with the other sign."""
+    """The memory of such a tensor holds the values with the opposite sign."""
     x, r, dy, w, b, *_ = tensors(device)
     tensors_of = {"input": x, "weight": w, "residual": r, "grad_output": dy}
     results = []
@@ -338,7 +338,7 @@ def test_lazily_negated_tensors_have_the_right_sign(negative, device):
 
 
 def test_saved_tensors_on_another_device_are_refused(device):
-    """A launch would take their memory for the device's."""
+    """A launch would read their addresses as addresses on the device."""
     x = torch.randn(4, 6, 5, device=device, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.to("meta")):
         y = fastbn.batch_norm(x, None, None, training=True)
@@ -384,7 +384,7 @@ def test_nothing_is_written_if_an_argument_was_freed(freed, strategy, device, fo
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_saved_tensor_hooks_of_compiled_code_may_change_strides(residual, device):
-    """The packed mask's bits still lie as the input did."""
+    """The packed mask's bits stay in the order of the original input, and are read in it."""
     torch._dynamo.reset()
     eager = FusedBatchNormAct2d(3).to(device)
     compiled = torch.compile(copy.deepcopy(eager), backend="aot_eager", fullgraph=True)
@@ -412,7 +412,7 @@ def test_cuda_graphs_of_compiled_modules_agree():
     for _ in range(5):
         x = torch.randn(4, 8, 16, 16, device="cuda", requires_grad=True)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the compiler, about itself
+            warnings.simplefilter("ignore")  # the compiler warns of its own code
             y1, y2 = bn(x), compiled(x)
             gradients = [torch.autograd.grad(y.sum(), x)[0] for y in (y1, y2)]
         torch.testing.assert_close(y1, y2)
@@ -428,7 +428,7 @@ def test_graphs_and_streams_give_the_same_bits(check, strategy, force_strategy):
 
 
 def test_new_sizes_of_images_compile_nothing_anew(device):
-    """The size of a packed mask is computed from symbolic sizes, as all others are."""
+    """The size of a packed mask is a function of the input's symbolic sizes."""
     counter = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(backend=counter, dynamic=True)
@@ -471,7 +471,7 @@ def test_a_training_step_has_two_operators(device):
 
 
 def test_aot_autograd_traces_the_operators(device):
-    """AOTAutograd, which `torch.compile` ends in, called by itself: its tensors are functional."""
+    """Calls AOTAutograd directly, which traces with functional tensors, as `torch.compile` does."""
     from torch._functorch.aot_autograd import aot_module
 
     seen = []

@@ -1,4 +1,4 @@
-"""Bytes loaded and stored, counted by `traffic.py`, are those of the plan."""
+"""The bytes loaded and stored, as `traffic.py` counts them, are those of the plan."""
 
 import pytest
 import torch
@@ -12,15 +12,15 @@ if torch.cuda.is_available():
 
 from .traffic import LARGE, LAYOUTS, READ_AGAIN, Case, measure
 
-# Units from memory and from the cache, forward and backward, of batch norm alone.
+# The units from memory and from the cache, of batch norm alone, for forward and backward.
 UNITS = {
     "two-pass": ((3, 0), (5, 0)),
     "resident": ((2, 0), (3, 0)),
     "ticketed": ((2, 1), (3, 2)),
     "fixed-stats": ((2, 0), (3, 0)),
 }
-# What plans leave out, as a fraction of what they count, at most: first touches,
-# and all. The tensors here are small, and each program reads the vectors of its
+# The most that plans may leave out, as a fraction of what they count: of first touches, and of all
+# accesses. It is much because the tensors here are small: each program reads the vectors of its
 # channels or columns, which are as long as a few rows of its tiles.
 OTHER = {
     "planes": (0.03, 0.1), "channels": (0.06, 0.4), "columns": (0.06, 0.4), "masked": (0.06, 0.4),
@@ -52,7 +52,7 @@ def test_counted_units_are_the_plans(layout, strategy, dtype, activation, residu
             tensors = {"forward": 3, "backward": 4}[traffic.direction]
             assert units == tensors + 1 / (8 * problem.itemsize)
         assert traffic.units == units + cached
-        # Every element of every tensor.
+        # Every element of every large tensor is accessed.
         for name in traffic.sizes.keys() & LARGE:
             assert traffic.fresh[name] == traffic.sizes[name]
         if strategy != "two-pass":
@@ -66,14 +66,14 @@ def test_counted_units_are_the_plans(layout, strategy, dtype, activation, residu
 
 
 def test_partial_results_are_few():
-    """With more values to a channel what plans leave out is little, even with channels last."""
+    """With more values to a channel, plans leave out little even with channels last."""
     for traffic in measure(Case((8, 64, 12, 12), True, "ticketed", "bf16")):
         assert traffic.other_of_memory < PARTIALS_SHARE
         assert traffic.other < 0.15
 
 
 def test_order_of_slices_matters(monkeypatch):
-    """Of the same tickets in the order of two passes, what is read again is too far apart."""
+    """In the order of two passes, the second reading comes too late to find data in the cache."""
 
     def reduce_all_first(ticket, slices, slice_groups, tiles, splits):
         groups = slices * slice_groups

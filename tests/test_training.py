@@ -1,4 +1,4 @@
-"""What a training loop does with models: averages, checkpoints, scaled losses, new statistics."""
+"""Tests what training loops do: averages, checkpoints, scaled losses, new statistics."""
 
 import copy
 
@@ -37,7 +37,7 @@ def test_a_checkpoint_may_update_statistics_once(once, momentum, device):
     assert found.grad.equal(expected.grad)
     assert norm.weight.grad.equal(plain.weight.grad)
     if not once:
-        # As PyTorch does.
+        # PyTorch updates the statistics in the recomputation too.
         plain(x)
     torch.testing.assert_close(norm.state_dict(), plain.state_dict(), rtol=0, atol=0)
     norm(x)

@@ -1,4 +1,4 @@
-"""Types: mypy finds no error in the package, and the right ones in a user's code."""
+"""mypy finds no error in the package, and in a user's code all the errors that are there."""
 
 import shutil
 import subprocess
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_mypy_finds_only_the_marked_errors(tmp_path):
-    """With the package as users have it, where the kernels are inside."""
+    """Checks the package as users have it, with the kernels inside."""
     shutil.copytree(ROOT / "fastbn", tmp_path / "fastbn")
     shutil.copytree(ROOT / "kernels", tmp_path / "fastbn" / "kernels")
     shutil.copy(ROOT / "tests" / "typed_usage.py", tmp_path)

@@ -1,4 +1,4 @@
-"""What the programs of a launch share: counters and partial results."""
+"""Tests the workspaces, which hold the counters and partial results of launches."""
 
 import contextlib
 import threading
@@ -29,7 +29,7 @@ def test_counters_are_zero_aligned_and_long_enough(groups):
     for part in (arrivals, tickets):
         assert len(part) > groups
         assert not part.any()
-        # Or each launch would go the long way through Triton's dispatch.
+        # With unaligned counters each launch would go through Triton's slow dispatch.
         assert part.data_ptr() % 16 == 0
     arrivals.fill_(7)
     assert not tickets.any()
@@ -73,7 +73,7 @@ def test_neither_part_shrinks():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU as far as the counters ask for one: its streams, and whether a graph is captured."""
+    """Returns a fake GPU with what workspaces ask for: its stream, and whether it captures."""
     made = SimpleNamespace(stream=1, capturing=False, current=0, threads=[], filled_in=[])
     device = SimpleNamespace(type="cuda", index=0)
 
@@ -117,13 +117,13 @@ def test_each_stream_has_its_own_workspace(gpu):
     assert second.tickets.data_ptr() != first.tickets.data_ptr()
     gpu.stream = 1
     assert get_workspace(gpu.device, 5) is first
-    # Each is filled in the stream that it is for, before the launch that follows.
+    # Each workspace is filled in its own stream, so that the launch that follows finds it filled.
     assert gpu.filled_in == [1, 2]
 
 
 @pytest.mark.parametrize("current", [0, 1])
 def test_a_graph_has_its_own_workspace(gpu, current):
-    """It may be replayed in any stream, beside launches in this one."""
+    """The graph may be replayed in any stream, while launches run in this one."""
     eager = get_workspace(gpu.device, 5)
     gpu.capturing, gpu.current = True, current
     captured = get_workspace(gpu.device, 5)
@@ -134,7 +134,7 @@ def test_a_graph_has_its_own_workspace(gpu, current):
 
 
 def test_what_lasts_is_allocated_by_another_thread(gpu):
-    """The calling one may be about to record a graph, from whose memory nothing may be kept."""
+    """The calling thread may be about to capture a graph, whose memory nothing may keep."""
     get_workspace(gpu.device, 5)
     gpu.capturing = True
     get_workspace(gpu.device, 5)

@@ -1,19 +1,19 @@
-"""Counts the bytes that kernels load and store, to hold them against the plan's.
+"""Counts the bytes that kernels load and store, to compare them with the plan's.
 
     python -m tests.traffic
 
-The kernels run in Triton's interpreter, where an element counts if its mask is
-true, however a GPU gathers elements to sectors. There is no cache: an element's
-first touch stands for memory, all others for the cache. That they come from there
-is up to the GPU, and plausible if little is read in between; two passes don't
-count on it.
+The kernels run in Triton's interpreter, where an element counts if its mask is true, however a GPU
+gathers elements to sectors. The interpreter has no cache: the first access to an element counts as
+one to memory, and all later ones as accesses to the cache. A GPU is likely to find them there if
+little else was read in between. Two passes don't rely on that, and their plans count both readings
+as ones from memory.
 
-Counted apart is what plans leave out: parameters, statistics, partial results,
-counters, and the sample: three values for each column or plane of a run of which moments
-are computed, and for each channel whose moments are merged.
+What plans leave out is counted apart: parameters, statistics, partial results, counters, and the
+sample, which is three values for each column or plane of a run whose moments are computed, and for
+each channel whose moments are merged.
 
-Tickets are served one after the other; on a GPU those that are served at the same time
-are as many tickets further apart.
+The interpreter serves one ticket after the other. A GPU serves many at the same time, which adds
+that many tickets to the distance between two accesses of an element.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from itertools import product
 from unittest import mock
 
 if __name__ == "__main__":
-    # Read when the kernels are imported.
+    # Triton reads the variable when the kernels are imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
@@ -46,15 +46,15 @@ from fastbn.runtime.layout import problem_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# Arguments of a tensor's size, or of a packed mask's; all others are small. In
-# the second phase a forward needs X again, a backward these.
+# The arguments that are as large as the input, or are a packed mask; all others are small.
+# READ_AGAIN names those that the second phase reads again.
 LARGE = ("X", "R", "Y", "Mask", "DY", "DX", "DR")
 READ_AGAIN = {"forward": ("X",), "backward": ("DY", "X", "R", "Mask")}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A forward and its backward, and the strategy to plan them by."""
+    """A forward and its backward, and the strategy by which both are planned."""
 
     shape: tuple[int, ...]
     channels_last: bool
@@ -75,8 +75,8 @@ class Traffic:
     Attributes:
         problem, schedule: what was planned.
         sizes: bytes of each tensor, by its argument's name.
-        moved: bytes loaded or stored of it.
-        fresh: those of them that were not touched before.
+        moved: bytes of each tensor that were loaded or stored, however often.
+        fresh: bytes of each tensor that were accessed for the first time.
     """
 
     def __init__(self, direction: str, problem: Problem, device: Device) -> None:
@@ -86,14 +86,15 @@ class Traffic:
         self.moved: Counter[str] = Counter()
         self.fresh: Counter[str] = Counter()
         self._arguments: list[tuple[str, int, int]] = []
-        # Of each access a name and its fresh bytes; of each element the last access so far;
-        # and (access, the earliest of those that last touched its elements) pairs.
+        # `_accesses` has the tensor and the fresh bytes of each access, `_touched` the number of
+        # the last access to each element. `_again` has a pair for each access to elements that were
+        # accessed before: the access, and the earliest of those that last touched its elements.
         self._accesses: list[tuple[str, int]] = []
         self._touched: dict[str, np.ndarray] = {}
         self._again: list[tuple[int, int]] = []
 
     def launch(self, launcher: Launcher, tensors: tuple) -> None:
-        """What is accessed from now on belongs to these."""
+        """Notes the tensors of a launch, to which all accesses belong from now on."""
         self._arguments = [
             (name, tensor.data_ptr(), tensor.nbytes)
             for name, tensor in zip(launcher.kernel.arg_names, tensors)
@@ -102,7 +103,7 @@ class Traffic:
         self.sizes |= {name: bytes for name, _, bytes in self._arguments}
 
     def access(self, pointers: np.ndarray, mask: np.ndarray, itemsize: int) -> None:
-        """A load or a store."""
+        """Counts a load or a store."""
         pointers = pointers[np.broadcast_to(mask.astype(bool), pointers.shape)]
         if not pointers.size:
             return
@@ -126,17 +127,17 @@ class Traffic:
 
     @property
     def units(self) -> float:
-        """Loaded or stored, each tensor in units of its size as plans count; not the sample."""
+        """All loads and stores but the sample's, each tensor in units of its size as in plans."""
         return self._units(self.moved - Counter(X=self.sample))
 
     @property
     def units_of_memory(self) -> float:
-        """First touches alone."""
+        """The same as `units`, for first accesses alone."""
         return self._units(self.fresh)
 
     @property
     def sample(self) -> int:
-        """Bytes of the sample."""
+        """Bytes loaded for the sample."""
         if self.direction == "backward" or self.schedule.strategy in ("resident", "fixed-stats"):
             return 0
         reduce, problem = self.schedule.reduce, self.problem
@@ -153,19 +154,19 @@ class Traffic:
 
     @property
     def other_of_memory(self) -> float:
-        """First touches alone."""
+        """The same as `other`, for first accesses alone."""
         small = sum(bytes for name, bytes in self.fresh.items() if name not in LARGE)
         return small / (sum(self.fresh.values()) - small)
 
     @property
     def slice_bytes(self) -> float:
-        """What a ticketed launch reads again of a slice."""
+        """Bytes of a slice that a ticketed launch reads again."""
         columns = self.schedule.slice_groups * self.schedule.reduce.width
         bytes = sum(self.sizes.get(name, 0) for name in READ_AGAIN[self.direction])
         return bytes * columns / (self.problem.c * self.problem.s)
 
     def distance(self, names: tuple[str, ...] = LARGE) -> int:
-        """Most fresh bytes of these tensors from one touch of an element to its next."""
+        """Returns the most fresh bytes of these tensors between two accesses of an element."""
         fresh = [bytes if name in names else 0 for name, bytes in self._accesses]
         until = np.cumsum([0, *fresh])
         return max((until[now] - until[before] for now, before in self._again), default=0)
@@ -177,7 +178,7 @@ class Traffic:
 
 
 def measure(case: Case, device: Device = INTERPRETER) -> tuple[Traffic, Traffic]:
-    """Runs a case, planned for a device: the traffic of forward and backward."""
+    """Runs a case, planned for a device, and returns the traffic of forward and backward."""
     training, saves = case.strategy != "fixed-stats", saved_for(case.activation, case.residual)
     x = torch.randn(case.shape).to(DTYPES[case.dtype])
     if case.channels_last:
@@ -202,7 +203,7 @@ def measure(case: Case, device: Device = INTERPRETER) -> tuple[Traffic, Traffic]
 
 @contextmanager
 def _planned(strategy: str, device: Device) -> Iterator[None]:
-    """Calls are planned for the device and by the strategy."""
+    """Within the block, calls are planned for the device and by the strategy."""
     plan_cache.clear()
     with (
         mock.patch.object(plan, "choose", lambda found: found[strategy]),
@@ -214,7 +215,7 @@ def _planned(strategy: str, device: Device) -> Iterator[None]:
 
 @contextmanager
 def _counted(traffic: Traffic) -> Iterator[None]:
-    """All launches' accesses are counted."""
+    """Within the block, the accesses of all launches are counted."""
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
     atomic, launch = InterpreterBuilder.create_atomic_rmw, Launcher.__call__
 
@@ -247,7 +248,7 @@ def _counted(traffic: Traffic) -> Iterator[None]:
         yield
 
 
-# One for each layout of tiles, and one whose tiles are all masked.
+# A shape and whether its channels are last, for each layout of tiles and for tiles all masked.
 LAYOUTS = {
     "planes": ((2, 20, 64, 64), False),
     "channels": ((3, 224, 8, 8), True),
@@ -259,7 +260,7 @@ EPILOGUES = (("none", False), ("relu", True), ("silu", True))
 
 
 def cases() -> Iterator[tuple[str, Case]]:
-    """Every combination, and the name of its layout."""
+    """Yields the name of a layout and a case, for all combinations."""
     for strategy, name, dtype, epilogue in product(STRATEGIES, LAYOUTS, DTYPES, EPILOGUES):
         if (strategy, name) != ("resident", "columns"):
             yield name, Case(*LAYOUTS[name], strategy, dtype, *epilogue)

@@ -1,4 +1,4 @@
-"""A user's code, as mypy sees it. What is wrong must be an error, or its `ignore` is one."""
+"""A user's code for mypy. Each wrong line has an `ignore`, an error if mypy accepts the line."""
 
 from contextlib import AbstractContextManager
 
