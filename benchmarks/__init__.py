@@ -1,5 +1,5 @@
-"""How fast fastbn is, and what it uses, against what PyTorch offers.
+"""Compares fastbn's speed and memory with those of what PyTorch offers.
 
-`pytest benchmarks --benchmark-only` compares on the screen; `python -m
-benchmarks.report` writes the files that a claim may rest on.
+`pytest benchmarks --benchmark-only` prints a comparison; `python -m benchmarks.report` writes the
+files that a claim may rest on.
 """

@@ -1,4 +1,4 @@
-"""Is a rival right? Against float64, at the sizes that are timed."""
+"""Checks a rival's results against float64, at the sizes that are timed."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from .inputs import Inputs
 from .rivals import Rival, forward, gradients
 from .shapes import Case
 
-# Error allowed, as a fraction of the largest value that makes up a channel's
-# result: four units in the last place of the half formats, since eager rounds
-# between its operators; in float32 room for sums of millions of terms.
+# The error allowed, as a fraction of the largest value that makes up a channel's result. The half
+# formats may be off by four units in the last place, since eager rounds between its operators, and
+# float32 needs room for sums of millions of terms.
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
-# Closer to its kink than this many tolerances, rounding may decide the ReLU's side.
+# Closer than this many tolerances to the ReLU's kink, rounding may decide on which side a value is.
 KINK = 4
 
-# In float64 at once; a chunk and what its gradients need take some 3 GB.
+# So many elements are computed in float64 at once. With what their gradients need, they take 3 GB.
 CHUNK_ELEMENTS = 2**25
 
 
 def worst_error(case: Case, rival: Rival, inputs: Inputs) -> float:
-    """Largest error of output, gradients and running statistics, in units of what is allowed.
+    """Returns the largest error of all results, as a multiple of the error that is allowed.
 
-    Channels don't mix in batch norm: a few at a time are computed in float64,
-    where all of them would not fit.
+    A few channels at a time are computed in float64, since all of them would not fit into memory.
+    Channels don't mix in batch norm, so that this makes no difference.
 
     Returns:
-        At most 1 for a right result; infinite if one is not finite.
+        At most 1 if all results are right, and infinity if one is not finite.
     """
     channels, norm = case.size[1], rival.norm
     step = max(1, CHUNK_ELEMENTS * channels // inputs.x.numel())
@@ -65,7 +65,7 @@ class _Exact:
         def leaf(t: Tensor) -> Tensor:
             return t.detach()[_of(t, chunk)].to(torch.float64, copy=True).requires_grad_()
 
-        # The activation is computed here, apart.
+        # The norm is called without its activation, which `results` computes.
         norm = getattr(rival.norm, "without_activation", lambda: rival.norm)()
         self.norm = norm
         self.chunk = chunk
@@ -78,9 +78,9 @@ class _Exact:
             self.z = self.z + term
 
     def results(self, case: Case, dy: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each result and, for each channel, the error allowed in it."""
-        # Of all gradients alike: on a CPU, PyTorch's compiler hands the statistics
-        # to the backward in the input's dtype.
+        """Yields each result and the error allowed in each of its channels."""
+        # All gradients have the tolerance of the input's dtype, in which PyTorch's compiler hands
+        # the statistics to the backward on a CPU.
         tolerance = TOLERANCE[dy.dtype]
         dy = dy[_of(dy, self.chunk)].double()
         output = F.relu(self.z) if case.epilogue.relu else self.z
@@ -88,7 +88,7 @@ class _Exact:
         x, *residual, weight, _ = (t.detach() for t in self.leaves)
         largest = _largest(dy)
         slope = weight / x.var([0, *range(2, x.dim())]).sqrt()
-        sums = largest * (x.numel() / x.shape[1]) ** 0.5  # that many terms of random sign
+        sums = largest * (x.numel() / x.shape[1]) ** 0.5  # the terms have random signs
         scales = [largest * slope, *(largest for _ in residual), sums, sums]
         gradients = torch.autograd.grad(output, self.leaves, dy)
         yield from ((g, tolerance * scale) for g, scale in zip(gradients, scales, strict=True))
@@ -97,11 +97,11 @@ class _Exact:
 
 
 def _of(t: Tensor, chunk: slice) -> tuple[slice, ...]:
-    """Index of a chunk of channels."""
+    """Returns the index of a chunk of channels."""
     return (chunk,) if t.dim() == 1 else (slice(None), chunk)
 
 
 def _largest(t: Tensor) -> Tensor:
-    """Largest magnitude in each channel."""
+    """Returns the largest magnitude in each channel."""
     t = t.detach().abs()
     return t if t.dim() == 1 else t.amax([0, *range(2, t.dim())])

@@ -1,4 +1,4 @@
-"""What commands share: `--out`, and how they say what went wrong."""
+"""The parts that commands share: the option `--out`, and the text of an error in one line."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 def parse_with_out(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None, files: str
 ) -> argparse.Namespace:
-    """The options, --out among them: a folder, made where there is none, for the files named."""
+    """Parses options after adding `--out`, the folder for these files, and makes the folder."""
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results",
         help=f"folder for {files} (%(default)s)",

@@ -1,4 +1,4 @@
-"""Benchmarks run one at a time: the test suite's parallel default is not for them."""
+"""Makes benchmarks run one at a time, since the test suite runs in parallel by default."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a figure was measured on and with."""
+"""Finds out the machine and the versions with which a figure is measured."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import fastbn
 
 
 def environment(device: torch.device) -> dict:
-    """GPU, driver, versions, date; what is not there is None."""
+    """Returns GPU, driver, versions and date, with None for what is not there."""
     found = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "gpu": None,
@@ -46,14 +46,14 @@ def environment(device: torch.device) -> dict:
 
 
 def title(found: dict) -> str:
-    """Headline of table, plot and JSON; it keeps a CPU run from passing for more."""
+    """Returns the headline of table, plot and JSON, which says if a run was on a CPU."""
     if found["gpu"] is None:
         return f"fastbn {found['fastbn']}: a CPU run; no statement about any GPU"
     return f"fastbn {found['fastbn']} on {found['gpu']}"
 
 
 def driver_version(proc: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    """NVIDIA's, as nvidia-smi gives it, or else the kernel module."""
+    """Returns the version of NVIDIA's driver, from nvidia-smi or else from the kernel module."""
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,6 +1,6 @@
-"""What a call costs the host: a small layer, with PyTorch's batch norm and with fastbn's.
+"""Makes calls of small layers, to time what batch norm costs the host in PyTorch and in fastbn.
 
-The problem is so small that the host decides how long a call takes.
+The input is so small that the host decides how long a call takes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def call_of(name: str, direction: str, device: torch.device) -> Callable[[], obj
 
 
 class _NoKernel:
-    """In place of a compiled kernel: starts nothing."""
+    """Takes the place of a compiled kernel, and starts nothing."""
 
     def __getitem__(self, grid):
         return lambda *arguments: None
@@ -51,7 +51,7 @@ class _NoKernel:
 
 @contextlib.contextmanager
 def no_launches() -> Iterator[None]:
-    """Within the block, calls do all but the driver's part, planned for an H100, on any tensors."""
+    """Within the block, calls are planned for an H100 and do everything but launch kernels."""
     with (
         mock.patch.object(JITFunction, "run", return_value=_NoKernel()),
         mock.patch("fastbn.runtime.support.INTERPRETING", True),

@@ -1,4 +1,4 @@
-"""Random tensors for a case, enough of them that a cache can't hold them."""
+"""Makes random tensors for a case, so many that a cache can't hold them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one training step of a layer reads: input, residual or None, gradient of the output."""
+    """What one training step of a layer reads.
+
+    Attributes:
+        x: the input.
+        residual: the tensor to add, or None.
+        dy: the gradient of the output.
+    """
 
     x: Tensor
     residual: Tensor | None
@@ -27,7 +33,7 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """Random ones: power, and so clocks, depend on the data; zeros would flatter."""
+    """Returns random tensors, since a GPU takes less power for zeros and clocks higher."""
     rank = len(case.size)
     layout = _CHANNELS_LAST[rank] if case.layout == "channels-last" else torch.contiguous_format
     dtype = getattr(torch, case.dtype)
@@ -41,7 +47,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
 
 
 def input_sets(case: Case, device: torch.device) -> list[Inputs]:
-    """As many as it takes for their inputs to fill three times the GPU's L2, at least two."""
+    """Returns at least two sets, and so many that their inputs are three times the GPU's L2."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     count = max(2, math.ceil(3 * cache / case.tensor_bytes))
     return [make_inputs(case, device) for _ in range(count)]

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.keras_layers`: Keras's batch norm against fastbn's, in one process.
+"""`python -m benchmarks.keras_layers` times Keras's batch norm and fastbn's in one process.
 
 It times the forward and backward of either layer in turn, as a model calls them, on the device that
-Keras chooses. On a CPU PyTorch computes fastbn's batch norm too: what is compared there is Keras's
-elementwise operations with one operator.
+Keras chooses. On a CPU PyTorch computes fastbn's batch norm too, so that Keras's elementwise
+operations are compared with one operator.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from fastbn.keras import BatchNormalization
 from .environment import environment, title
 from .timing import clock_of
 
-# Inputs of batch norms in networks with the channels last, as Keras has them.
+# The sizes of inputs of batch norms in networks, with channels last as Keras has them.
 SHAPES = ((32, 56, 56, 64), (128, 32, 32, 32), (128, 16, 16, 64), (1024, 512))
 LAYERS = {"keras": keras.layers.BatchNormalization, "fastbn": BatchNormalization}
 ROUNDS = 15
 
 
 def call_of(name: str, shape: tuple[int, ...]) -> Callable[[], object]:
-    """Returns a training step of a layer: forward, and the gradients of input and parameters."""
+    """Returns a function that takes a training step: a forward, and all gradients."""
     torch.manual_seed(0)
     layer = LAYERS[name]()
     layer.build(shape)

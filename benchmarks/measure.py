@@ -1,4 +1,4 @@
-"""One rival on one case: checked, then timed in every direction and by every method."""
+"""Checks one rival on one case, then times it in every direction and by every method."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ METHODS = ("calls", "graph")
 
 @dataclass(frozen=True)
 class Row:
-    """One figure, and all that it is a figure of.
+    """One figure, and what was measured.
 
     Attributes:
-        network, shape, layout, dtype, epilogue: of the case.
+        network, shape, layout, dtype, epilogue: the case.
         direction: "forward" (of a training step) or "forward+backward".
-        method: "calls", as a program makes them, launch gaps included; or
-            "graph", replayed from a CUDA graph, without.
-        rival: who computes.
+        method: "calls", which includes the gaps between launches, or "graph", the replay of
+            a CUDA graph, which has no gaps.
+        rival: the implementation that computes.
         median_us: microseconds per call, median of many rounds.
         spread: interquartile range of the rounds as a fraction of the median.
-        gb_per_s: 1e9 bytes per second, of `Case.floor_bytes`.
-        fraction_of_copy: of the copy bandwidth measured on this machine; None
-            if that could not be measured.
-        fraction_of_one_pass, fraction_of_two_pass: likewise, of the bytes that
-            fastbn's kernels move in one pass, or two.
-        peak_memory: bytes of forward and backward on top of the inputs; None
-            in other rows and without a GPU.
-        correct: within tolerance of float64.
+        gb_per_s: `Case.floor_bytes` per second, in 1e9 bytes.
+        fraction_of_copy: `gb_per_s` as a fraction of the copy bandwidth measured on this
+            machine; None if that could not be measured.
+        fraction_of_one_pass, fraction_of_two_pass: the same fraction, but for the bytes that
+            fastbn's kernels move in one pass, or in two.
+        peak_memory: bytes that forward and backward need on top of the inputs; None in rows
+            of other directions and without a GPU.
+        correct: whether the results are within tolerance of float64.
     """
 
     network: str
@@ -61,7 +61,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where to measure; copy_bandwidth in bytes per second, None if unknown."""
+    """The device to measure on, and its copy bandwidth in bytes per second if that is known."""
 
     device: torch.device
     copy_bandwidth: float | None
@@ -71,7 +71,7 @@ class Machine:
         return self.device.type == "cuda"
 
     def fraction(self, bytes: float, timing: Timing) -> float | None:
-        """The time that so many take at the copy bandwidth, as a fraction of a measured one."""
+        """Returns the time of bytes at the copy bandwidth, as a fraction of the time measured."""
         return self.copy_bandwidth and bytes / self.copy_bandwidth / timing.median
 
 
@@ -79,13 +79,19 @@ def measure(
     case: Case, name: str, sets: list[Inputs], machine: Machine, note: Callable[[str], None],
     methods: Sequence[str] = METHODS, directions: Sequence[str] = tuple(DIRECTIONS),
 ) -> Iterator[Row]:  # fmt: skip
-    """Checks and times one rival; `note` is told of what can't be captured.
+    """Checks and times one rival, and yields its rows.
 
     Args:
-        methods: without a GPU there is no "graph".
+        case: the case to measure.
+        name: the rival's name in `RIVALS`.
+        sets: the inputs, which calls take in turn.
+        machine: the machine to measure on.
+        note: called with a text if a direction can't be captured in a graph.
+        methods: the methods of timing; "graph" is left out without a GPU.
+        directions: the directions to time.
 
     Raises:
-        ArithmeticError: the rival is wrong. Its rows, marked, come first.
+        ArithmeticError: the rival is wrong. Its rows come first, with `correct` False.
     """
     rival = RIVALS[name](case, machine.device)
     error = worst_error(case, rival, sets[0])

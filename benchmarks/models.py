@@ -1,12 +1,13 @@
-"""What `fastbn.fuse` makes of well-known networks.
+"""Shows what `fastbn.fuse` makes of well-known networks.
 
     python -m benchmarks.models [NETWORK ...] [--size PIXELS] [--compile]
 
-Prints a table: a line for each network with the norms that have an activation of their own,
-are fused with an activation, with an addition and an activation, with an addition alone, and
-are plain; the same counted in a forward; the largest difference of outputs and gradients
-from the network before, on PyTorch's path; and the bytes that a training step of the norms
-reads and writes less, counted. With --compile, also the number of graphs of `torch.compile`.
+It prints a table with a line for each network. A line has the numbers of norms that have an
+activation of their own, that are fused with an activation, with an addition and an activation, or
+with an addition alone, and that are plain; the numbers of such calls in a forward; the largest
+differences of outputs and gradients from those of the unfused network, on PyTorch's path; and how
+many bytes fewer a training step of the norms reads and writes, by counting. With --compile it also
+has the number of graphs that `torch.compile` makes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ KINDS = ("own act", "act", "add+act", "add", "plain")
 
 @dataclass(frozen=True)
 class Network:
-    """A network, how to make it, and how many of its norms are of each of the KINDS."""
+    """A network's name, a function that makes it, and its numbers of norms by the KINDS."""
 
     name: str
     make: Callable[[], nn.Module]
@@ -84,14 +85,14 @@ NETWORKS = [
 
 
 def main_output(output) -> Tensor:
-    """Returns a network's main output, of networks that have several too."""
+    """Returns a network's only or main output."""
     if isinstance(output, dict):
         return output["out"]
     return output if isinstance(output, Tensor) else output[0]
 
 
 class CountedCalls:
-    """Counts the calls of fastbn within a `with` statement, in `norms` by the KINDS."""
+    """Counts fastbn's calls within a `with` statement; `norms` has their numbers by the KINDS."""
 
     def __enter__(self) -> CountedCalls:
         self._counts: Counter[str] = Counter()
@@ -111,7 +112,7 @@ class CountedCalls:
 
     @property
     def norms(self) -> tuple[int, int, int, int]:
-        """The numbers of calls with an activation, with both, with an addition, and plain."""
+        """The numbers of calls with an activation, with both, with an addition, and plain ones."""
         act, both, add, plain = (self._counts[kind] for kind in KINDS[1:])
         return act, both, add, plain
 

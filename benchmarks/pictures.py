@@ -1,4 +1,4 @@
-"""Draws the README's pictures: traffic of a training step, and the timeline of tickets.
+"""Draws the README's pictures: the traffic of a training step, and the timeline of tickets.
 
     python -m benchmarks.pictures
 
@@ -25,9 +25,10 @@ from .shapes import BN_ADD_RELU, BN_RELU, Case, Epilogue
 
 IMAGES = Path(__file__).parent / "images"
 
-# Tensors that PyTorch's own kernels read and write, forward and backward, one kernel for each
-# operation: batch norm reads its input twice forward, and twice it and the output's gradient
-# backward. The gradient of an addition is the output's, for which no kernel runs.
+# The numbers of tensors that PyTorch's own kernels read and write, forward and backward, with a
+# kernel for each operation. Batch norm's forward reads the input twice, and its backward reads the
+# input and the output's gradient twice. The gradient of an addition is that of its output, for
+# which no kernel runs.
 EAGER = {"batch norm": (3, 5), "add": (3, 0), "ReLU": (2, 3)}
 
 BLUE, ORANGE, GRAY = "#2a6fbb", "#e08a1e", "#8a8a8a"
@@ -75,7 +76,10 @@ def draw_traffic(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Work:
-    """What one program does between two draws; times in the time that a ticket to reduce takes."""
+    """What one program does between two draws of tickets.
+
+    The unit of time is what a ticket to reduce takes.
+    """
 
     program: int
     applies: bool
@@ -85,7 +89,7 @@ class Work:
     end: float
 
 
-# A launch small enough to be seen whole.
+# The launch is so small that all of it is seen.
 PROGRAMS, SLICES, SLICE_GROUPS, SPLITS = 8, 4, 2, 6
 
 # A ticket to apply reads from the cache and writes to memory.
@@ -93,7 +97,7 @@ APPLY_SECONDS = 0.8
 
 
 def timeline() -> list[Work]:
-    """Returns who does what when: programs draw in turn, and those that apply wait for flags."""
+    """Returns the work of all programs, which draw tickets in turn and wait for flags to apply."""
     free = [0.03 * program for program in range(PROGRAMS)]
     reduced: dict[int, float] = {}
     found = []
@@ -102,7 +106,7 @@ def timeline() -> list[Work]:
         program = min(range(PROGRAMS), key=free.__getitem__)
         drawn = free[program]
         start = max(drawn, reduced[group]) if applies else drawn
-        # Memory does not serve all programs alike.
+        # Memory doesn't serve all programs at the same speed, so that times differ a little.
         end = start + (APPLY_SECONDS if applies else 1.0) * (1 + 0.02 * (ticket * 7 % 5))
         if not applies:
             reduced[group] = max(end, reduced.get(group, 0.0))

@@ -1,7 +1,7 @@
-"""What the planner decides for a case, and the time that it predicts.
+"""Tells what the planner decides for a case, and which time it predicts.
 
-`python -m benchmarks.plans` prints its decisions for an H100, or another device
-by name; no GPU is needed.
+`python -m benchmarks.plans` prints the planner's decisions for an H100, or for another device by
+name. It needs no GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .shapes import Case, cases
 
 
 def problem_of(case: Case) -> Problem:
-    """The planner's view of a case."""
+    """Returns the problem that a case is for the planner."""
     channels_first = case.layout == "channels-first"
     n, c, s = kernel_shape(
         case.size, torch.contiguous_format if channels_first else torch.channels_last
@@ -35,9 +35,10 @@ def problem_of(case: Case) -> Problem:
 
 
 def floor_units(case: Case, direction: str) -> tuple[float, float]:
-    """Units that one pass and that two passes move, packed masks included.
+    """Returns the units that one pass and that two passes move, packed masks included.
 
-    Of a ticketed kernel those from memory: the device plays no part in them.
+    One pass is a ticketed one, of which the units from memory count. They are the same for every
+    device.
     """
     problem = problem_of(case)
     backwards = (False, True) if direction == "forward+backward" else (False,)
@@ -49,7 +50,7 @@ def floor_units(case: Case, direction: str) -> tuple[float, float]:
 
 
 def plan_entry(case: Case, plan: Plan, device: str) -> dict:
-    """A plan as it goes into the report."""
+    """Returns a plan as it goes into the report."""
     entry = {**case.labels, "device": device, **asdict(plan)}
     for direction in ("forward", "backward"):
         entry[direction]["seconds"] = getattr(plan, direction).seconds
@@ -57,12 +58,12 @@ def plan_entry(case: Case, plan: Plan, device: str) -> dict:
 
 
 def device_plan(case: Case, device: Device) -> dict:
-    """The plan for a device by its facts alone."""
+    """Returns the plan for a device by its facts alone; this machine needn't have it."""
     return plan_entry(case, make_plan(problem_of(case), device), device.name)
 
 
 def in_brief(schedule: Schedule, problem: Problem) -> str:
-    """One direction of a plan in a line: strategy, tile, runs and slices, units, times."""
+    """Describes one direction of a plan in a line: strategy, tile, runs, slices, units, times."""
     work = schedule.apply if schedule.strategy == "resident" else schedule.reduce
     tile = work.tile
     what = f"{schedule.strategy:8} {tile.n}x{tile.q} {tile.layout}"
@@ -80,7 +81,7 @@ def in_brief(schedule: Schedule, problem: Problem) -> str:
 
 
 def device_named(text: str) -> Device:
-    """The device with this in its name."""
+    """Returns the device that has this text in its name."""
     found = [device for device in DEVICES if text.lower() in device.name.lower()]
     if len(found) != 1:
         names = ", ".join(device.name for device in DEVICES)

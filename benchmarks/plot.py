@@ -1,4 +1,4 @@
-"""The report as a picture: how many times as fast, shape by shape."""
+"""Draws the report: for each shape, how many times as fast as each rival fastbn is."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ METHODS = {"graph": "CUDA graph, no launch gaps", "calls": "ordinary calls, laun
 
 
 def draw(title: str, rows: Iterable[Row], path: Path) -> None:
-    """Writes a PNG: forward and backward of BN+ReLU and BN+add+ReLU, against all rivals.
+    """Draws forward and backward of BN+ReLU and BN+add+ReLU, against all rivals, to a PNG.
 
-    Launch gaps are left out where that was measured.
+    It shows times without the gaps between launches, if these were measured.
     """
     found = [one for one in speed_ups(rows) if one.direction == "forward+backward"]
     method = "graph" if any(one.method == "graph" for one in found) else "calls"
@@ -36,7 +36,7 @@ def draw(title: str, rows: Iterable[Row], path: Path) -> None:
     for axis, panel, epilogue in zip(axes, panels, (BN_RELU, BN_ADD_RELU), strict=True):
         _panel(axis, panel, epilogue.name)
     axes[1].set_xlabel("times as fast as the rival (left of the line: slower)")
-    # Outside, where its marks can't be taken for figures.
+    # The legend is outside of the panels, where its marks can't be taken for figures.
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
 

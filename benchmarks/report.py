@@ -1,8 +1,8 @@
-"""`python -m benchmarks.report`: everything measured in one go, as JSON, a table and a plot.
+"""`python -m benchmarks.report` measures everything and writes JSON, a table and a plot.
 
-Parts run in order of importance while the time budget lasts. A part that fails
-is printed and listed, and the others go on; the exit status tells. One that takes
-two minutes counts as hanging and ends the run: the JSON holds what came before.
+Parts run in order of importance while the time budget lasts. A part that fails is printed and
+listed, the others go on, and the exit status is 1. A part that takes two minutes counts as hanging
+and ends the run; the JSON holds what was found before.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from .summary import summarise
 from .table import markdown
 from .timing import copy_bandwidth
 
-# Seconds kept back for the table and the plot.
+# So many seconds are kept for the table and the plot.
 WRITING = 15.0
 
-# Seconds until a part counts as hanging. A kernel that waits for ever can't be stopped, and the
-# process ends: what was found before is on disk.
+# After so many seconds a part counts as hanging. A kernel that waits for ever can't be stopped, so
+# that the process ends; what was found before is on disk.
 HANGING = 120.0
 
 
@@ -68,13 +68,13 @@ class Report:
         self._lost = False
 
     def attempt(self, name: str, work: Callable[[], None]) -> None:
-        """Does a piece of work; its failure is printed and listed."""
+        """Does a piece of work, and prints and lists its failure if it fails."""
         try:
             work()
         except Exception as problem:
             traceback.print_exc(file=sys.stdout)
             self._fail(name, problem)
-            # What an exception's frames held on to may be most of the memory.
+            # The frames of the exception may hold most of the memory, so they are freed.
             problem.__traceback__ = None
             gc.collect()
             try:
@@ -85,7 +85,7 @@ class Report:
                 self._fail("the device, lost after that failure", lost)
 
     def part(self, name: str, work: Callable[[], None]) -> None:
-        """As `attempt`, unless time is so short that the part might not end in it."""
+        """Does the same as `attempt`, or skips a part that might not end within the budget."""
         elapsed = self._clock() - self._start
         if self._lost or elapsed + self._longest + WRITING > self._budget:
             self.skipped.append(name)
@@ -103,7 +103,7 @@ class Report:
         self.failures.append({"part": name, "error": in_one_line(problem)})
 
     def as_dict(self) -> dict:
-        """What goes into the JSON."""
+        """Returns what goes into the JSON."""
         return {
             "title": title(self.environment),
             "environment": self.environment,
@@ -130,13 +130,13 @@ class Report:
         path.write_text(markdown(self.as_dict(), self.rows))
 
     def _draw(self, path: Path) -> None:
-        from .plot import draw  # matplotlib, which the figures don't need
+        from .plot import draw  # it needs matplotlib, and the figures don't
 
         draw(title(self.environment), self.rows, path)
 
 
 def run(report: Report, folder: Path, quick: bool) -> None:
-    """All parts, most important first."""
+    """Runs all parts, the most important first."""
     device, gpu = report.device, report.device.type == "cuda"
     rivals = list(RIVALS)
 
@@ -198,7 +198,8 @@ def main(arguments: list[str] | None = None) -> int:
         help="seconds after which nothing new is begun (%(default)s)",
     )
     options = parse_with_out(parser, arguments, "report.json, report.md and report.png")
-    for name in ("report.md", "report.png"):  # of another run, should this one not get to its own
+    # A run that ends early must not leave an earlier run's files.
+    for name in ("report.md", "report.png"):
         (options.out / name).unlink(missing_ok=True)
     torch.manual_seed(0)
     report = Report(torch.device("cuda" if torch.cuda.is_available() else "cpu"), options.budget)

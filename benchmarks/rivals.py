@@ -1,4 +1,4 @@
-"""Implementations of one case, called alike: PyTorch's, the same compiled, and fastbn."""
+"""Implementations of a case that are called in the same way: PyTorch's, compiled ones, fastbn's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Rival:
 
     Attributes:
         norm: the module that holds parameters and running statistics.
-        call: (x, residual or None) -> y.
+        call: takes x and a residual or None, and returns y.
     """
 
     norm: nn.Module
@@ -33,7 +33,7 @@ class Rival:
 
 
 def _initialised(norm: nn.Module) -> nn.Module:
-    """With parameters at which every term of the formulas counts."""
+    """Draws parameters with which every term of the formulas matters, and returns the norm."""
     nn.init.uniform_(norm.weight, 0.5, 1.5)
     nn.init.normal_(norm.bias, std=0.5)
     return norm
@@ -44,7 +44,7 @@ def _dimensions(case: Case) -> str:
 
 
 def eager(case: Case, device: torch.device) -> Rival:
-    """`nn.BatchNorm*d`, then `+ residual`, then `F.relu`."""
+    """Returns `nn.BatchNorm*d`, then `+ residual`, then `F.relu`."""
     norm = getattr(nn, f"BatchNorm{_dimensions(case)}")(case.size[1], device=device)
     relu = case.epilogue.relu
 
@@ -59,7 +59,7 @@ def eager(case: Case, device: torch.device) -> Rival:
 
 @contextlib.contextmanager
 def quiet_compiler() -> Iterator[None]:
-    """It warns of its own code and of options that play no part here."""
+    """Hides the compiler's warnings, which are of its own code and of options not used here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -68,8 +68,8 @@ def quiet_compiler() -> Iterator[None]:
 def compiled(
     case: Case, device: torch.device, options: dict[str, bool] | None = None
 ) -> Rival:  # fmt: skip
-    """`eager` under `torch.compile`, compiled in both directions."""
-    # One function is compiled for eight shapes and then, silently, no more.
+    """Returns `eager` under `torch.compile`, compiled in both directions."""
+    # Without a reset, `torch.compile` compiles a function for eight shapes at most, and is silent.
     torch.compiler.reset()
     plain = eager(case, device)
     call = torch.compile(plain.call, fullgraph=True, dynamic=False, options=options)
@@ -80,15 +80,15 @@ def compiled(
 
 
 def cooperative(case: Case, device: torch.device) -> Rival:
-    """`compiled`, with reductions that several programs share, which Inductor can on a GPU.
+    """Returns `compiled` with cooperative reductions, which several programs share.
 
-    They are off by default, and are its fastest batch norm where they are possible.
+    They are off by default. Where Inductor can make them, on a GPU, its batch norm is fastest.
     """
     return compiled(case, device, {"triton.cooperative_reductions": True})
 
 
 def fused(case: Case, device: torch.device) -> Rival:
-    """`FusedBatchNorm*d`, or `FusedBatchNormAct*d` where anything follows."""
+    """Returns `FusedBatchNorm*d`, or `FusedBatchNormAct*d` if the epilogue has a ReLU."""
     act = "Act" if case.epilogue.relu else ""
     layer = getattr(fastbn, f"FusedBatchNorm{act}{_dimensions(case)}")
     norm = _initialised(layer(case.size[1], device=device))
@@ -102,23 +102,23 @@ RIVALS: dict[str, Callable[[Case, torch.device], Rival]] = {
     "fastbn": fused,
 }
 
-# Those that are compiled.
+# The rivals that `torch.compile` compiles.
 COMPILED = ("compile", "cooperative")
 
 
 def forward(rival: Rival, inputs: Inputs) -> Tensor:
-    """As in training: what the backward needs is kept."""
+    """Runs a forward of training, which keeps what the backward needs."""
     return rival.call(inputs.x, inputs.residual)
 
 
 def gradients(rival: Rival, inputs: Inputs, y: Tensor) -> tuple[Tensor, ...]:
-    """Those of the input, the residual if there is one, weight and bias."""
+    """Returns the gradients of the input, the residual if there is one, weight and bias."""
     wanted = (*inputs.leaves, rival.norm.weight, rival.norm.bias)
     return torch.autograd.grad(y, wanted, inputs.dy)
 
 
 def forward_backward(rival: Rival, inputs: Inputs) -> tuple[Tensor, ...]:
-    """One training step of the layer."""
+    """Takes one training step of the layer and returns the gradients."""
     return gradients(rival, inputs, forward(rival, inputs))
 
 
@@ -129,13 +129,14 @@ def forward_round(rival: Rival, sets: Sequence[Inputs]) -> list[Tensor]:
 def forward_backward_round(
     rival: Rival, sets: Sequence[Inputs]
 ) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
-    """All forwards come first, so that backwards, as in a network, don't find `x` in the cache."""
+    """Runs all forwards first, so that no backward finds `x` in the cache, as in a network."""
     outputs = forward_round(rival, sets)
     return [(y, gradients(rival, inputs, y)) for inputs, y in zip(sets, outputs)]
 
 
-# What is timed: a call with each input set in turn. All results are returned, to be held to the
-# end of the round: if each went where the one before it was, writes would stay in the cache.
+# These are the rounds that are timed: they make a call with each set of inputs in turn. They return
+# all results, so that none is freed within the round: if each result got the memory of the one
+# before, its writes would stay in the cache.
 DIRECTIONS: dict[str, Callable[[Rival, Sequence[Inputs]], list]] = {
     "forward": forward_round,
     "forward+backward": forward_backward_round,
@@ -143,7 +144,7 @@ DIRECTIONS: dict[str, Callable[[Rival, Sequence[Inputs]], list]] = {
 
 
 def no_compiler(device: torch.device) -> str | None:
-    """Why `torch.compile` can't be used on this machine; None if it can."""
+    """Returns why `torch.compile` can't be used on this machine, or None if it can."""
     try:
         with quiet_compiler():
             torch.compile(torch.relu)(torch.ones(2, device=device))
@@ -153,5 +154,5 @@ def no_compiler(device: torch.device) -> str | None:
 
 
 def kernels_only(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """On a GPU a call that the kernels don't serve is an error, not a slower figure."""
+    """Makes a call on a GPU that the kernels can't serve an error instead of a slower figure."""
     return fastbn.use_backend("triton" if device.type == "cuda" else "torch")

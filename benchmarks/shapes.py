@@ -1,4 +1,4 @@
-"""What is measured: batch norms of well-known networks at the sizes they are trained with."""
+"""The batch norms to measure, from well-known networks at the sizes they are trained with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What follows the normalisation, in order: a residual added, a ReLU."""
+    """Whether a residual is added after the normalisation, and whether a ReLU follows."""
 
     name: str
     residual: bool
@@ -22,8 +22,8 @@ BN = Epilogue("BN", residual=False, relu=False)
 BN_RELU = Epilogue("BN+ReLU", residual=False, relu=True)
 BN_ADD_RELU = Epilogue("BN+add+ReLU", residual=True, relu=True)
 
-# Units of traffic of a kernel that reads and writes each tensor once: x and y;
-# dy, x and dx; a residual and its gradient.
+# Units of traffic of a kernel that reads and writes each tensor once, without and for a residual. A
+# forward moves x and y, a backward dy, x and dx; a residual is read, and its gradient written.
 FLOOR_UNITS = {"forward": (2, 1), "forward+backward": (2 + 3, 1 + 1)}
 
 
@@ -32,11 +32,12 @@ class Shape:
     """The input of a batch norm somewhere in a network.
 
     Attributes:
-        network: where it occurs.
+        network: the network that has it.
         size: (N, C) or (N, C, ...), with a batch size used in training.
-        epilogues: those to measure; BN+ReLU throughout, so that shapes compare.
-        small: the size in its place without a GPU. A shape that has one also
-            stands for its network where time is short.
+        epilogues: the epilogues to measure. All shapes have BN+ReLU, so that they can be
+            compared.
+        small: the size to measure without a GPU. A shape that has one also stands for its
+            network if time is short.
     """
 
     network: str
@@ -74,7 +75,7 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure, whoever computes it."""
+    """A batch norm to measure, by whatever rival computes it."""
 
     network: str
     size: tuple[int, ...]
@@ -88,7 +89,7 @@ class Case:
 
     @property
     def labels(self) -> dict[str, str]:
-        """What tells it from others in a report."""
+        """The values that tell this case from others in a report."""
         return {
             "network": self.network,
             "shape": self.shape,
@@ -103,11 +104,11 @@ class Case:
         return math.prod(self.size) * (4 if self.dtype == "float32" else 2)
 
     def floor_bytes(self, direction: str) -> int:
-        """Bytes that any implementation must move, and the numerator of all GB/s.
+        """Returns the bytes that any implementation must move, by which all GB/s are computed.
 
-        One definition for all rivals makes their GB/s comparable: what a
-        one-pass kernel reads and writes (2 units forward, 3 backward, with a
-        residual one more each), whatever the rival really moves.
+        They are what a one-pass kernel reads and writes: 2 units forward and 3 backward, and one
+        more each with a residual. GB/s of rivals can be compared since these bytes are the same
+        for all rivals, whatever a rival really moves.
         """
         plain, residual = FLOOR_UNITS[direction]
         return (plain + residual * self.epilogue.residual) * self.tensor_bytes
@@ -117,14 +118,14 @@ class Case:
 
 
 def cases(gpu: bool, quick: bool) -> list[Case]:
-    """All that is measured, most important first.
+    """Returns all cases to measure, the most important first.
 
-    One dtype in both layouts everywhere, the other two for one shape of each
-    kind: the full product would take an hour.
+    All shapes are measured in one dtype and both layouts, and one shape of each kind in the other
+    two dtypes: all combinations would take an hour.
 
     Args:
-        gpu: real sizes, mostly in bfloat16; otherwise small ones, in float32.
-        quick: one shape of each network, and one dtype.
+        gpu: whether to return real sizes, mostly in bfloat16, or small ones, mostly in float32.
+        quick: whether to return one shape of each network in one dtype only.
     """
     main, *others = (
         ("bfloat16", "float32", "float16") if gpu else ("float32", "float16", "bfloat16")

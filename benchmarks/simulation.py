@@ -1,11 +1,11 @@
-"""A simulation of one multiprocessor, which the planner's predictions are compared with.
+"""Simulates one multiprocessor, to compare the planner's predictions with the simulated times.
 
     python -m benchmarks.simulation [--device NAME]
 
-plays the launches that the planner chose, run by run, with the same facts of the device. The
-planner combines formulas of what memory, cache, instructions and waiting take; here programs queue
-for each of them, wait for what they load, and wait for each other. It is a model, not a
-measurement, and shows whether waiting adds up.
+The command simulates the launches that the planner chose, run by run, with the same facts of the
+device. The planner combines formulas for the time that memory, cache, instructions and waiting
+take. In the simulation programs queue for memory, cache and instructions, wait for what they load,
+and wait for each other. It measures nothing, and shows whether waiting adds up.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastbn.kernels.tiling import PROGRAMS_PER_SM, WARPS, Problem, warps_of
 from .plans import device_named, problem_of
 from .shapes import cases
 
-# Stores wait only where more than this is on its way to memory.
+# A store waits only if more bytes than these are on their way to memory.
 STORE_BUFFER = 32768
 
 # A program yields the time at which it goes on.
@@ -44,7 +44,7 @@ class Server:
     free: float = 0.0
 
     def serve(self, now: float, amount: float) -> float:
-        """Returns when a request of this amount, made now, is served."""
+        """Returns when a request of this amount, which is made now, is served."""
         self.free = max(now, self.free) + amount / self.rate
         return self.free
 
@@ -62,14 +62,14 @@ class Multiprocessor:
 
     def __post_init__(self) -> None:
         share = bandwidth_of(self.device) / self.device.sm_count
-        # Short pieces of rows are read slowly.
+        # Memory is read more slowly in short pieces of rows.
         rows = self.row_bytes
         self.memory = Server(share * (1 if rows is None else self.device.row_rate(rows)))
         self.cache = Server(share * self.device.l2_speed)
         self.issue = Server(self.device.issues)
 
     def load(self, bytes: float, from_cache: float) -> float:
-        """Returns when a load arrives, of which a fraction is in the cache."""
+        """Returns when a load arrives; `from_cache` is the fraction that is in the cache."""
         arrived = self.cache.serve(self.now, bytes) + self.device.cache_latency
         if from_cache < 1:
             served = self.memory.serve(self.now, bytes * (1 - from_cache))
@@ -77,7 +77,7 @@ class Multiprocessor:
         return arrived
 
     def store(self, bytes: float) -> float:
-        """Returns when a program goes on that stores."""
+        """Returns when a program that stores so many bytes goes on."""
         self.cache.serve(self.now, bytes)
         return max(self.now, self.memory.serve(self.now, bytes) - STORE_BUFFER / self.memory.rate)
 
@@ -106,9 +106,9 @@ class Phase:
     """What a phase does with each tile of a run.
 
     Attributes:
-        loads, stores: bytes.
-        residual: bytes of a tensor that no phase before has read.
-        loop, fixed: instructions of all threads, for a tile and for a run.
+        loads, stores: bytes loaded and stored.
+        residual: bytes loaded of a tensor that no earlier phase has read.
+        loop, fixed: instructions of all threads for a tile, and those for a run besides.
         ahead: whether the next tile is loaded while one is computed.
     """
 
@@ -131,7 +131,7 @@ def phase_of(problem: Problem, work: Pass, backward: bool, second: bool) -> Phas
     if second:
         writes = 1 + (problem.saves is not None if backward else mask)
         residual = float(problem.residual and not backward)
-    # Of a tile that is not full only what is inside is moved.
+    # Of a tile that is not full, only the elements inside of the array are moved.
     full = (
         problem.n * problem.c * problem.s / (work.programs(problem) * work.length * tile.elements)
     )
@@ -142,7 +142,7 @@ def phase_of(problem: Problem, work: Pass, backward: bool, second: bool) -> Phas
 
 
 def run(sm: Multiprocessor, phase: Phase, tiles: int, from_cache: float) -> Program:
-    """Plays a run of tiles."""
+    """Simulates a run of tiles."""
     arrives = deque([sm.load(phase.loads, from_cache)])
     yield sm.compute(phase.fixed / 2)
     for tile in range(tiles):
@@ -160,7 +160,7 @@ def run(sm: Multiprocessor, phase: Phase, tiles: int, from_cache: float) -> Prog
 
 
 def two_pass(problem: Problem, device: Device, schedule: Schedule, backward: bool) -> float:
-    """Plays two launches; the second finds a part of what it reads in the cache."""
+    """Simulates two launches, of which the second finds a part of what it reads in the cache."""
     seconds = 0.0
     again = reads_of(problem, backward) * problem.tensor_bytes
     kept = min(again, device.l2_share * device.l2_bytes) / again
@@ -171,7 +171,7 @@ def two_pass(problem: Problem, device: Device, schedule: Schedule, backward: boo
         cached = [second and i < kept * programs for i in range(programs)]
         play = (run(sm, phase, work.length, float(inside)) for inside in cached)
         seconds += device.launch + sm.play(play, PROGRAMS_PER_SM)
-        # Store partial results, arrive, and merge; or load statistics and store.
+        # The first launch stores partial results, arrives and merges; the second loads statistics.
         seconds += 2 * device.latency
         if not second:
             seconds += work.merge_seconds(problem, device, backward)
@@ -179,10 +179,10 @@ def two_pass(problem: Problem, device: Device, schedule: Schedule, backward: boo
 
 
 def ticketed(problem: Problem, device: Device, schedule: Schedule, backward: bool) -> float:
-    """Plays a persistent launch: each program draws tickets in order, and waits for flags.
+    """Simulates a persistent launch, whose programs draw tickets in order and wait for flags.
 
-    The other multiprocessors do the same at the same time, so the last ticket here of a slice to
-    reduce is the last of all.
+    The other multiprocessors do the same at the same time. Therefore the last ticket of this one
+    that reduces a slice ends when the last one of all multiprocessors does.
     """
     work = schedule.reduce
     sm = Multiprocessor(device, schedule.slice_groups * work.width * problem.itemsize)
@@ -195,7 +195,7 @@ def ticketed(problem: Problem, device: Device, schedule: Schedule, backward: boo
         here = min(schedule.slice_groups, groups - slice * schedule.slice_groups)
         return here * work.tiles() * work.splits
 
-    # In the order of tickets: phases, each as many tickets as fall to this multiprocessor.
+    # The queue has the tickets that fall to this multiprocessor, in the order of the phases.
     order = [(0, False)]
     for slice in range(1, slices):
         order += [(slice, False), (slice - 1, True)]
@@ -210,13 +210,13 @@ def ticketed(problem: Problem, device: Device, schedule: Schedule, backward: boo
     def program() -> Program:
         while queue:
             slice, applies = queue.popleft()
-            # Draw a ticket.
+            # Drawing the ticket takes this long.
             yield sm.now + device.cache_latency
             if applies:
                 while (flag := flags[slice]) is None:
                     yield sm.now + device.cache_latency / 4
                 yield flag
-                # Load statistics.
+                # Loading the statistics takes this long.
                 yield sm.now + device.cache_latency
                 yield from run(sm, apply, work.length, 1.0)
             else:
@@ -224,7 +224,7 @@ def ticketed(problem: Problem, device: Device, schedule: Schedule, backward: boo
                 left[slice] -= 1
                 if not left[slice]:
                     flags[slice] = sm.now + merge
-                # Arrive.
+                # Arriving takes this long.
                 yield sm.now + device.cache_latency
 
     programs = (program() for _ in range(PROGRAMS_PER_SM))
@@ -232,7 +232,7 @@ def ticketed(problem: Problem, device: Device, schedule: Schedule, backward: boo
 
 
 def resident(problem: Problem, device: Device, schedule: Schedule, backward: bool) -> float:
-    """Plays waves of programs that load, reduce and store a channel or a sector's."""
+    """Simulates programs that load, reduce and store a channel, or the channels of a sector."""
     work = schedule.apply
     sm = Multiprocessor(device, work.width * problem.itemsize)
     programs = ceil(work.programs(problem) / device.sm_count)

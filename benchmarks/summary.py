@@ -1,4 +1,4 @@
-"""Speed-ups of fastbn: one by one, and as geometric means; the cases that it loses first."""
+"""Computes fastbn's speed-ups and their geometric means, and lists where fastbn is slower."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .measure import Row
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """How many times as fast as a rival fastbn was; below 1 it was slower."""
+    """How many times as fast as a rival fastbn was; a factor below 1 means slower."""
 
     network: str
     shape: str
@@ -30,14 +30,14 @@ class SpeedUp:
 
 
 def case_of(row: Row) -> tuple[str, ...]:
-    """All that two rows must share to be compared."""
+    """Returns all that two rows must share to be compared."""
     return (
         row.network, row.shape, row.layout, row.dtype, row.epilogue, row.direction, row.method,
     )  # fmt: skip
 
 
 def speed_ups(rows: Iterable[Row]) -> list[SpeedUp]:
-    """Of fastbn against each rival, like with like; a wrong result has no speed."""
+    """Returns fastbn's speed-ups over each rival; rows with wrong results are left out."""
     by_case: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
     for row in rows:
         if row.correct:
@@ -52,11 +52,11 @@ def speed_ups(rows: Iterable[Row]) -> list[SpeedUp]:
 
 
 def summarise(rows: Iterable[Row]) -> dict[str, list[dict]]:
-    """What it comes to.
+    """Summarises the speed-ups of all rows.
 
     Returns:
-        "slower": the speed-ups below 1, worst first; "geometric_means": one for
-        each epilogue, direction, method and rival, and the number of cases in it.
+        "slower" has the speed-ups below 1, the worst first. "geometric_means" has a mean for each
+        epilogue, direction, method and rival, and the number of its cases.
     """
     found = speed_ups(rows)
     groups: dict[tuple[str, ...], list[float]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""The report as Markdown."""
+"""Writes the report as Markdown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CASE = ("network", "shape", "layout", "dtype", "epilogue")
 
 
 def markdown(report: dict, rows: Iterable[Row]) -> str:
-    """All of a report: what fastbn loses first, the means, then every figure."""
+    """Returns a report's text: where fastbn is slower, then the means, then every figure."""
     copy = report["copy_bandwidth"]
     parts = [
         f"# {report['title']}",
@@ -79,9 +79,9 @@ def _percent(value: float | None) -> str:
 
 
 def _served(report: dict) -> dict[tuple[str, ...], str]:
-    """What served a case in each direction, by case and direction, where the plans are of this GPU.
+    """Returns the strategies that served each case and direction.
 
-    Those of a CPU run are an H100's.
+    Only plans for this GPU count; a run on a CPU has plans for an H100.
     """
     found = {}
     for plan in report["plans"]:

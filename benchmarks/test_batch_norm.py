@@ -1,4 +1,4 @@
-"""`pytest benchmarks --benchmark-only`: eager, torch.compile and fastbn side by side."""
+"""`pytest benchmarks --benchmark-only` compares eager PyTorch, torch.compile and fastbn."""
 
 from functools import lru_cache, partial
 from time import perf_counter
@@ -22,7 +22,7 @@ no_compiler = lru_cache(partial(rivals.no_compiler, DEVICE))
 
 
 def synchronised() -> float:
-    """Seconds, when all work given to the device is done."""
+    """Returns the time in seconds after all work given to the device is done."""
     if GPU:
         torch.cuda.synchronize()
     return perf_counter()
@@ -35,7 +35,7 @@ def sets_of(case):
 
 @lru_cache(maxsize=1)
 def checked(case, name):
-    """A rival that is right: its first call compiles, its result is compared."""
+    """Makes a rival and checks its results; this call also compiles its kernels."""
     rival = rivals.RIVALS[name](case, DEVICE)
     assert worst_error(case, rival, sets_of(case)[0]) <= 1
     return rival

@@ -1,9 +1,8 @@
-"""`pytest benchmarks/test_host_overhead.py --benchmark-only`: what a call costs the host.
+"""`pytest benchmarks/test_host_overhead.py --benchmark-only` times what a call costs the host.
 
-Up to Triton's launcher: the launch itself does nothing here, so that any machine
-can measure it, with tensors in any memory. The problem is a small one, of one
-resident launch each way. PyTorch's own modules stand beside it; theirs includes,
-on a CPU, computing a few values.
+The time ends at Triton's launcher: launches do nothing here, so that any machine can measure it,
+with tensors in any memory. The problem is small, with one resident launch in each direction.
+PyTorch's own modules are timed for comparison. On a CPU their time includes computing a few values.
 """
 
 import pytest

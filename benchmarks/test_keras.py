@@ -1,4 +1,4 @@
-"""`pytest benchmarks/test_keras.py --benchmark-only`: Keras's layer and fastbn's side by side."""
+"""`pytest benchmarks/test_keras.py --benchmark-only` compares Keras's layer with fastbn's."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Clocks: CUDA events on a GPU, the host's on a CPU, medians over many rounds."""
+"""Times calls by CUDA events on a GPU or by the host's clock, as medians over many rounds."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import torch
 
-# Of one measurement: seconds of work that its rounds should add up to, and
-# how many rounds at least and at most.
+# The rounds of a measurement should take WINDOW seconds in all, and ROUNDS has the least and the
+# largest number of rounds.
 WINDOW = 0.08
 ROUNDS = (10, 200)
 
@@ -21,14 +21,14 @@ COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
 
 @dataclass(frozen=True)
 class Timing:
-    """Median in seconds; spread is the interquartile range as a fraction of it."""
+    """A median in seconds, and the interquartile range as a fraction of the median."""
 
     median: float
     spread: float
 
 
 class CudaClock:
-    """Marks in the stream's own order: nothing waits until the laps are read."""
+    """Records events in the stream, so that the host waits only when the laps are read."""
 
     def __init__(self) -> None:
         self._marks: list[torch.cuda.Event] = []
@@ -62,7 +62,7 @@ def clock_of(device: torch.device) -> Clock:
 
 
 def time_rounds(play: Callable[[], object], calls: int, clock: Clock) -> Timing:
-    """Times `play`, which makes so many calls; the result is for one call."""
+    """Times `play`, which makes so many calls, and returns the timing of one call."""
 
     def laps(rounds: int) -> list[float]:
         ticking = clock()
@@ -73,7 +73,7 @@ def time_rounds(play: Callable[[], object], calls: int, clock: Clock) -> Timing:
         return ticking.laps()
 
     few, many = ROUNDS
-    laps(1)  # what is done once: memory, workspaces
+    laps(1)  # the first call allocates memory and workspaces
     # The rounds that find out how many to make are also the warm-up.
     rounds = min(many, max(few, int(WINDOW / statistics.median(laps(3)))))
     low, median, high = statistics.quantiles([lap / calls for lap in laps(rounds)], n=4)
@@ -82,12 +82,12 @@ def time_rounds(play: Callable[[], object], calls: int, clock: Clock) -> Timing:
 
 @lru_cache
 def _capture_stream() -> torch.cuda.Stream:
-    """One for all captures: what is set up for each stream is set up once."""
+    """Returns one stream for all captures, so that what each stream needs is set up once."""
     return torch.cuda.Stream()
 
 
 def captured(play: Callable[[], object]) -> Callable[[], None]:
-    """`play` as one CUDA graph, which runs without gaps between launches.
+    """Returns `play` as one CUDA graph, which runs without gaps between launches.
 
     Raises:
         Exception: whatever the capture of something that can't be captured raises.
@@ -95,7 +95,7 @@ def captured(play: Callable[[], object]) -> Callable[[], None]:
     stream = _capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
-    # The outer context gives the stream back even where a capture fails in its end.
+    # The outer context restores the stream even if the capture fails when it ends.
     with torch.cuda.stream(stream):
         play()
         with torch.cuda.graph(graph, stream=stream):
@@ -105,7 +105,7 @@ def captured(play: Callable[[], object]) -> Callable[[], None]:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read plus bytes written per second by a large copy within the device's memory."""
+    """Returns the bytes read and written per second by a large copy within the device's memory."""
     size = COPY_BYTES[device.type]
     source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -114,7 +114,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def peak_memory(step: Callable[[], object]) -> int:
-    """Bytes of GPU memory that a step needs at once, on top of what is there before it."""
+    """Returns the bytes of GPU memory that a step needs on top of what was allocated before."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step()

@@ -1,11 +1,12 @@
-"""ResNet-50's training step on made-up images, with PyTorch's batch norm and with fastbn's.
+"""Times ResNet-50's training step on random images, with PyTorch's batch norm and with fastbn's.
 
     python -m benchmarks.train_step
 
-Mixed precision in bfloat16, channels-last, SGD; eager and under torch.compile. Prints images a
-second, the spread of the steps (interquartile range over median) and, on a GPU, peak memory, and
-writes them to train_step.json; takes minutes. On a GPU the batch is 256 images of 224 by 224; on a
-CPU, where fastbn is PyTorch's own batch norm, it is small and says nothing of a GPU.
+It trains in mixed precision (bfloat16), channels-last, by SGD, eager and under torch.compile. In a
+few minutes it prints images a second, the spread of the steps (interquartile range over median)
+and, on a GPU, peak memory, and writes them to train_step.json. On a GPU the batch is 256 images of
+224 by 224. On a CPU, where fastbn is PyTorch's own batch norm, the batch is small and its times say
+nothing of a GPU.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ from .timing import clock_of, peak_memory, time_rounds
 LAYERS = (3, 4, 6, 3)
 CLASSES = 1000
 
-# Of the first steps' losses between two norms, as a fraction: bfloat16 rounds each layer's results.
+# The losses of the first steps may differ by this fraction between two norms, since bfloat16 rounds
+# each layer's results.
 TOLERANCE = 0.02
 STEPS = 3
 
 
 class FusedBottleneck(Bottleneck):
-    """torchvision's, with its ReLUs and its sum inside the norms; parameters keep their names."""
+    """torchvision's block with its ReLUs and sum inside the norms; parameters keep their names."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -70,16 +72,16 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {"torch": torch_network, "fused":
 
 @dataclass(frozen=True)
 class Row:
-    """One network, eager or compiled.
+    """The figures of one network, eager or compiled.
 
     Attributes:
-        norm: of `NETWORKS`.
-        compiled: by `torch.compile`.
-        images_per_second: at the median of ten steps or more.
-        spread: interquartile range of the steps' times as a fraction of it.
+        norm: the name of the network in `NETWORKS`.
+        compiled: whether `torch.compile` compiled it.
+        images_per_second: images by the median time of ten steps or more.
+        spread: interquartile range of the steps' times as a fraction of the median.
         peak_memory: bytes that a step needs on top of images, parameters and the
             optimizer's state; None without a GPU.
-        losses: of the first steps.
+        losses: losses of the first steps.
     """
 
     norm: str
@@ -91,7 +93,7 @@ class Row:
 
 
 def measure(norm: str, compiled: bool, images: Tensor, labels: Tensor) -> Row:
-    """Trains on the same images again and again; weights depend on nothing but the seed."""
+    """Trains on the same images in all steps; the initial weights depend on the seed alone."""
     device = images.device
     torch.manual_seed(0)
     network = NETWORKS[norm]().to(device, memory_format=torch.channels_last)
@@ -116,10 +118,10 @@ def measure(norm: str, compiled: bool, images: Tensor, labels: Tensor) -> Row:
 
 
 def compare(batch: int, size: int, device: torch.device, compile: bool) -> Iterator[Row]:
-    """Both norms, eager and compiled.
+    """Measures both norms, eager and compiled, and yields their rows.
 
     Raises:
-        ArithmeticError: one doesn't train as the first.
+        ArithmeticError: the losses of a network are not those of the first one.
     """
     torch.manual_seed(0)
     images = torch.randn(batch, 3, size, size, device=device)
@@ -129,7 +131,7 @@ def compare(batch: int, size: int, device: torch.device, compile: bool) -> Itera
     for compiled in (False, True) if compile else (False,):
         for norm in NETWORKS:
             row = measure(norm, compiled, images, labels)
-            # What one network held is none of the next one's memory.
+            # The memory of this network must be free before that of the next one is measured.
             gc.collect()
             expected = expected or row.losses
             if not all(abs(a - b) <= TOLERANCE * b for a, b in zip(row.losses, expected)):
@@ -162,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     result = {
         "title": title(found), "environment": found, "batch": batch, "image_size": size, "rows": [],
     }  # fmt: skip
-    file.write_text(json.dumps(result, indent=1))  # nothing of an earlier run stays
+    file.write_text(json.dumps(result, indent=1))  # this replaces an earlier run's file
     with kernels_only(device):
         for row in compare(batch, size, device, compile=reason is None):
             print(line(row), flush=True)

@@ -1,6 +1,6 @@
-"""All that a GPU is to tell, in one command that fits ten minutes: `python -m benchmarks.gpu`.
+"""`python -m benchmarks.gpu` checks and measures all that needs a GPU within ten minutes.
 
 `session` runs the steps of `steps` one after the other, each by `step` in a process of
-its own. A step writes records, `session` saves them in gpu.json as they come, and
+its own. A step writes records, `session` saves each record in gpu.json at once, and
 `digest` makes the table that ends the output.
 """

@@ -1,7 +1,7 @@
 """Proves fastbn on a GPU, settles the planner's decisions and measures it, in ten minutes.
 
-Prints a table of at most 80 lines at the end, the most important first, and writes all
-figures to gpu.json. Needs the folder tests/ of the repository. Steps:
+At the end it prints a table of at most 80 lines, the most important first. It writes all
+figures to gpu.json, and needs the folder tests/ of the repository. Its steps are:
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("no GPU is to be had here; --rehearse runs everything on the CPU")
     steps = [step for step in STEPS if options.only is None or step.name in options.only]
     session = Session(options.out, options.budget, options.rehearse)
-    # A run that is stopped from outside says what it found all the same.
+    # A run that is stopped from outside prints the table of what it has found.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         session.run(steps)

@@ -1,4 +1,4 @@
-"""The rest of the test suite, whose kernels now run on the GPU."""
+"""Runs the rest of the test suite, with its kernels on the GPU."""
 
 from .step import Context
 from .suite import run_tests

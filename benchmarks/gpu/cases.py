@@ -1,4 +1,4 @@
-"""What the steps check and time, shared so that all of it can be compiled ahead."""
+"""The cases that the steps check and time, shared so that all of them can be compiled ahead."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from ..shapes import BN, BN_ADD_RELU, BN_RELU, Case, Epilogue
 
 LAYOUTS = ("channels-first", "channels-last")
 
-# All batch norms of ResNet-50 as (channels, height and width), those of most bytes first.
+# All batch norms of ResNet-50 as (channels, height and width), the ones with most bytes first.
 RESNET50 = (
     (64, 112), (256, 56), (128, 56), (512, 28), (64, 56), (1024, 14), (256, 28), (2048, 7),
     (128, 28), (512, 14), (256, 14), (512, 7),
 )  # fmt: skip
 
-# Those that end a block, where the residual is added.
+# The batch norms that end a block, to whose output the residual is added.
 ENDS_OF_BLOCKS = ((256, 56), (512, 28), (1024, 14), (2048, 7))
 
-# The benchmarks' shapes that stand for their networks.
+# The shapes of the benchmarks that stand for their networks.
 SHAPES = (
     ("ResNet-50", (256, 256, 56, 56)),
     ("ResNet-50", (256, 2048, 7, 7)),

@@ -1,8 +1,8 @@
 """Compiles what later steps launch, in as many processes as there are cores.
 
-fastbn's kernels go into Triton's cache by the compile checks' own entry, which launches
-nothing. What `torch.compile` generates goes into Inductor's; where Inductor would time
-several configurations of a kernel, it does so later, when nothing else runs.
+`tests.compile_kernels` compiles fastbn's kernels into Triton's cache and launches nothing. What
+`torch.compile` generates goes into Inductor's cache. If Inductor times several configurations of
+a kernel, it does so in a later step, when nothing else runs.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def run(context: Context) -> None:
     device = Device(**context.known["device"]) if "device" in context.known else H100
     capability = context.known.get("environment", {}).get("compute_capability", "9.0")
     arch = int(capability.replace(".", ""))
-    # A worker compiles alone: Inductor need not start processes of its own.
+    # There is a worker for each core, so that Inductor need not start processes of its own.
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     workers = multiprocessing.get_context("spawn")
     counts = {Launches: 0, Rival: 0}

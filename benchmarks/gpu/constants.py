@@ -1,4 +1,4 @@
-"""What the planner assumes of this GPU, measured: the line for `kernels/device.py`."""
+"""Measures what the planner assumes of this GPU, and writes the line for `kernels/device.py`."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from .step import Context
 
 WIDTHS = (32, 64, 128, 256)
 
-# Slices of columns are a quarter of the cache, as those of the ticketed kernels
-# are that have two in half of it: what neighbours share is found there again.
+# Slices of columns are a quarter of the cache, as in the ticketed kernels, which have two slices in
+# half of it. A program then finds in the cache what it shares with its neighbours.
 SLICE_SHARE = 1 / 4
 
-# Of the cache: slices that are copied, and what surely stays in it.
+# Slices are copied whose sizes are these shares of the cache; data of SURE_SHARE surely stay in it.
 SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1, 5 / 4, 3 / 2)
 SURE_SHARE = 1 / 8
 
-# A slice counts as kept that is read again at this multiple of memory's speed.
+# A slice counts as kept in the cache if it is read again at this multiple of memory's speed.
 KEPT_SPEED = 1.5
 
-# Of partial results that are merged: how many, of how many channels.
+# So many partial results, of so many channels, are merged.
 SPLITS = (16, 64, 256, 1024)
 MERGED_CHANNELS = (1, 64)
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is done to find out a constant.
+    """How much work is done to measure a constant.
 
     Attributes:
-        copy_bytes: what is copied slice by slice.
-        visits: how often what stays in the cache is read.
-        launches: of a kernel that does next to nothing.
-        tickets: that are drawn.
-        flags: that programs raise one after the other.
-        places: in the list that is followed through memory.
-        steps: along it.
+        copy_bytes: bytes that are copied slice by slice.
+        visits: how often data that stay in the cache are read.
+        launches: launches of a kernel that does next to nothing.
+        tickets: tickets that programs draw.
+        flags: flags that programs raise one after the other.
+        places: places of the linked list that is followed through memory.
+        steps: steps along the list.
     """
 
     copy_bytes: int = 2**30
@@ -63,11 +63,13 @@ TINY_L2 = 2**15
 
 @dataclass(frozen=True)
 class Copy:
-    """Seconds to copy memory in slices that are read once, or twice, and their share of the cache.
+    """The times of copying memory in slices of one size.
 
     Attributes:
-        speed: of reading again, as a multiple of memory's: copying is two
-            units of traffic, so half of `once` is what one takes.
+        share: size of a slice as a fraction of the cache.
+        once, twice: seconds if each slice is read once, or twice.
+        speed: speed of the second reading, as a multiple of memory's. A copy is two units of
+            traffic, so that half of `once` is the time of one unit from memory.
     """
 
     share: float
@@ -114,7 +116,7 @@ def run(context: Context) -> None:
 
 
 def as_line(name: str, facts: dict) -> str:
-    """The `Device` of these facts, as Python."""
+    """Returns the Python code of a `Device` with these facts."""
     known = "".join(f", {fact}={_literal(value)}" for fact, value in facts.items())
     return f'Device("{name}"{known})'
 
@@ -126,7 +128,7 @@ def _literal(value: float | Sequence) -> str:
 
 
 class Constants:
-    """Measures each constant of a device; seconds and fractions, as `Device` has them."""
+    """Measures each constant of a device, in the units that `Device` has."""
 
     def __init__(self, device: torch.device, sm_count: int, l2_bytes: int, effort: Effort) -> None:
         self.device, self.sm_count, self.l2_bytes = device, sm_count, l2_bytes
@@ -134,7 +136,7 @@ class Constants:
         self.copies: dict[bool, list[Copy]] = {}
 
     def launch(self) -> float:
-        """From one launch to the next of a kernel that does next to nothing."""
+        """Returns the time from one launch to the next of a kernel that does next to nothing."""
         flags = self._zeros(PROGRAMS_PER_SM * self.sm_count, torch.int32)
 
         def play() -> None:
@@ -144,17 +146,18 @@ class Constants:
         return self.seconds(play) / self.effort.launches
 
     def latency(self) -> float:
-        """Of a load that depends on the one before, through memory that no cache holds."""
+        """Returns the time of a load that depends on the one before, from memory."""
         return self._step(self.effort.places)
 
     def cache_latency(self) -> float:
-        """Of a load that depends on the one before, through a quarter of the cache."""
+        """Returns the time of a load that depends on the one before, from the cache."""
         itemsize = torch.int32.itemsize
         return self._step(min(self.effort.places, power_of_2(self.l2_bytes // itemsize // 4)))
 
     def _step(self, places: int) -> float:
         steps = self.effort.steps
-        # An odd stride visits all of 2^n places before it comes back, each in another cache line.
+        # An odd stride visits all 2^n places before it returns to the first one. It is so long that
+        # each place is in another cache line than the one before.
         stride = int(places * 0.382) | 1
         order = (torch.arange(places, device=self.device) + stride) % places
         next, end = order.to(torch.int32), self._zeros(1, torch.int32)
@@ -163,11 +166,11 @@ class Constants:
         return max(0.0, many - few) / steps
 
     def ticket(self) -> float:
-        """Of each of many programs that draw a ticket and do next to nothing."""
+        """Returns the time for each of many programs that draw a ticket and do nothing else."""
         return self._draws(atomic=True)
 
     def program(self) -> float:
-        """Of each of many programs that do next to nothing, without a ticket."""
+        """Returns the time for each of many programs that do next to nothing, without a ticket."""
         return self._draws(atomic=False)
 
     def _draws(self, atomic: bool) -> float:
@@ -177,13 +180,13 @@ class Constants:
         return seconds / self.effort.tickets
 
     def hand_over(self) -> float:
-        """From the raising of a flag until a program that waited for it has raised the next."""
+        """Returns the time from raising a flag until a program that waits for it raises another."""
         tickets = self._zeros(1, torch.int64)
         flags = self._zeros(self.effort.flags, torch.int64)
         return self.seconds(lambda: probes.relay(tickets, flags)) / self.effort.flags
 
     def merge_seconds(self) -> list[tuple[int, int, float]]:
-        """(channels, splits, seconds) of a launch that merges so many partial results."""
+        """Returns (channels, splits, seconds) of launches that merge so many partial results."""
         found = []
         for channels in MERGED_CHANNELS:
             for splits in SPLITS:
@@ -194,9 +197,9 @@ class Constants:
         return found
 
     def row_rates(self) -> tuple[tuple[int, float], ...]:
-        """Speed of reading slices of a matrix, as a fraction of that of whole rows.
+        """Returns the speed of reading slices of a matrix, as a fraction of that of whole rows.
 
-        All read as many bytes: a matrix that is half as high is read twice.
+        All widths read the same number of bytes: a matrix with half as many rows is read twice.
         """
         slice_bytes = _whole_tiles(self.l2_bytes * SLICE_SHARE)
         tallest = slice_bytes // min(WIDTHS)
@@ -211,7 +214,7 @@ class Constants:
         )
 
     def l2_speed(self) -> float:
-        """Speed of reading what is in the cache, as a multiple of reading from memory."""
+        """Returns the speed of reading from the cache, as a multiple of reading from memory."""
 
         def bytes_per_second(bytes: int, visits: int) -> float:
             matrix = self._numbers(bytes).view(-1, probes.TILE)
@@ -223,15 +226,15 @@ class Constants:
         return cached / memory
 
     def l2_share(self) -> float:
-        """Share of the cache that holds data until it is read again."""
+        """Returns the share of the cache that holds data until they are read again."""
         return share_kept(self.copies_in_slices(hints=True))
 
     def l2_share_without_hints(self) -> float:
-        """The same if the cache isn't told what is read again."""
+        """Returns this share if the cache isn't told what is read again."""
         return share_kept(self.copies_in_slices(hints=False))
 
     def copies_in_slices(self, hints: bool) -> list[Copy]:
-        """Copies in slices of many sizes, the smallest first."""
+        """Times copies in slices of many sizes, the smallest first."""
 
         def copy(share: float) -> Copy:
             slice_bytes = _whole_tiles(self.l2_bytes * share)
@@ -247,7 +250,7 @@ class Constants:
         return self.copies[hints]
 
     def seconds(self, play) -> float:
-        """Median; on a GPU from a graph, without gaps between launches."""
+        """Returns the median time, on a GPU of a graph, which has no gaps between launches."""
         play = captured(play) if self.device.type == "cuda" else play
         return time_rounds(play, 1, clock_of(self.device)).median
 
@@ -255,13 +258,13 @@ class Constants:
         return torch.zeros(count, dtype=dtype, device=self.device)
 
     def _numbers(self, bytes: int) -> Tensor:
-        """Random ones, as clocks depend on the data, whose sums over a tile fit 32 bits."""
+        """Returns random numbers, since clocks depend on the data; sums of a tile fit 32 bits."""
         count, most = bytes // probes.ITEMSIZE, 2**31 // probes.TILE
         return torch.randint(-most, most, (count,), dtype=torch.int32, device=self.device)
 
 
 def share_kept(copies: Sequence[Copy]) -> float:
-    """Share of the cache that can be counted on: of copies in ever larger slices, all up to it."""
+    """Returns the share of the cache up to which slices of all sizes were kept."""
     share = 0.0
     for copy in copies:
         if copy.speed < KEPT_SPEED:

@@ -1,4 +1,4 @@
-"""The table that ends a run: at most 80 short lines, the most important first."""
+"""Makes the table that ends a run: at most 80 short lines, the most important first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Records = list[dict]
 
 
 def digest(found: dict, unsaved: str | None = None) -> list[str]:
-    """Returns the lines of what a run found, as `Session.as_dict` has it."""
+    """Returns the table's lines for the findings of a run, which `Session.as_dict` returns."""
     kind = "REHEARSAL on a CPU: no figure says anything of a GPU" if found["rehearsal"] else ""
     gpu = found["known"].get("environment", {}).get("gpu") or "no GPU"
     ended = sum(step["status"] == "done" for step in found["steps"].values())
@@ -99,7 +99,7 @@ def _tests(records: Records) -> Iterator[str]:
 
 
 def _strategies(records: Records) -> Iterator[str]:
-    """The planner's wrong choices first, the most costly at the top; then each case's times."""
+    """Yields the planner's wrong choices, the most costly first, and then each case's times."""
     losses, lines = [], []
     for label, entries in _by_case(_of(records, "strategy")).items():
         times = _direction_times(entries)
@@ -126,7 +126,10 @@ def _strategies(records: Records) -> Iterator[str]:
 
 
 def _direction_times(entries: Records) -> dict[str, dict[str, float]]:
-    """Microseconds of each strategy, forward and backward; a backward's is a difference."""
+    """Returns each strategy's microseconds, forward and backward.
+
+    The time of a backward is that of forward and backward without that of the forward.
+    """
     right = [entry for entry in entries if entry["correct"]]
     forward = {e["forward"]: e["median_us"] for e in right if e["direction"] == "forward"}
     backward = {
@@ -142,7 +145,7 @@ def _short(strategy: str) -> str:
 
 
 def _rivals(records: Records) -> Iterator[str]:
-    """Ratios to the fastest rival, fastbn's worst first, and their geometric means."""
+    """Yields geometric means, and speed-ups over the fastest rival, the smallest first."""
     methods = {row["method"] for row in _of(records, "row")}
     method = "graph" if "graph" in methods else "calls"
     found: list[tuple[float, str, str]] = []
@@ -206,7 +209,8 @@ def _by_case(rows: Records) -> dict[str, Records]:
     return found
 
 
-# By step: how many lines it may have, and what makes them, the most important step first.
+# For each step, the most important first: the most lines that it may have, and a function that
+# makes them.
 SECTIONS: dict[str, tuple[int, Callable[[Records], object]]] = {
     "right": (7, _right),
     "gpu-tests": (4, _tests),

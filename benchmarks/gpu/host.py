@@ -1,4 +1,4 @@
-"""Host time of a call: on a GPU with its launches, which the GPU keeps up with."""
+"""Times a call on the host. On a GPU that includes its launches, which the GPU keeps up with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The machine: names, versions, clocks at rest and under load, copy bandwidth."""
+"""Records names, versions, clocks at rest and under load, and the copy bandwidth."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .step import Context
 
 CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
-# Copies that keep the GPU busy while its clocks are read, for a second or so.
+# So many copies keep the GPU busy for about a second, while its clocks are read.
 LOAD = 1500
 
 

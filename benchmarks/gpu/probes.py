@@ -1,7 +1,7 @@
-"""Kernels that ask memory and cache what fastbn's kernels ask of them, and compute nothing.
+"""Kernels that access memory and cache as fastbn's kernels do, and compute next to nothing.
 
-Tensors hold 32-bit integers, of which sums are exact in any order. Each program
-reads one tile, as large as one of fastbn's, and writes its sum.
+Tensors hold 32-bit integers, whose sums are exact in any order. A program that reads a tile, which
+is as large as one of fastbn's, writes its sum.
 """
 
 import torch
@@ -18,10 +18,10 @@ ITEMSIZE = 4
 TILE_BYTES = 8192
 TILE = TILE_BYTES // ITEMSIZE
 
-# Of the matrix that slices are read from.
+# The bytes of a row of the matrix from which slices are read.
 ROW_BYTES = 8192
 
-# Nothing to fuse, but Triton warns of launches that don't say.
+# There is nothing to fuse, but Triton warns of launches without this option.
 _OPTIONS = {"enable_fp_fusion": False}
 
 
@@ -34,19 +34,19 @@ def _read_slices_kernel(
     WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """One slice of columns after the other, from the first again after the last."""
+    """Reads one slice of columns after the other, and begins again after the last one."""
     program = tl.program_id(0)
     c0 = program // row_blocks % (COLUMNS // WIDTH) * WIDTH
     row = program % row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = c0 + tl.arange(0, WIDTH)
     offsets = tl.cast(row, tl.int64)[:, None] * COLUMNS + column[None, :]
-    # Past the first-level cache, which is not asked.
+    # The loads bypass the first-level cache, which is not measured.
     x = tl.load(X + offsets, cache_modifier=".cg")
     tl.store(Sums + program, tl.sum(tl.sum(x, 1), 0))
 
 
 def read_slices(matrix: Tensor, width_bytes: int, visits: int = 1) -> Tensor:
-    """Reads all of a matrix so many times, in slices of columns; sums, slice by slice."""
+    """Reads a matrix so many times in slices of columns, and returns the sums of all tiles."""
     rows, columns = matrix.shape
     width = width_bytes // ITEMSIZE
     block_rows = TILE // width
@@ -70,7 +70,7 @@ def _copy_slices_kernel(
     FIRST: tl.constexpr,  # hint to the cache for what is read again
     LAST: tl.constexpr,  # hint for what is not
 ):
-    """One slice after the other, each read READS times and written the last time."""
+    """Reads each slice READS times before the next one, and writes it at the last time."""
     program = tl.program_id(0)
     read = program // slice_tiles % READS
     tile = program // slice_tiles // READS * slice_tiles + program % slice_tiles
@@ -89,10 +89,14 @@ def copy_slices(
     """Copies as the ticketed kernels do: a slice is read so many times before the next one.
 
     Args:
-        hints: tell the cache what is read again and what is not, as these kernels do.
+        source: the tensor to copy.
+        target: where the copy goes.
+        slice_bytes: size of a slice.
+        reads: how often each slice is read.
+        hints: whether to tell the cache what is read again and what is not, as these kernels do.
 
     Returns:
-        Sums, slice by slice, of each reading.
+        The sums of all tiles, for each reading of each slice.
     """
     programs = reads * source.numel() // TILE
     sums = torch.empty(programs, dtype=torch.int32, device=source.device)
@@ -110,7 +114,7 @@ def _touch_kernel(P):
 
 
 def touch(flags: Tensor) -> None:
-    """Next to nothing: sets each element, one a program."""
+    """Starts a program for each element, which sets it to 1 and does nothing else."""
     _touch_kernel[(flags.numel(),)](flags, **_OPTIONS)
 
 
@@ -149,7 +153,7 @@ def _chase_kernel(Next, End, steps):
 
 
 def chase(next: Tensor, end: Tensor, steps: int) -> None:
-    """Follows a list of places from the first one, each of which says where the next one is."""
+    """Follows a linked list from its first place; each place holds the index of the next one."""
     _chase_kernel[(1,)](next, end, steps, **_OPTIONS)
 
 

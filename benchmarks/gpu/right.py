@@ -1,4 +1,4 @@
-"""Is it right? Every strategy against float64, again and again, in streams and in graphs."""
+"""Checks every strategy against float64, in repeated calls, in streams and in graphs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tests.oracle import Case
 from .cases import SHAPES
 from .step import Context
 
-# (activation, residual), the most used first.
+# Pairs of activation and residual, the most used first.
 EPILOGUES = (("relu", False), ("relu", True), ("none", False), ("silu", True))
 
-# Sizes that no tile divides, of all dtypes.
+# Sizes that no tile divides, in several dtypes.
 AWKWARD = (
     Case((37, 33, 31, 29), torch.float16),
     Case((3, 5, 7, 9, 11), torch.float32),
@@ -30,12 +30,12 @@ AWKWARD = (
     Case((5, 130, 1, 257), torch.float64),
 )
 
-# Shapes whose calls are repeated 200 times.
+# The networks whose calls are repeated 200 times.
 REPEATED = ("MLP", "MobileNetV2", "ResNet-18/CIFAR")
 TIMES = 200
 FEW_TIMES = 3
 
-# Seconds kept back for the repeats.
+# So many seconds are kept for the repetitions.
 FOR_REPEATS = 18.0
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -43,7 +43,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def run(context: Context) -> None:
     if context.rehearse:
-        from tests.interpreter import mend  # needs Triton's interpreter
+        from tests.interpreter import mend  # the import needs Triton's interpreter
 
         mend()
     if context.device.type == "cuda":
@@ -66,7 +66,7 @@ def run(context: Context) -> None:
 
 
 def all_cases(rehearse: bool) -> list[Case]:
-    """Returns all cases to check: each epilogue with all shapes and layouts in turn."""
+    """Returns all cases to check: one epilogue after the other, with all shapes and layouts."""
     if rehearse:
         plain = [Case((2, 8, 3, 5), torch.bfloat16), Case((16, 8), torch.float32)]
         return [_of(case, epilogue) for case in plain for epilogue in EPILOGUES[:2]]
@@ -108,7 +108,7 @@ def _name(case: Case) -> str:
 
 
 def _check(context: Context, case: Case) -> None:
-    """Holds all strategies to the tests' rule, and their results to each other's bits."""
+    """Holds all strategies to the tests' rule, and repeated calls to the same bits."""
     arguments = oracle.make_arguments(case, context.device)
     expected = oracle.expect(arguments)
     held = []
@@ -147,7 +147,7 @@ def serving(arguments: oracle.Arguments) -> list[str]:
 
 
 def _call(arguments: oracle.Arguments) -> dict[str, Tensor]:
-    """Runs forward and backward. What a call updates is copied first, and so stays."""
+    """Runs forward and backward on copies of what they update, so that the arguments stay."""
     return oracle.run_fastbn(
         replace(
             arguments,
@@ -164,7 +164,7 @@ def _hold_bits(arguments: oracle.Arguments, results: dict[str, Tensor], times: i
     for _ in range(times):
         for name, again in _call(arguments).items():
             bits = _BITS[again.element_size()]
-            # Nothing waits for the GPU before the last run.
+            # The comparison runs on the GPU, so that the host waits only after the last run.
             differs |= (again.view(bits) != results[name].view(bits)).any()
     assert not differs.item(), f"{times} runs differ in their bits"
     gpu_checks.workspaces_rest()

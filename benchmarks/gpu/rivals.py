@@ -1,4 +1,4 @@
-"""Forward and backward of eager PyTorch, `torch.compile` and fastbn, in turn for each case."""
+"""Times forward and backward of eager PyTorch, `torch.compile` and fastbn for each case."""
 
 from __future__ import annotations
 

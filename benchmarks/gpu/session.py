@@ -1,7 +1,7 @@
 """Runs steps one after the other, each in a process of its own, and saves what they find.
 
-This process never touches the GPU. A step that hangs is killed with all that it started,
-one that crashes or loses the device is noted, and the next one starts afresh.
+This process never touches the GPU. A step that hangs is killed with all that it started. A step
+that crashes or loses the device is noted, and the next one starts in a new process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .steps import Step
 
 ROOT = Path(__file__).parent.parent.parent
 
-# A step is asked to end when its time is up, and killed so many seconds later.
+# A step that hasn't ended so many seconds after its time is up is killed.
 GRACE = 8.0
 
 
@@ -29,9 +29,9 @@ class Session:
     """What a run has found so far.
 
     Args:
-        folder: where gpu.json goes.
+        folder: the folder that gpu.json goes to.
         budget: seconds from now until the last step is to have ended.
-        rehearse: on a CPU, at tiny sizes.
+        rehearse: whether to run on a CPU, at tiny sizes.
     """
 
     def __init__(self, folder: Path, budget: float, rehearse: bool) -> None:
@@ -44,8 +44,11 @@ class Session:
         self._lock = threading.Lock()
 
     def run(self, steps: Sequence[Step], say: Callable[[str], None] = print) -> None:
-        """Runs the steps. Each has the time until its share of the budget and all earlier
-        ones' have passed, so it gets what these left."""
+        """Runs the steps.
+
+        A step may run until its share of the budget and the shares of all earlier steps have
+        passed, so that it gets the time that earlier steps left.
+        """
         whole, due = sum(step.seconds for step in steps), 0.0
         for step in steps:
             due += step.seconds / whole * self.budget
@@ -87,7 +90,7 @@ class Session:
         except subprocess.TimeoutExpired:
             status = "killed: it did not end in time"
         finally:
-            # Of a step that crashed too, something may still run.
+            # A step that has ended or crashed may have left processes that still run.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -105,7 +108,7 @@ class Session:
         return environment
 
     def _read(self, step: Step, descriptor: int) -> None:
-        """Takes a step's records as they come; what is none is kept as rubbish."""
+        """Stores each record of a step at once, and other lines as records of kind "rubbish"."""
         with open(descriptor, errors="replace") as lines:
             for line in lines:
                 try:
@@ -130,7 +133,7 @@ class Session:
         }
 
     def _save(self) -> None:
-        """Writes gpu.json. Where that fails, the last one stays, and the run goes on without."""
+        """Writes gpu.json. If that fails, the earlier file stays, and the run goes on."""
         with self._lock:
             fresh = self.path.with_suffix(".tmp")
             try:

@@ -1,9 +1,9 @@
-"""What a step's process does: it runs the step's module and passes its records on.
+"""The program of a step's process, which runs the step's module and passes its records on.
 
     python -m benchmarks.gpu.step MODULE DESCRIPTOR SECONDS [--rehearse] < known.json
 
-Records are lines of JSON that go to an inherited file descriptor, so that nothing
-that a library prints gets between them. Standard input holds what earlier steps found.
+Records are lines of JSON that go to an inherited file descriptor, so that they don't mix with what
+libraries print. Standard input holds what earlier steps found.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Context:
 
     Args:
         descriptor: the file descriptor that records go to.
-        seconds: until the step should have ended.
-        rehearse: the run is on a CPU, at tiny sizes.
+        seconds: seconds until the step should have ended.
+        rehearse: whether the run is on a CPU, at tiny sizes.
         known: what earlier steps found, by name.
     """
 
@@ -68,7 +68,7 @@ class Context:
         except Exception as problem:
             traceback.print_exc()
             self.record("failure", part=part, error=in_one_line(problem))
-            # What the exception's frames hold may be most of the memory.
+            # The frames of the exception may hold most of the memory, so they are freed.
             problem.__traceback__ = None
         gc.collect()
         if self.device.type == "cuda":
@@ -76,9 +76,9 @@ class Context:
         return False
 
     def while_time_is_left(self, items: Iterable[T], keep: float = 0.0) -> Iterator[T]:
-        """Passes items on as long as one like the longest so far would end in time.
+        """Yields items as long as one that takes as long as the longest so far would end in time.
 
-        The others are counted in a record.
+        The number of items that are left is recorded.
 
         Args:
             items: what to work on, the most important first.

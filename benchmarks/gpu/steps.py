@@ -1,4 +1,4 @@
-"""The steps, in their order, and the seconds that each may take of the default budget."""
+"""The steps in their order, and how many seconds of the default budget each may take."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class Step:
     """One step of a run.
 
     Attributes:
-        name: by which `--only` chooses it.
+        name: the name by which `--only` chooses it.
         module: the module whose `run(context)` does the work.
-        seconds: its share of the default budget; what it leaves, later steps have.
-        what: what it finds out.
-        kernels: in a rehearsal, its kernels run in Triton's interpreter.
+        seconds: its share of the default budget; later steps get the time that it leaves.
+        what: what it finds out, in a few words.
+        kernels: whether a rehearsal runs its kernels in Triton's interpreter.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What each strategy takes: was the planner's choice the fastest, and its prediction right?"""
+"""Times each strategy, to see if the planner chose the fastest and predicted its time."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ def run(context: Context) -> None:
 def measure_strategy(
     case: Case, strategy: str, sets: list[Inputs], machine: Machine, note: Callable[[str], None]
 ) -> Iterator[dict]:
-    """Checks and times fastbn by one strategy; nothing if it serves neither direction.
+    """Checks and times fastbn by one strategy, if that serves either direction.
 
-    Without a GPU, which alone has graphs, it times ordinary calls.
+    It times CUDA graphs, or ordinary calls without a GPU.
 
     Yields:
-        A row's entries; "strategy", the one asked for; "forward" and "backward",
-        what served them (where one strategy can't, another does; None if not
-        run); "chosen", what the planner would have taken for the two directions;
-        "predicted_us", of what served.
+        The entries of a row, and besides: "strategy", the strategy asked for; "forward" and
+        "backward", the strategies that served them, which differ from the one asked for where it
+        can't serve (None for a backward that was not run); "chosen", the planner's choice for the
+        two directions; and "predicted_us", the predicted time of the strategies that served.
 
     Raises:
-        ArithmeticError: the result is wrong. Its rows, marked, come first.
+        ArithmeticError: the result is wrong. Its rows come first, with "correct" False.
     """
 
     def planned():
@@ -66,7 +66,7 @@ def measure_strategy(
             if row.direction == "forward+backward":
                 served.append(plan.backward)
             elif plan.forward.strategy != strategy:
-                continue  # another strategy's forward
+                continue  # another strategy served this forward
             yield {
                 **asdict(row),
                 "strategy": strategy,

@@ -1,4 +1,4 @@
-"""Runs a part of the test suite, in parallel, as long as there is time."""
+"""Runs a part of the test suite in parallel until the time is up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics that processes share: is it right, what does it send, what would it cost at scale.
+"""Measures norms that share statistics between processes, and models their cost at scale.
 
 `python -m benchmarks.sync` measures on this machine. `python -m benchmarks.sync.model` draws what
 a model says of up to 1,024 GPUs, and measures nothing.

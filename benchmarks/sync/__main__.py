@@ -2,9 +2,10 @@
 
     python -m benchmarks.sync [--processes 2 4] [--seconds 2]
 
-With enough GPUs the processes talk by NCCL and `nn.SyncBatchNorm` runs too, else by Gloo on the
-CPU, where it refuses to train. Prints the largest errors against one process on the whole batch
-in float64, then what a training step of one norm sends and how long it takes.
+With enough GPUs the processes communicate by NCCL, and `nn.SyncBatchNorm` is measured too.
+Otherwise they communicate by Gloo on the CPU, where `nn.SyncBatchNorm` refuses to train. The
+command prints the largest errors against one process on the whole batch in float64, and then what
+a training step of one norm sends and how long it takes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Errors and times of norms that share statistics; each process of a group calls `measure`."""
+"""Measures norms that share statistics; each process of a group calls `measure`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RESULTS = ("output", "gradient of the input", "running variance")
 
 
 def measure(rank: int, processes: int, store: str, seconds: float) -> None:
-    """Prints the tables, in the first of so many processes."""
+    """Measures in all processes, and prints the tables in the first one."""
     on_gpus = torch.cuda.device_count() >= processes
     device = torch.device("cuda", rank) if on_gpus else torch.device("cpu")
     if on_gpus:
@@ -113,7 +113,7 @@ def _train(norm: nn.Module, x: Tensor, dy: Tensor) -> None:
 
 
 def _messages(call: Callable[[], object]) -> Counter:
-    """Returns how often a call sends what, by name and bytes."""
+    """Returns how many messages a call sends, by collective and number of bytes."""
     sent: Counter = Counter()
 
     def spy(name: str):

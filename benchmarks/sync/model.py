@@ -1,16 +1,16 @@
-"""A model of what shared statistics cost on up to 1,024 GPUs: which messages are cheapest.
+"""Models what shared statistics cost on up to 1,024 GPUs, to find the cheapest messages.
 
     python -m benchmarks.sync.model
 
-Prints a table and draws images/sync.png. Nothing is measured, and README.md says what is
-assumed. A message passes hops, each of which takes a time, and moves bytes at a bandwidth:
+The command prints a table and draws images/sync.png. Nothing is measured, and README.md says what
+is assumed. A message takes a time for each of its hops, and moves bytes at a bandwidth:
 
     ring all-gather of n bytes    P - 1 hops, (P - 1) n bytes
     ring all-reduce of n bytes    2 (P - 1) hops, 2 (P - 1) / P n bytes
     tree all-reduce of n bytes    2 log2(P) hops, 2 n bytes
 
-Hops within a node are not those between nodes. In a ring over m nodes m - 1 hops of P - 1 are
-between nodes, in a tree log2(m) levels are.
+Hops between nodes take longer than hops within a node. In a ring over m nodes, m - 1 of the P - 1
+hops are between nodes; in a tree, log2(m) levels are.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Network:
     """What is assumed of a cluster.
 
     Attributes:
-        gpus: of a node.
+        gpus: GPUs of a node.
         start: seconds until a collective's first byte moves.
         hop_inside, hop_between: seconds for a hop within a node and between nodes.
         bytes_inside, bytes_between: bytes a second that a ring or tree moves.
@@ -78,20 +78,24 @@ def all_reduce(ranks: int, size: float, network: Network = NETWORK) -> float:
 
 
 def gathered(ranks: int, channels: int) -> float:
-    """What fastbn does: means in two parts, sums of squares, and the count, of every process."""
+    """Returns the time of fastbn's message: one all-gather.
+
+    Each process gives its means in two parts, its sums of squares, and its count.
+    """
     return all_gather(ranks, 4 * (3 * channels + 1))
 
 
 def reduced(ranks: int, channels: int) -> float:
-    """The mean of all first, then the sums of squares about it: two all-reduces.
+    """Returns the time of two all-reduces: of the mean, then of the sums of squares about it.
 
-    One would do for sums of x and x^2, whose difference loses the digits of the variance.
+    One all-reduce would do for the sums of x and x^2, but their difference loses the digits of the
+    variance.
     """
     return all_reduce(ranks, 4 * (channels + 1)) + all_reduce(ranks, 4 * channels)
 
 
 def backward(ranks: int, channels: int) -> float:
-    """Either way the backward is one all-reduce of two sums."""
+    """Returns the time of the backward's message, an all-reduce of two sums in either case."""
     return all_reduce(ranks, 4 * 2 * channels)
 
 
