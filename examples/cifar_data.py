@@ -1,7 +1,7 @@
-"""Images for train_cifar.py: CIFAR-10, a folder of images, or a stand-in drawn by formula.
+"""Loads images for train_cifar.py: CIFAR-10, a folder of images, or a stand-in drawn by formula.
 
 A data set of 32x32 images fits in memory as bytes. It is decoded once and kept on the device, which
-cuts it into batches, augments and normalises it, a whole batch at a time.
+selects, augments and normalises a whole batch at a time.
 """
 
 import math
@@ -56,7 +56,7 @@ def load_data(
 ) -> Data:
     """Returns the data that ``--data-path`` asks for, or else what is downloaded, on the CPU."""
     data = load_path(path, workers) if path else (download or download_cifar10)() or stand_in()
-    # Always the same images, and not the first ones, since folders are sorted by class.
+    # The chosen images are always the same, but not the first ones: folders are sorted by class.
     order = torch.randperm(len(data.train[1]), generator=torch.Generator().manual_seed(0))
     chosen = order[:max_train_samples]
     return replace(data, train=(data.train[0][chosen], data.train[1][chosen]))
@@ -174,12 +174,13 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Flips half of the images, turns by up to 36 degrees, crops with up to 4 pixels of shift."""
+    """Flips half of the images, turns all by up to 36 degrees and shifts them by up to 4 pixels."""
     count = len(images)
     flip = 1 - 2 * torch.randint(2, (count,), generator=generator)
     angle = (2 * torch.rand(count, generator=generator) - 1) * math.pi / 5
     shift = (2 * torch.rand(count, 2, generator=generator) - 1) * 4 / (SIZE / 2)
-    # Where each output pixel comes from, in one sampling step: coordinates run from -1 to 1.
+    # `source` says where each output pixel comes from, so that one sampling step does everything.
+    # Coordinates run from -1 to 1.
     rows = [
         torch.stack([angle.cos() * flip, -angle.sin(), shift[:, 0]], dim=1),
         torch.stack([angle.sin() * flip, angle.cos(), shift[:, 1]], dim=1),
@@ -265,5 +266,5 @@ def draw_stand_in(count: int, seed: int) -> Split:
     sign = uniform(-1, 1, 3, 1, 1).sign()
     image += sign * uniform(0.12, 0.45, 3, 1, 1) * pattern.unsqueeze(1)
     image += uniform(0.01, 0.05, 1, 1, 1) * torch.randn(image.shape, generator=generator)
-    image = 0.5 + uniform(0.2, 0.6, 1, 1, 1) * (image - 0.5)  # pale, each to another degree
+    image = 0.5 + uniform(0.2, 0.6, 1, 1, 1) * (image - 0.5)  # each image gets its own contrast
     return (image.clamp(0, 1) * 255).round().to(torch.uint8), labels

@@ -1,4 +1,4 @@
-"""The networks of train_cifar.py, with the norm left open."""
+"""The networks of train_cifar.py, which take the kind of norm as an argument."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from fastbn import FusedBatchNorm2d, FusedBatchNormAct1d, FusedBatchNormAct2d
 
 
 class FusedBlock(BasicBlock):
-    """torchvision's residual block with both ReLUs and the sum inside the norms."""
+    """torchvision's residual block, with both ReLUs and the sum computed by the norms."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -26,7 +26,7 @@ class FusedBlock(BasicBlock):
 
 
 class Norm(NamedTuple):
-    """What follows a layer, built from its number of channels, and a ResNet's block with it."""
+    """A ResNet's block, and functions that make what follows a layer of so many channels."""
 
     block: type[BasicBlock]
     norm2d: Callable[[int], nn.Module]  # after a convolution
@@ -47,8 +47,8 @@ NORMS = {
         norm_relu2d=lambda channels: nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU()),
         norm_relu1d=lambda channels: nn.Sequential(nn.BatchNorm1d(channels), nn.ReLU()),
     ),
-    # Norm and ReLU in one module. The Sequential around it keeps the names of the parameters, so
-    # that a checkpoint trained with "torch" loads here, and back.
+    # Norm and ReLU are one module. The Sequential around it keeps the names of the parameters, so
+    # that a checkpoint of "torch" loads into "fused", and the other way round.
     "fused": Norm(
         block=FusedBlock,
         norm2d=FusedBatchNorm2d,
@@ -59,7 +59,7 @@ NORMS = {
 
 
 def cnn(norm: Norm, classes: int) -> nn.Module:
-    """The tutorial network: two convolutions, two dense layers."""
+    """Returns the tutorials' network, with two convolutions and two dense layers."""
     return nn.Sequential(
         nn.Conv2d(3, 32, 3, padding=1, bias=False),
         norm.norm_relu2d(32),
@@ -75,7 +75,7 @@ def cnn(norm: Norm, classes: int) -> nn.Module:
 
 
 def gap(norm: Norm, classes: int) -> nn.Module:
-    """One convolution block, then the average over the whole image."""
+    """Returns one convolution block, followed by the average over the whole image."""
     return nn.Sequential(
         nn.Conv2d(3, 64, 3, padding=1, bias=False),
         norm.norm_relu2d(64),
@@ -86,7 +86,7 @@ def gap(norm: Norm, classes: int) -> nn.Module:
 
 
 def resnet18(norm: Norm, classes: int) -> nn.Module:
-    """torchvision's ResNet-18 without the stem that shrinks an image to a quarter of its width."""
+    """Returns ResNet-18 without the stem that shrinks an image to a quarter of its width."""
     model = ResNet(norm.block, [2, 2, 2, 2], num_classes=classes, norm_layer=norm.norm2d)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -100,13 +100,13 @@ MODELS = {"cnn": cnn, "gap": gap, "resnet18": resnet18}
 
 
 def build_model(name: str, norm: str, classes: int, seed: int) -> nn.Module:
-    """The network ``name``; the weights of its layers depend on the seed, not on the norm."""
+    """Returns the network ``name``, whose layers' weights depend on the seed, not on the norm."""
     torch.manual_seed(seed)
     model = MODELS[name](NORMS[norm], classes)
     if norm == "none":
-        # Batch norm brings its own shift, so the layer before it has no bias; without it the bias
-        # is needed. Added only now and at zero, as the shift starts: nothing is drawn for it, and
-        # the random weights stay the same for every norm.
+        # Batch norm has its own shift, so that the layer before it has no bias; without batch norm
+        # the bias is needed. It is added only now and starts at zero, as the shift does: no random
+        # numbers are drawn for it, so that the weights are the same for every norm.
         for layer in model.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is None:
                 layer.bias = nn.Parameter(torch.zeros(layer.weight.shape[0]))

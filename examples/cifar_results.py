@@ -1,4 +1,4 @@
-"""What a run of train_cifar.py leaves: checkpoints, a table, metrics.json and a picture."""
+"""Writes and reads what a run of train_cifar.py leaves: checkpoints, tables, JSON and a picture."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -23,7 +23,7 @@ LABELS = {
     "keras": "keras.layers",
     "fastbn": "fastbn.keras",
 }
-# The curves of a norm and of fastbn's should coincide: a thin line over a broad one shows both.
+# The curves of a norm and of fastbn's should coincide. A thin line over a broad one shows both.
 BROAD = {"color": "tab:green", "linewidth": 6, "markersize": 9, "alpha": 0.4}
 THIN = {"color": "tab:purple", "zorder": 3}
 LINES = {
@@ -117,7 +117,7 @@ def draw_curves(path: Path, model: str, data: Data, histories: dict[str, History
     figure.savefig(path, dpi=120)
 
 
-# Of a checkpoint, which holds enough to go on as if the run had never stopped.
+# The keys of a checkpoint, which holds all that a run needs to go on as if it had never stopped.
 KEYS = {"model", "norm", "classes", "history", "weights", "optimizer", "scaler"}
 
 
@@ -173,7 +173,7 @@ def check_fit(checkpoint: dict[str, Any], path: Path, norm: str, options: Namesp
     model, trained_norm = checkpoint["model"], checkpoint["norm"]
     if model != options.model:
         raise UserError(f"--resume: expected a {options.model} in {path}, which holds a {model}")
-    # "torch" and "fused" are the same network: each goes on where the other stopped.
+    # "torch" and "fused" are the same network, and each can go on where the other stopped.
     if (trained_norm == "none") != (norm == "none"):
         raise UserError(f"--resume: expected norm {norm} in {path}, which holds {trained_norm}")
     try:

@@ -1,4 +1,4 @@
-"""What the command lines of the examples have in common."""
+"""The parts that the command lines of the examples share."""
 
 import argparse
 import math
@@ -10,12 +10,12 @@ import torch
 
 
 class UserError(Exception):
-    """Something the user can put right; shown as one line."""
+    """An error that the user can put right, and that is shown as one line."""
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, without the usage that argparse would put above it."""
+        """Prints one line, without the usage that argparse would put above it."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -55,7 +55,7 @@ def device(text: str) -> torch.device:
 
 
 def default_device() -> torch.device:
-    """The accelerator that PyTorch finds (CUDA or ROCm, XPU, MPS), else the CPU."""
+    """Returns the accelerator that PyTorch finds (CUDA or ROCm, XPU, MPS), or else the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 

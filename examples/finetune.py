@@ -5,11 +5,12 @@
     python examples/finetune.py pictures --fuse --pretrained --freeze-norms
     python examples/finetune.py pictures --model timm/efficientnet_b0
 
-The folder holds one folder of images a class, or train/<class>/ and test/<class>/ (or val/).
-Without such parts a fifth of each class, always the same, is held out for testing. Weights that
-can't be had are replaced by random ones, and the program says so. A seed and a number of workers
-repeat a run, with --fuse and without. Writes weights.pt (a state_dict that the network loads fused
-and unfused), curves.png and results.json to --output-dir.
+The folder holds a folder of images for each class, or train/<class>/ and test/<class>/ (or val/).
+If it has no such parts, a fifth of each class, always the same, is held out for testing. If weights
+can't be downloaded, the program says so and starts from random ones. Runs with the same seed and
+number of workers give the same results, with --fuse and without. The program writes weights.pt (a
+state_dict that the network loads whether it is fused or not), curves.png and results.json to
+--output-dir.
 """
 
 import argparse
@@ -47,9 +48,9 @@ from tqdm import tqdm
 
 import fastbn
 
-Loaders = tuple[DataLoader, DataLoader]  # of the images to train on, and of those to test on
+Loaders = tuple[DataLoader, DataLoader]  # the first is for training, the second for testing
 
-# The mean and standard deviation of ImageNet's pixels, by which torchvision's networks see images.
+# torchvision's networks expect images normalised by the mean and deviation of ImageNet's pixels.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -85,7 +86,7 @@ def parse_options(argv: Sequence[str] | None) -> Namespace:
     add("--freeze-norms", action="store_true", help="fix the statistics and parameters of norms")
     add("--freeze-backbone", action="store_true", help="train the last layer only")
     add("--epochs", type=integer(1), default=5, metavar="N", help="default: 5")
-    # Batch norm needs two images for a variance.
+    # Batch norm needs at least two images to compute a variance.
     add("-b", "--batch-size", type=integer(2), default=32, metavar="N", help="default: 32")
     add("--lr", type=learning_rate, default=3e-4, help="learning rate of AdamW, default: 0.0003")
     add("--image-size", type=integer(8, 4096), default=224, metavar="N", help="default: 224")
@@ -101,7 +102,8 @@ def parse_options(argv: Sequence[str] | None) -> Namespace:
 
 
 def make_loaders(train: Subset, test: Subset, model: nn.Module, options: Namespace) -> Loaders:
-    size, config = options.image_size, getattr(model, "pretrained_cfg", {})  # the latter is timm's
+    # timm's networks have a `pretrained_cfg`.
+    size, config = options.image_size, getattr(model, "pretrained_cfg", {})
     to_tensor = [
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),
@@ -117,7 +119,8 @@ def make_loaders(train: Subset, test: Subset, model: nn.Module, options: Namespa
         "pin_memory": options.device.type == "cuda",
     }
     generator = torch.Generator().manual_seed(options.seed)
-    # A last batch of one image has no variance where it has shrunk to one pixel: leave it out.
+    # A last batch of one image is left out: where the image has shrunk to one pixel, the batch has
+    # no variance.
     alone = len(train) % options.batch_size == 1
     return (
         DataLoader(train, shuffle=True, drop_last=alone, generator=generator, **shared),
@@ -145,7 +148,7 @@ def replace_last_layer(model: nn.Module, classes: int) -> nn.Module:
         model.reset_classifier(classes)
         last = model.get_classifier()
         return nn.ModuleList(last) if isinstance(last, tuple) else last
-    # GoogLeNet and Inception return more than logits in training, unless told otherwise.
+    # In training GoogLeNet and Inception would return more than the logits.
     if hasattr(model, "aux_logits"):
         model.aux_logits = False
     path, last = [found for found in model.named_modules() if isinstance(found[1], nn.Linear)][-1]
@@ -183,7 +186,7 @@ def run_epoch(
     title: str,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> tuple[float, float]:
-    """Returns the mean loss and the accuracy; trains if there is an optimizer."""
+    """Returns the mean loss and the accuracy, and trains the network if there is an optimizer."""
     training = optimizer is not None
     model.train(training)
     total, right, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
@@ -203,7 +206,7 @@ def run_epoch(
 
 
 def train(model: nn.Module, loaders: Loaders, options: Namespace) -> list[dict]:
-    """Trains the network and saves its weights after each epoch; returns a row for each."""
+    """Trains the network, saves its weights after each epoch, and returns a row for each epoch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr)
     history = []
     for epoch in range(1, options.epochs + 1):
@@ -249,7 +252,7 @@ def finetune(options: Namespace) -> None:
 
     model.to(options.device)
     if options.freeze_backbone:
-        # The statistics of its norms follow the images nevertheless, unless they are frozen.
+        # The running statistics still follow the images, unless --freeze-norms fixes them.
         model.requires_grad_(False)
         last_layer.requires_grad_(True)
     if options.freeze_norms:

@@ -1,6 +1,6 @@
-"""Folders of images with one folder a class, and what users get wrong about them.
+"""Finds and splits images in folders for each class, and reports what is wrong with a folder.
 
-Errors begin with the name of the command line's argument that named the folder.
+Error messages begin with the argument of the command line that named the folder.
 """
 
 import copy

@@ -1,13 +1,14 @@
-"""CIFAR-10 in Keras with batch norm and without: the tutorial's code, with one import changed.
+"""Trains on CIFAR-10 in Keras with batch norm and without; only one import is not the tutorial's.
 
     python examples/keras_cifar.py                               # no norm against fastbn
     python examples/keras_cifar.py --norm none keras fastbn      # and Keras's own batch norm
     python examples/keras_cifar.py --model gap --augment         # global average pooling
     python examples/keras_cifar.py --data-path pictures          # train/<class>/, test/<class>/
 
-Without --data-path it takes CIFAR-10 from keras.datasets; with no network it trains on a procedural
-stand-in and says so. Every network starts from the same weights and sees the same batches. Writes
-a .keras file per norm, metrics.json and curves.png to --output-dir.
+Without --data-path it takes CIFAR-10 from keras.datasets. If that can't be downloaded, it trains on
+a procedural stand-in and says so. Every network starts from the same weights and sees the same
+batches. The program writes a .keras file for each norm, metrics.json and curves.png to
+--output-dir.
 """
 
 import argparse
@@ -36,7 +37,7 @@ NORMS = {"none": None, "keras": layers.BatchNormalization, "fastbn": BatchNormal
 
 
 def cnn(norm: Any, classes: int) -> keras.Model:
-    """The tutorial's network, with batch norm between each layer and its activation."""
+    """Returns the tutorial's network, with batch norm between each layer and its activation."""
     if norm is None:
         return keras.Sequential(
             [
@@ -70,7 +71,7 @@ def cnn(norm: Any, classes: int) -> keras.Model:
 
 @keras.saving.register_keras_serializable("examples")
 class GlobalAveragePooling(keras.Model):
-    """One convolution block, then the average over the whole image."""
+    """A network of one convolution block, followed by the average over the whole image."""
 
     def __init__(self, norm: str, classes: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -142,7 +143,7 @@ def train(norm: str, data: Data, options: Namespace) -> cifar_results.History:
     model.save(path)
     loaded = keras.saving.load_model(path)
     _, accuracy = loaded.evaluate(x_val, y_val, batch_size=options.batch_size, verbose=0)
-    # Not always equal to the last digit: a GPU may choose other kernels.
+    # The scores may differ a little, since a GPU may choose other kernels.
     if abs(accuracy - history["val_accuracy"][-1]) > 0.005:
         raise RuntimeError(f"{path} scores {accuracy:.1%}, not {history['val_accuracy'][-1]:.1%}")
     print(f"{path}: loaded again, {accuracy:.1%}")
@@ -160,7 +161,7 @@ def train(norm: str, data: Data, options: Namespace) -> cifar_results.History:
 
 
 def arrays(split: Split) -> tuple[Any, Any]:
-    """Images from 0 to 1 with the channels last, as Keras has them, and their labels."""
+    """Returns images from 0 to 1 with channels last, as Keras expects them, and their labels."""
     images, labels = split
     return images.permute(0, 2, 3, 1).numpy().astype("float32") / 255, labels.numpy()
 
@@ -170,7 +171,7 @@ def download() -> Data | None:
     try:
         cifar_data.probe(cifar_data.CIFAR10.url)
         train, val = keras.datasets.cifar10.load_data()
-    except Exception:  # of Keras's own, if the download breaks off
+    except Exception:  # Keras raises a plain Exception if the download breaks off
         return cifar_data.download_cifar10()
     splits = ((to_channels_first(x), torch.from_numpy(y[:, 0]).long()) for x, y in (train, val))
     return Data("CIFAR-10", CLASSES, *splits)
@@ -197,7 +198,7 @@ def parse_options(argv: Sequence[str] | None) -> Namespace:
     add("--output-dir", type=Path, default=Path("runs/keras_cifar"), help="default: %(default)s")
     options = parser.parse_args(argv)
     options.norm = list(dict.fromkeys(options.norm))
-    # Keras chooses, by the environment variable KERAS_TORCH_DEVICE if it is set.
+    # Keras chooses the device, by the environment variable KERAS_TORCH_DEVICE if that is set.
     options.device = keras.ops.zeros(1).device
     return options
 

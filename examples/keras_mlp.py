@@ -1,11 +1,11 @@
-"""Concentric circles in Keras: the tutorial's 2-3-2-1 network with and without batch norm.
+"""Trains the tutorial's network on concentric circles in Keras, with and without batch norm.
 
     python examples/keras_mlp.py                               # no norm against fastbn
     python examples/keras_mlp.py --norm none keras fastbn      # and Keras's own batch norm
     python examples/keras_mlp.py --csv points.csv              # your data, columns X,Y,class
 
-Each network starts from the same weights and sees the same batches in the same order. Writes
-circles.png (data, decision boundaries, validation curves) and metrics.json to --output-dir.
+Each network starts from the same weights and sees the same batches in the same order. The program
+writes circles.png (data, decision boundaries, validation curves) and metrics.json to --output-dir.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def build_net(norm):
 
 
 def train(norm, data, args):
-    """Returns the trained network, and its curves: one value per epoch each."""
+    """Returns the trained network and its curves, which have a value for each epoch."""
     x_train, y_train, x_val, y_val = data
     keras.utils.set_random_seed(args.seed)
     net = build_net(NORMS[norm])
@@ -72,7 +72,7 @@ def train(norm, data, args):
 
 
 def logits_of(net):
-    """What train_mlp.py draws: the network before its sigmoid."""
+    """Returns the network without its sigmoid, which train_mlp.py's `draw` expects."""
     return lambda points: torch.logit(net(points)[:, 0])
 
 
@@ -111,7 +111,7 @@ def main(argv=None):
         nets[norm] = logits_of(net)
         last = {key: values[-1] for key, values in curves[norm].items()}
         print("{:<8}{train_loss:>12.4f}{val_loss:>12.4f}{val_accuracy:>15.1%}".format(norm, **last))
-    # JSON has no NaN, which the loss of a diverged network may be: null instead.
+    # JSON has no NaN, which the loss of a diverged network may be, so that null stands for it.
     metrics = {
         norm: {key: [v if math.isfinite(v) else None for v in values] for key, values in c.items()}
         for norm, c in curves.items()

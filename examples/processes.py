@@ -1,4 +1,4 @@
-"""Several processes that torchrun started, one for each GPU, which share every batch."""
+"""Lets the processes that torchrun started, one for each GPU, share every batch."""
 
 import io
 import os
@@ -11,9 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def join(device: torch.device) -> torch.device:
-    """Joins the other processes, if there are any, and returns this process' own device.
+    """Joins the other processes, if there are any, and returns this process's own device.
 
-    Only the first process prints.
+    From then on only the first process prints.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device.type == "cuda":
@@ -39,7 +39,7 @@ def size() -> int:
 
 
 def own_part(batch: Tensor) -> Tensor:
-    """Returns this process' part of a batch. The parts of all processes have each image once."""
+    """Returns this process's part of a batch. Each image is in the part of exactly one process."""
     return batch.tensor_split(size())[rank()]
 
 

@@ -1,4 +1,4 @@
-"""What the results of the examples have in common: tables, JSON, axes, devices."""
+"""Functions that all examples use for their results: tables, JSON, axes, names of devices."""
 
 import json
 import math
@@ -15,7 +15,7 @@ import fastbn
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
-    """Writes rows of cells as lines, with columns as wide as their widest cell."""
+    """Returns rows of cells as lines, with columns as wide as their widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -28,7 +28,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def without_nan(value: Any) -> Any:
-    """Puts None for NaN and infinity, which the loss may be and JSON can't hold."""
+    """Replaces NaN and infinity, which the loss may be and JSON can't hold, by None."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -43,7 +43,7 @@ def plain_options(options: Namespace) -> dict[str, Any]:
 
 
 def tidy(axes: Axes) -> None:
-    """Marks whole epochs only, and leaves out lines that say nothing."""
+    """Puts ticks at whole epochs only, and hides lines that show nothing."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
@@ -54,7 +54,7 @@ def device_name(device: torch.device) -> str:
 
 
 def stand_in_for_kernels(device: torch.device) -> str | None:
-    """Names what computes fused norms in place of a GPU's kernels, if anything does."""
+    """Returns the name of what computes fused norms, or None if a GPU's kernels do."""
     if fastbn.explain(None, torch.randn(2, 3, device=device)).backend == "torch":
         return "PyTorch"
     return "Triton's interpreter" if device.type == "cpu" else None

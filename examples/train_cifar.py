@@ -1,4 +1,4 @@
-"""CIFAR-10 with batch norm and without: what it does for accuracy, speed and memory.
+"""Trains on CIFAR-10 with batch norm and without, and compares accuracy, speed and memory.
 
     python examples/train_cifar.py                               # no norm against fastbn
     python examples/train_cifar.py --norm none torch fused       # and PyTorch's own batch norm
@@ -8,11 +8,12 @@
     python examples/train_cifar.py --resume runs/cifar/fused.pt --norm fused --test-only
     torchrun --nproc-per-node 2 examples/train_cifar.py --sync-bn  # on two GPUs, or a CPU's cores
 
-Without --data-path it looks for CIFAR-10 in data/ or downloads it there; with no network it trains
-on a procedural stand-in and says so. Every network starts from the same weights and sees the same
-batches, with the same augmentation, in the same order: only the norm differs. Processes that
+Without --data-path it looks for CIFAR-10 in data/ or downloads it there. If that isn't possible, it
+trains on a procedural stand-in and says so. Every network starts from the same weights and sees the
+same batches, with the same augmentation, in the same order: only the norm differs. Processes that
 torchrun starts share each batch, and with --sync-bn its statistics too, so that they compute what
-one process does. Writes a checkpoint per norm, metrics.json and curves.png to --output-dir.
+one process does. The program writes a checkpoint for each norm, metrics.json and curves.png to
+--output-dir.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-train-samples", type=integer(2), metavar="N", help="train on only N of the images")
     add("--augment", action="store_true", help="random flips, rotations by up to 36 degrees, crops")
     add("--epochs", type=integer(1), default=10, metavar="N", help="default: 10, resumed included")
-    # Batch norm needs two images for a variance.
+    # Batch norm needs at least two images to compute a variance.
     add("-b", "--batch-size", type=integer(2), default=128, metavar="N", help="default: 128")
     add("--lr", type=learning_rate, default=1e-3, help="learning rate of Adam, default: 0.001")
     add("--seed", type=integer(0, 2**32 - 1), default=0, help="default: 0")
@@ -117,7 +118,8 @@ def train_one_epoch(
             images = images.contiguous(memory_format=layout(options))
             with autocast(options):
                 loss = F.cross_entropy(net(images), labels, reduction="sum") / count
-            # The mean of the processes' gradients is to be that of the whole batch.
+            # DistributedDataParallel takes the mean of the processes' gradients, which then is the
+            # gradient of the whole batch.
             loss = loss * processes.size()
             optimizer.zero_grad()
             scaler.scale(loss).backward()
@@ -140,7 +142,7 @@ def train_one_epoch(
 def evaluate(
     net: nn.Module, split: Split, options: Namespace, shared: bool = False
 ) -> dict[str, float]:
-    """Scores a network; if ``shared``, all processes do so together."""
+    """Scores a network; if ``shared``, each process scores a part of the images."""
     net.eval()
     count = len(split[1])
     if shared:
@@ -170,7 +172,7 @@ def train(norm: str, data: Data, options: Namespace, checkpoint: dict[str, Any] 
     """Trains one network to the end, and saves it after each epoch."""
     model = prepare_model(norm, len(data.classes), options)
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
-    # fp16 can't hold small gradients: the scaler multiplies the loss, and divides in its step.
+    # fp16 can't hold small gradients. The scaler multiplies the loss, and divides gradients later.
     scaler = torch.amp.GradScaler(options.device.type, enabled=options.amp == "fp16")
     history: History = []
     if checkpoint:
@@ -202,7 +204,7 @@ def check_saved(norm: str, data: Data, options: Namespace, expected: float) -> N
     """Loads the checkpoint into a new network, which must score what the trained one did."""
     path = options.output_dir / f"{norm}.pt"
     accuracy = validate(norm, data, options, load_checkpoint(path))["val_accuracy"]
-    # Not always equal to the last digit: the GPU or the compiler may choose other kernels.
+    # The scores may differ a little, since the GPU or the compiler may choose other kernels.
     if abs(accuracy - expected) > 0.005:
         raise RuntimeError(f"{path} scores {accuracy:.1%} instead of {expected:.1%}")
     print(f"{path}: loaded again, {accuracy:.1%}")
@@ -217,7 +219,7 @@ def validate(
 
 
 def start_measuring_memory(device: torch.device) -> None:
-    gc.collect()  # what is left of the network before must not count for the next
+    gc.collect()  # memory of the last network must not count as the next one's
     torch.compiler.reset()
     if device.type in ("cuda", "xpu"):
         torch.accelerator.reset_peak_memory_stats(device)

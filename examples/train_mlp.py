@@ -1,12 +1,13 @@
-"""Concentric circles: a 2-3-2-1 network with batch norm after each hidden layer, and without.
+"""Trains a 2-3-2-1 network on concentric circles, with batch norm and without.
 
     python examples/train_mlp.py                               # no norm against fastbn, about 10 s
     python examples/train_mlp.py --norm none torch fused       # and PyTorch's own batch norm
     python examples/train_mlp.py --order act-norm              # batch norm after the ReLU
     python examples/train_mlp.py --csv points.csv              # your data, columns X,Y,class
 
-Each network starts from the same weights and sees the same batches in the same order. Writes
-circles.png (data, decision boundaries, validation curves) and metrics.json to --output-dir.
+Batch norm follows each hidden layer. Each network starts from the same weights and sees the same
+batches in the same order. The program writes circles.png (data, decision boundaries, validation
+curves) and metrics.json to --output-dir.
 """
 
 import argparse
@@ -42,7 +43,7 @@ LABELS = {
     "keras": "keras.layers",
     "fastbn": "fastbn.keras",
 }
-# The curves of a norm and of fastbn's coincide: a thin line over a broad one shows both.
+# The curves of a norm and of fastbn's coincide. A thin line over a broad one shows both.
 BROAD = {"color": "tab:green", "linewidth": 5, "alpha": 0.4}
 THIN = {"color": "tab:purple", "zorder": 3}
 LINES = {
@@ -53,11 +54,11 @@ LINES = {
     "fastbn": THIN,
 }
 NOISE = 0.1  # standard deviation of the radius; the rings lie at 0.5 and 1
-LARGEST = 1e15  # of a coordinate: float32 still holds the squares in variances and gradients
+LARGEST = 1e15  # float32 holds the squares of such coordinates in variances and gradients
 
 
 def make_circles(samples, seed):
-    """Points (samples, 2) on two noisy rings; class 1 is the inner one."""
+    """Returns points (samples, 2) on two noisy rings, and labels; class 1 is the inner ring."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(samples) % 2
     radius = 1 - 0.5 * labels + NOISE * torch.randn(samples, generator=generator)
@@ -66,20 +67,20 @@ def make_circles(samples, seed):
 
 
 def parse_number(text, where):
-    """A value to train on, or a UserError that says where it stands."""
+    """Returns a value to train on, or raises a UserError that says where the text is."""
     try:
         number = float(text)
     except ValueError:
         raise UserError(f"{where}: {text!r} is no number") from None
-    # Written so that NaN, which compares false with everything, is refused too.
+    # This form of the comparison refuses NaN too, since NaN compares false with everything.
     if not abs(number) <= LARGEST:
         raise UserError(f"{where}: {text!r} is not between {-LARGEST:g} and {LARGEST:g}")
     return number
 
 
 def parse_row(row, where):
-    """One line of the file as [x, y, class]."""
-    if None in row:  # where csv puts what the header has no name for
+    """Returns one line of the file as [x, y, class]."""
+    if None in row:  # csv puts values without a column's name there
         raise UserError(f"{where}: more values than columns")
     values = []
     for column in ("X", "Y", "class"):
@@ -92,9 +93,9 @@ def parse_row(row, where):
 
 
 def load_csv(path):
-    """Points and labels from a file with the columns X, Y and class, in any order."""
+    """Reads points and labels from a file with the columns X, Y and class, in any order."""
     try:
-        # utf-8-sig: spreadsheets put a byte order mark before the first column's name.
+        # utf-8-sig drops the byte order mark that spreadsheets put before the first column's name.
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
             header = reader.fieldnames
@@ -115,13 +116,13 @@ def load_csv(path):
 
 
 def split(samples, seed):
-    """Indices for training (80 %) and validation (20 %), shuffled."""
+    """Returns shuffled indices for training (80 %) and for validation (20 %)."""
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
     return order[samples // 5 :], order[: samples // 5]
 
 
 def build_net(norm, order, seed):
-    """2-3-2-1 with ReLU; the linear weights depend on the seed alone."""
+    """Returns a 2-3-2-1 network with ReLU, whose linear weights depend on the seed alone."""
     torch.manual_seed(seed)
     layers = []
     for inputs, outputs in ((2, 3), (3, 2)):
@@ -129,18 +130,18 @@ def build_net(norm, order, seed):
         if NORMS[norm] is None:
             layers += [linear, nn.ReLU()]
         elif order == "norm-act":
-            # The norm subtracts the mean, and any bias with it; its own bias takes over. Removed
-            # only now, because Linear(bias=False) would draw other weights for the later layers.
+            # The norm subtracts the mean, and the bias with it, and adds a bias of its own. It is
+            # removed only now, since Linear(bias=False) would change the weights of later layers.
             linear.bias = None
             layers += [linear, NORMS[norm](outputs), nn.ReLU()]
         else:
-            # Here the bias decides where the ReLU bends, and no norm can undo that: it stays.
+            # The bias stays, since it decides where the ReLU bends, which the norm can't change.
             layers += [linear, nn.ReLU(), NORMS[norm](outputs)]
     return nn.Sequential(*layers, nn.Linear(2, 1), nn.Flatten(0))
 
 
 def train(net, data, args):
-    """Trains in place; returns the curves: one value per epoch each."""
+    """Trains the network in place and returns its curves, which have a value for each epoch."""
     x_train, y_train, x_val, y_val = data
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
     shuffle = torch.Generator().manual_seed(args.seed)
@@ -168,7 +169,7 @@ def train(net, data, args):
 
 
 def draw_boundary(axes, net, data):
-    """The points over the network's probability, with the line where it is one half."""
+    """Draws the network's probability, the line where it is one half, and the points."""
     x_train, y_train, x_val, y_val = (part.cpu().numpy() for part in data)
     points = np.concatenate([x_train, x_val])
     margin = 0.1 * np.ptp(points, axis=0) + 1e-3
@@ -177,7 +178,7 @@ def draw_boundary(axes, net, data):
     grid = torch.from_numpy(np.stack([x.ravel(), y.ravel()], axis=1)).to(data[0])
     with torch.no_grad():
         probability = net(grid).sigmoid().view(x.shape).cpu().numpy()
-    # The colour scale reaches beyond 0 and 1, to stay paler than the points.
+    # The colour scale reaches beyond 0 and 1, so that the background is paler than the points.
     shades = {"levels": np.linspace(0, 1, 11), "cmap": "RdBu", "vmin": -0.8, "vmax": 1.8}
     axes.contourf(x, y, probability, **shades)
     axes.contour(x, y, probability, levels=[0.5], colors="black", linewidths=1.5)
@@ -189,7 +190,7 @@ def draw_boundary(axes, net, data):
 
 
 def draw(path, nets, curves, data):
-    """One panel per network, and the validation curves of all of them."""
+    """Draws a panel for each network, and the validation curves of all networks."""
     figure = Figure(figsize=(3.6 * len(nets) + 4, 3.8), layout="constrained")
     panels = figure.subplot_mosaic(
         [[*nets, "val_loss"], [*nets, "val_accuracy"]],
@@ -205,13 +206,13 @@ def draw(path, nets, curves, data):
     panels["val_accuracy"].set(ylabel="validation accuracy", ylim=(None, 1.02), xlabel="epoch")
     for key in ("val_loss", "val_accuracy"):
         panels[key].spines[["top", "right"]].set_visible(False)
-    # Above the curves, which may be anywhere.
+    # The legend is above the panel, since the curves may be anywhere in it.
     panels["val_loss"].legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     figure.savefig(path, dpi=100)
 
 
 def prepare(args):
-    """The data on the device and the output folder: all that can fail, before the training."""
+    """Loads the data and makes the output folder, so that errors come before the training."""
     points, labels = load_csv(args.csv) if args.csv else make_circles(args.samples, args.seed)
     train_rows, val_rows = split(len(points), args.seed)
     make_output_dir(args.output_dir)
@@ -253,7 +254,7 @@ def main(argv=None):
         curves[norm] = train(nets[norm], data, args)
         last = {key: values[-1] for key, values in curves[norm].items()}
         print("{:<8}{train_loss:>12.4f}{val_loss:>12.4f}{val_accuracy:>15.1%}".format(norm, **last))
-    # JSON has no NaN, which the loss of a diverged network may be: null instead.
+    # JSON has no NaN, which the loss of a diverged network may be, so that null stands for it.
     metrics = {
         norm: {key: [v if math.isfinite(v) else None for v in values] for key, values in c.items()}
         for norm, c in curves.items()
