@@ -111,7 +111,7 @@ def download_cifar10() -> Data | None:
     """Returns CIFAR-10 from an earlier download or the network, or None if there is neither."""
     try:
         return read_cifar10(CIFAR10, DOWNLOAD_FOLDER)
-    except RuntimeError:  # not there, or incomplete
+    except RuntimeError:  # it is not there, or incomplete
         pass
     try:
         probe(CIFAR10.url)
@@ -136,7 +136,7 @@ def probe(url: str, seconds: float = 3) -> None:
             if isinstance(error, urllib.error.HTTPError):
                 error.close()
 
-    # In a thread, because the timeout doesn't cover looking up the host's name.
+    # The request runs in a thread, because its timeout doesn't cover looking up the host's name.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)

@@ -54,7 +54,7 @@ def summarise(histories: dict[str, History], memory: dict[str, int | None]) -> d
                 for other in histories
                 if other != norm
             },
-            # Medians, because the first epoch may include compilation.
+            # These are medians, because the first epoch may include compilation.
             "seconds_per_epoch": median(row["seconds"] for row in history),
             "images_per_second": median(row["images_per_second"] for row in history),
             "peak_memory_bytes": memory[norm],

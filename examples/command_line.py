@@ -39,7 +39,7 @@ def learning_rate(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value <= 1e6:  # far beyond use; at 1e38 Adam's arithmetic overflows
+    if not 0 < value <= 1e6:  # no one needs more, and at 1e38 Adam's arithmetic overflows
         raise argparse.ArgumentTypeError(f"expected a number above 0, up to 1e6, not {text!r}")
     return value
 

@@ -129,7 +129,7 @@ def train_one_epoch(
             total += loss.detach() / processes.size() * count
             seen += count
             bar.update(count)
-            if step % 20 == 0:  # seldom, because reading the loss waits for the GPU
+            if step % 20 == 0:  # reading the loss waits for the GPU, so it is read seldom
                 bar.set_postfix(loss=f"{loss.item():.3f}")
     train_loss = (
         processes.total(total).item() / seen
@@ -178,8 +178,8 @@ def train(norm: str, data: Data, options: Namespace, checkpoint: dict[str, Any] 
     if checkpoint:
         model.load_state_dict(checkpoint["weights"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        optimizer.param_groups[0]["lr"] = options.lr  # --lr counts, not what was saved
-        if checkpoint["scaler"]:  # empty without fp16
+        optimizer.param_groups[0]["lr"] = options.lr  # --lr counts, not the saved rate
+        if checkpoint["scaler"]:  # it is empty without fp16
             scaler.load_state_dict(checkpoint["scaler"])
         history = checkpoint["history"]
 

@@ -130,7 +130,7 @@ def build_net(norm, order, seed):
         if NORMS[norm] is None:
             layers += [linear, nn.ReLU()]
         elif order == "norm-act":
-            # The norm subtracts the mean, and the bias with it, and adds a bias of its own. It is
+            # The norm subtracts the mean, and with it the bias of the linear layer. That bias is
             # removed only now, since Linear(bias=False) would change the weights of later layers.
             linear.bias = None
             layers += [linear, NORMS[norm](outputs), nn.ReLU()]

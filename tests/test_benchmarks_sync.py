@@ -21,7 +21,7 @@ def test_the_choice_follows_from_the_model():
             gathered, reduced = model.gathered(ranks, channels), model.reduced(ranks, channels)
             assert (gathered < reduced) == (ranks <= 32)
     assert model.gathered(8, 256) < 0.6 * model.reduced(8, 256)
-    # The number of GPUs at which the two cost the same depends hardly on the bandwidth.
+    # The number of GPUs at which the two cost the same hardly depends on the bandwidth.
     slow = model.Network(bytes_between=50e9)
     assert model.all_gather(32, 2048, slow) < 2 * model.all_reduce(32, 1024, slow)
 
