@@ -218,8 +218,3 @@ def saved_for(activation: str, residual: bool) -> str | None:
     Without a residual it keeps nothing: it recomputes the argument from these.
     """
     return ACTIVATIONS[activation].saves if residual else None
-
-
-def reads_bias(activation: str, residual: bool) -> bool:
-    """Says whether the backward recomputes the activation's argument, for which it needs bias."""
-    return activation != "none" and saved_for(activation, residual) != "mask"

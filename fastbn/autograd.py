@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .activations import ACTIVATIONS, reads_bias, saved_for
+from .activations import ACTIVATIONS
 from .runtime import execution, plan_cache, support, torch_ops
 from .runtime.execution_plan import ExecutionPlan, plan_backward
 from .runtime.layout import memory_format, unpack_mask
 from .strategy import get_strategy
+
+# Of running statistics, num_batches_tracked, and what is no tensor.
+_NO_GRADIENTS = (None,) * 6
 
 
 class BatchNorm(torch.autograd.Function):
@@ -20,8 +23,8 @@ class BatchNorm(torch.autograd.Function):
 
     `options` are training, momentum, correction, eps, activation, its parameter and whether
     to skip batches that are not finite, in a plain tuple: a named one takes four times as long
-    to make. `plan` is the forward's execution plan, or None for a call that must go through
-    PyTorch's dispatcher.
+    to make. `saved` is what `saved_for` returns for the call. `plan` is the forward's execution
+    plan, or None for a call that must go through PyTorch's dispatcher.
     """
 
     @staticmethod
@@ -35,10 +38,10 @@ class BatchNorm(torch.autograd.Function):
         running_var: Tensor | None,
         num_batches_tracked: Tensor | None,
         options: tuple[bool, float | None, float, float, str, float, bool],
+        saved: str | None,
         plan: ExecutionPlan | None,
     ) -> Tensor:
         training, momentum, correction, eps, activation, param, _ = options
-        saved = saved_for(activation, residual is not None)
         tensors = (input, residual, weight, bias, running_mean, running_var, num_batches_tracked)
         if plan is not None:
             output, statistics, mask = execution.run_forward(
@@ -49,7 +52,7 @@ class BatchNorm(torch.autograd.Function):
         mask = mask if saved == "mask" else None
         # Save only what the backward reads, so that everything else may change before it. The bias
         # may change too, as behind unfused layers: its values are beside a batch's statistics.
-        ctx.bias = bias if reads_bias(activation, residual is not None) else None
+        ctx.bias = bias if activation != "none" and saved != "mask" else None
         residual = residual if saved == "residual" else None
         bias = var = None
         if not training:
@@ -64,7 +67,7 @@ class BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if support.backward_is_differentiated():
-            return *_differentiable_backward(ctx, grad_output), None, None, None, None, None
+            return *_differentiable_backward(ctx, grad_output), *_NO_GRADIENTS
 
         input, residual, mask, weight, bias, statistics, var = ctx.saved_tensors
         forward_plan, eps, activation, param, format = ctx.kept
@@ -90,7 +93,7 @@ class BatchNorm(torch.autograd.Function):
             dr if compute_dr else grad_output if want_dr else None,
             dw if want_dw else None,
             db if want_db else None,
-            None, None, None, None, None,
+            *_NO_GRADIENTS,
         )  # fmt: skip
 
 

@@ -139,10 +139,10 @@ def tracked_batch_norm(
     activation, param = checked_activation(activation, activation_param)
     if residual is not None:
         check_residual(input, residual)
-    if type(momentum) not in _MOMENTUM_TYPES:
-        momentum = as_float(momentum)
-    if type(eps) is not float:
-        eps = as_float(eps)
+    numbers = type(eps) is float and type(momentum) in _MOMENTUM_TYPES
+    if not numbers:
+        momentum, eps = as_float(momentum), as_float(eps)
+        numbers = type(eps) is float and type(momentum) in _MOMENTUM_TYPES
     correction = 0.0 if biased_running_var else 1.0
     # Neither `torch.compile` nor the plan cache can tell two uses of one tensor apart, so
     # the second use gets a view.
@@ -152,19 +152,19 @@ def tracked_batch_norm(
         bias = bias.view_as(bias)
     tensors = (input, residual, weight, bias, running_mean, running_var, num_batches_tracked)
     if support.bypass_reason() is None:
-        needs_grad = _needs_grad(tensors)
+        needs_grad, saved = _needs_grad(tensors), saved_for(activation, residual is not None)
         key = plan = None
         if HAS_TRITON and not plan_cache.must_use_dispatcher():
-            key = _cache_key(tensors, training, momentum, activation, skip, needs_grad)
+            key = _cache_key(tensors, training, momentum, activation, saved, skip, needs_grad)
             # A cached plan skips the checks and serves any numbers, so check these first.
-            if type(eps) is float and eps > 0 and type(momentum) in _MOMENTUM_TYPES:
+            if numbers and eps > 0:
                 plan = plan_cache.lookup(key, tensors)
         if plan is not None or goes_to_kernels(*tensors, training, momentum, eps):
             if plan is None and key is not None:
                 plan = plan_cache.insert(key, tensors, plan_forward, *key[:5])
             options = (training, momentum, correction, eps, activation, param, skip)
             if needs_grad:
-                return BatchNorm.apply(*tensors, options, plan)
+                return BatchNorm.apply(*tensors, options, saved, plan)
             if plan is not None:
                 return execution.run_forward(plan, tensors, *options[1:4], param)[0]
             return torch_ops.forward(tensors, *options, save_mask=False)[0]
@@ -174,7 +174,7 @@ def tracked_batch_norm(
             input, mean, var, weight, bias, training, momentum, eps, correction
         ),
         running_mean, running_var, counter, momentum,
-        skip and type(momentum) in _MOMENTUM_TYPES,
+        skip and numbers,
     )  # fmt: skip
     if residual is not None:
         output = output + residual
@@ -205,11 +205,12 @@ def _cache_key(
     training: bool,
     momentum: float | None,
     activation: str,
+    saved: str | None,
     skip: bool,
     needs_grad: bool,
 ) -> tuple:
     """Returns a forward's key in the plan cache, which begins with the options of its plan."""
-    save_mask = needs_grad and saved_for(activation, tensors[1] is not None) == "mask"
+    save_mask = needs_grad and saved == "mask"
     # Guards find a tensor alike inside and outside of inference mode, but outside a tensor made
     # in inference mode must be neither saved nor updated. A backward does neither.
     inference = torch.is_inference_mode_enabled()

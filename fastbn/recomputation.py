@@ -6,7 +6,13 @@ import threading
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-_thread = threading.local()
+
+class _Thread(threading.local):
+    # A default of the class is found five times as fast as that of `getattr`.
+    recomputing = False
+
+
+_thread = _Thread()
 
 
 def update_once() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -27,7 +33,7 @@ def update_once() -> tuple[AbstractContextManager[None], AbstractContextManager[
 
 def is_recomputing() -> bool:
     """Says whether the statistics of this call were updated by an earlier one."""
-    return getattr(_thread, "recomputing", False)
+    return _thread.recomputing
 
 
 class _Recomputing:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
+from torch import Tensor
+from torch._C._dynamo.guards import (  # type: ignore[attr-defined]  # PyTorch's stub lacks both
+    _empty_strided_cpu,
+    _empty_strided_cuda,
+)
 
 from ..kernels.device import DEVICES, INTERPRETER, Device
 
@@ -36,6 +42,31 @@ def device_facts(device: torch.device) -> Device:
 def limits_registers(device: torch.device) -> bool:
     """Says whether Triton accepts a limit of registers (`maxnreg`), as only for NVIDIA."""
     return device.type == "cuda" and torch.version.hip is None
+
+
+def allocator(device: torch.device) -> Callable[..., Tensor]:
+    """Returns a function of sizes, strides and dtype that allocates a tensor on a device.
+
+    The graphs of `torch.compile` allocate by these functions of PyTorch's, which take half the
+    time of `torch.empty_strided`.
+    """
+    if device.type == "cpu":
+        return _empty_strided_cpu
+    if device.type != "cuda":
+        return partial(_empty_strided, device)
+
+    def allocate(sizes: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if torch.cuda.current_device() != device.index:
+            return _empty_strided(device, sizes, strides, dtype)
+        return _empty_strided_cuda(sizes, strides, dtype)
+
+    return allocate
+
+
+def _empty_strided(
+    device: torch.device, sizes: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    return torch.empty_strided(sizes, strides, dtype=dtype, device=device)
 
 
 def on_device(device: torch.device) -> AbstractContextManager:

@@ -41,9 +41,9 @@ def run_forward(
     """
     x, residual, weight, bias, running_mean, running_var, num_batches_tracked = tensors
     # Allocate before launching, so that running out of memory changes nothing.
-    y, mask = torch.empty_like(x, memory_format=plan.format), None
+    y, mask = plan.allocate(*plan.output), None
     if plan.mask_bytes:
-        mask = torch.empty(plan.mask_bytes, dtype=torch.uint8, device=x.device)
+        mask = plan.allocate((plan.mask_bytes,), (1,), torch.uint8)
     outputs = (x, residual, y, mask, weight, bias)
     if plan.schedule.strategy == "fixed-stats":
         assert plan.apply is not None
@@ -51,10 +51,11 @@ def run_forward(
         plan.apply((*outputs, running_mean, running_var), eps, param)
         return y, running_mean, mask
 
-    statistics = _empty_statistics(plan, x, 3)
+    channels = plan.channels
+    statistics = plan.allocate((3, channels), (channels, 1), plan.statistics)
     cumulative = momentum is None
     rate = 0.0 if momentum is None else momentum
-    variances = x.new_empty(x.shape[1], dtype=plan.statistics) if plan.skip else None
+    variances = plan.allocate((channels,), (1,), plan.statistics) if plan.skip else None
     written = (statistics, running_mean, running_var, num_batches_tracked, variances)
     if plan.schedule.strategy == "resident":
         assert plan.single_launch is not None
@@ -103,11 +104,11 @@ def run_backward(
     """
     dy, x, residual, mask, weight, bias, statistics, var = tensors
     want_dx, want_dr, want_dw, want_db = wanted
-    dx = torch.empty_like(x, memory_format=plan.format) if want_dx else None
-    dr = torch.empty_like(x, memory_format=plan.format) if want_dr else None
-    parameter = parameter_like(weight, bias, statistics)
-    dw = torch.empty_like(parameter) if want_dw else None
-    db = torch.empty_like(parameter) if want_db else None
+    channels, dtype = plan.channels, parameter_dtype(weight, bias, statistics)
+    dx = plan.allocate(*plan.output) if want_dx else None
+    dr = plan.allocate(*plan.output) if want_dr else None
+    dw = plan.allocate((channels,), (1,), dtype) if want_dw else None
+    db = plan.allocate((channels,), (1,), dtype) if want_db else None
     inputs = (dy, x, residual, mask, weight, statistics)
     if not any(wanted):
         return dx, dr, dw, db
@@ -119,7 +120,7 @@ def run_backward(
     need_sums = want_dw or want_db or (want_dx and var is None)
     if need_sums:
         # The two passes are two launches, and so their sums are not in the workspace.
-        sums = _empty_statistics(plan, x, 2)
+        sums = plan.allocate((2, channels), (channels, 1), plan.statistics)
         workspace = get_workspace(x.device, plan.groups, plan.partial_bytes)
         arrivals, tickets = workspace.arrivals, workspace.tickets
         partials = workspace.partials[plan.statistics]
@@ -138,17 +139,13 @@ def run_backward(
     return dx, dr, dw, db
 
 
-def parameter_like(weight: Tensor | None, bias: Tensor | None, statistics: Tensor) -> Tensor:
-    """Returns a tensor of the shape and dtype that the gradients of weight and bias have.
+def parameter_dtype(weight: Tensor | None, bias: Tensor | None, statistics: Tensor) -> torch.dtype:
+    """Returns the dtype that the gradients of weight and bias have.
 
-    The backward may have kept neither of the two; then the statistics' mean serves.
+    The backward may have kept neither of the two; then it is that of the statistics, and autograd
+    rounds the gradients.
     """
-    if weight is None:
-        weight = bias
-    return statistics.flatten()[: statistics.shape[-1]] if weight is None else weight
-
-
-def _empty_statistics(plan: ExecutionPlan, x: Tensor, rows: int) -> Tensor:
-    """Allocates memory for so many statistics or sums of each channel."""
-    # PyTorch allocates faster if it need not compute the strides.
-    return x.new_empty_strided((rows, x.shape[1]), (x.shape[1], 1), dtype=plan.statistics)
+    for parameter in (weight, bias):
+        if parameter is not None:
+            return parameter.dtype
+    return statistics.dtype

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import prod
@@ -32,7 +32,7 @@ from ..kernels.tiling import (
     registers_of,
 )
 from ..strategy import get_strategy
-from .device import device_facts, limits_registers
+from .device import allocator, device_facts, limits_registers
 from .launcher import Launcher
 from .layout import mask_sizes, memory_format, problem_of, statistics_dtype
 
@@ -69,6 +69,9 @@ class ExecutionPlan:
         schedule: the planner's decisions.
         format: the memory format in which the kernels read and write tensors of the
             input's shape.
+        allocate: allocates a tensor of given sizes, strides and dtype on the call's device.
+        output: sizes, strides and dtype of output and gradients of the input's shape.
+        channels: the number of channels.
         statistics: dtype of mean, rstd and sums.
         mask_bytes: size of the packed mask, 0 if the call saves none.
         groups: number of groups of channels, each of which needs a counter.
@@ -81,6 +84,9 @@ class ExecutionPlan:
 
     schedule: Schedule
     format: torch.memory_format
+    allocate: Callable[..., Tensor]
+    output: tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+    channels: int
     statistics: torch.dtype
     mask_bytes: int
     groups: int
@@ -204,6 +210,9 @@ def _plan_forward(
     return ExecutionPlan(
         schedule=schedule,
         format=memory_format(x),
+        allocate=allocator(device),
+        output=(tuple(shape), torch.empty_like(x, memory_format=memory_format(x)).stride(), dtype),
+        channels=shape[1],
         statistics=statistics,
         mask_bytes=prod(mask_sizes(x)) if save_mask else 0,
         groups=reduce.groups(problem),
@@ -247,6 +256,9 @@ def _plan_backward(
     return ExecutionPlan(
         schedule=schedule,
         format=memory_format(x),
+        allocate=allocator(device),
+        output=(tuple(shape), torch.empty_like(x, memory_format=memory_format(x)).stride(), dtype),
+        channels=shape[1],
         statistics=statistics,
         mask_bytes=prod(mask_sizes(x)) if saves == "mask" else 0,
         groups=reduce.groups(problem),

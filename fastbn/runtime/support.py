@@ -6,7 +6,7 @@ import importlib.util
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
+from torch._C import _are_functorch_transforms_active, _get_tracing_state
 from torch._C._functorch import is_legacy_batchedtensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
@@ -36,7 +36,7 @@ def bypass_reason() -> str | None:
     if torch.compiler._is_exporting_flag:
         return "torch.export is at work"
     # The exporter that works by `torch.jit.trace` knows PyTorch's operators alone.
-    if torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():
+    if _get_tracing_state() is not None and torch.onnx.is_in_onnx_export():
         return "torch.onnx.export is at work"
     if transforms_active():
         return "torch.func or forward-mode AD is at work"

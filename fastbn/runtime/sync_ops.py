@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.graph import increment_version
 
-from .execution import parameter_like
+from .execution import parameter_dtype
 from .execution_plan import plan_backward, plan_forward, plan_merge
 from .layout import dense, statistics_dtype
 from .torch_ops import _check_devices, _dense, _empty_like, _empty_mask, _or_empty, _register
@@ -70,18 +70,18 @@ def _sums(dy, x, residual, mask, weight, statistics, activation, param, wanted, 
     tensors = (dy, x, residual, mask, weight, None, statistics, None)
     _check_devices(*tensors)
     _, _, want_dw, want_db = wanted
-    parameter = parameter_like(weight, None, statistics)
+    channels, dtype = x.shape[1], parameter_dtype(weight, None, statistics)
     # An empty input has no share in the sums.
-    make = torch.empty_like if x.numel() else torch.zeros_like
-    sums = make(statistics[:2])
-    dw, db = (make(parameter) if want else None for want in (want_dw, want_db))
+    make = x.new_empty if x.numel() else x.new_zeros
+    sums = make((2, channels), dtype=statistics.dtype)
+    dw, db = (make(channels, dtype=dtype) if want else None for want in (want_dw, want_db))
     if x.numel():
         plan = plan_backward(tensors, activation, tuple(wanted), format, True)
         workspace = get_workspace(x.device, plan.groups, plan.partial_bytes)
         shared = workspace.partials[plan.statistics], workspace.arrivals
         assert plan.reduce is not None
         plan.reduce((*_dense(plan, tensors), dw, db, sums, None, None, *shared), 0.0, param)
-    return sums, _or_empty(dw, x, parameter.dtype), _or_empty(db, x, parameter.dtype)
+    return sums, _or_empty(dw, x, dtype), _or_empty(db, x, dtype)
 
 
 def _gradients(
@@ -116,7 +116,7 @@ def _fake_normalise(x, residual, weight, statistics, activation, param, save_mas
 
 def _fake_sums(dy, x, residual, mask, weight, statistics, activation, param, wanted, format):
     _, _, want_dw, want_db = wanted
-    dtype = parameter_like(weight, None, statistics).dtype
+    dtype = parameter_dtype(weight, None, statistics)
     dw = x.new_empty(x.shape[1] if want_dw else 0, dtype=dtype)
     db = x.new_empty(x.shape[1] if want_db else 0, dtype=dtype)
     return torch.empty_like(statistics[:2]), dw, db

@@ -68,7 +68,7 @@ def _backward(
     _check_devices(*tensors)
     plan = plan_backward(tensors, activation, tuple(wanted), format)
     dx, dr, dw, db = execution.run_backward(plan, _dense(plan, tensors), eps, param, wanted)
-    dtype = execution.parameter_like(weight, bias, statistics).dtype
+    dtype = execution.parameter_dtype(weight, bias, statistics)
     dw, db = _or_empty(dw, x, dtype), _or_empty(db, x, dtype)
     return _or_empty(dx, x), _or_empty(dr, x), dw, db
 
@@ -100,7 +100,7 @@ def _fake_backward(
     dy, x, residual, mask, weight, bias, statistics, var, eps, activation, param, wanted, format
 ):
     want_dx, want_dr, want_dw, want_db = wanted
-    dtype = execution.parameter_like(weight, bias, statistics).dtype
+    dtype = execution.parameter_dtype(weight, bias, statistics)
     dw = x.new_empty(x.shape[1] if want_dw else 0, dtype=dtype)
     db = x.new_empty(x.shape[1] if want_db else 0, dtype=dtype)
     if format is not None:
