@@ -1,6 +1,8 @@
-"""Mends of Triton's interpreter: it shall round as a GPU does, and take a third of the time."""
+"""Changes to Triton's interpreter: it rounds as a GPU does, and takes a fifth of the time."""
 
 from __future__ import annotations
+
+import operator
 
 import numpy as np
 import triton.language as tl
@@ -9,15 +11,23 @@ from triton.runtime import interpreter
 
 _patch_lang, _convert_float = interpreter._patch_lang, interpreter._convert_float
 _get_np_dtype = interpreter._get_np_dtype
+_unwrap = tl.core._unwrap_if_constexpr
+_convert_operands = TritonSemantic.binary_op_type_checking_impl
+_SEMANTIC = TritonSemantic(interpreter.interpreter_builder)
 
 
 def mend() -> None:
     _remember_types()
+    _compare_types_by_identity_first()
+    tl.core._unwrap_if_constexpr = _unwrap_if_constexpr
     interpreter._patch_lang = _patch_lang_once
+    interpreter._patch_attr = _patch_builtin
+    interpreter.TensorHandle.__init__ = _init_handle
     interpreter._convert_float = _convert_rounding
     interpreter._get_np_dtype = _get_known_np_dtype
     # Only the interpreter runs kernels in this process.
     TritonSemantic.binary_op_sanitize_overflow_impl = _check_overflow
+    TritonSemantic.binary_op_type_checking_impl = _convert_operands_once
 
 
 def _patch_lang_once(function):
@@ -26,6 +36,75 @@ def _patch_lang_once(function):
     if tl.core.is_builtin(language.load):
         return _patch_lang(function)
     return interpreter._LangPatchScope()
+
+
+def _patch_builtin(obj, name, member, builder, scope):
+    """Passes the interpreter's semantic on, for which Triton copies all keywords."""
+    builtin = getattr(member, "__wrapped__", member)
+
+    def interpreted(*arguments, _semantic=None, **keywords):
+        return builtin(*arguments, **keywords, _semantic=_SEMANTIC)
+
+    scope.set_attr(obj, name, interpreted)
+
+
+def _init_handle(handle, data, dtype, attr=None):
+    """Leaves out the comparison of the sizes of NumPy's type and Triton's."""
+    handle.data, handle.dtype, handle.attr = data, dtype, {} if attr is None else attr
+
+
+def _convert_operands_once(semantic, left, right, *options, **named):
+    """Remembers by their types how operands are broadcast, and what numbers become.
+
+    An operation converts its operands to a common type and shape, and to what depends on nothing
+    else.
+    """
+    if named or not isinstance(left, tl.tensor):
+        return _convert_operands(semantic, left, right, *options, **named)
+    if isinstance(right, tl.tensor):
+        key = (left.type.name, right.type.name, *options)
+        if key in _tensors:
+            return tuple(map(_broadcast, (left, right), _tensors[key]))
+        converted = _convert_operands(semantic, left, right, *options)
+        if all(new.dtype is old.dtype for new, old in zip(converted, (left, right))):
+            _tensors[key] = [new.type for new in converted]
+        return converted
+    # Equal numbers may be of different types: 1, 1.0 and True.
+    key = (left.type.name, repr(right), *options)
+    if key in _numbers:
+        return left, _numbers[key]
+    converted = _convert_operands(semantic, left, right, *options)
+    if converted[0] is left:
+        # A view of one number takes no memory, and nobody can write to it.
+        handle = converted[1].handle
+        handle.data = np.broadcast_to(handle.data.flat[:1], handle.data.shape)
+        _numbers[key] = converted[1]
+    return converted
+
+
+def _broadcast(tensor, type):
+    if tensor.type is type or not type.is_block():
+        return tensor
+    data = np.broadcast_to(tensor.handle.data, type.get_block_shapes())
+    return tl.tensor(interpreter.TensorHandle(data, tensor.handle.dtype), type)
+
+
+_tensors: dict[tuple, list] = {}
+_numbers: dict[tuple, tl.tensor] = {}
+
+
+def _unwrap_if_constexpr(value):
+    """Looks for the commonest kind of value first."""
+    return value if type(value) is tl.tensor else _unwrap(value)
+
+
+def _compare_types_by_identity_first():
+    for kind in (tl.dtype, tl.block_type):
+
+        def compare(one, other, compare_names=kind.__eq__):
+            return one is other or compare_names(one, other)
+
+        kind.__eq__ = compare
 
 
 def _convert_rounding(input, input_dtype, output_dtype, rounding_mode):
@@ -49,13 +128,19 @@ def _check_overflow(semantic, lhs, rhs, operation):
     bits = lhs.type.scalar.int_bitwidth
     if bits >= 64:
         return
-    exact = _EXACT[operation.__name__](lhs.handle.data.astype(np.int64), rhs.handle.data)
+    exact = _EXACT[operation.__name__]
+    left, right = lhs.handle.data, rhs.handle.data
+    if left.size == right.size == 1:
+        least = most = exact(left.item(), right.item())
+    else:
+        results = exact(left.astype(np.int64), right)
+        least, most = results.min(), results.max()
     smallest = 0 if lhs.type.scalar.is_int_unsigned() else -(2 ** (bits - 1))
-    inside = smallest <= exact.min() and exact.max() < smallest + 2**bits
+    inside = smallest <= least and most < smallest + 2**bits
     assert inside, f"an integer of {bits} bits overflows in {operation.__name__}"
 
 
-_EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+_EXACT = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}
 
 
 def _get_known_np_dtype(dtype):

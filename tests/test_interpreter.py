@@ -91,6 +91,33 @@ def test_integers_that_overflow_are_an_error(dtype, a, b, operation):
 
 
 @triton.jit
+def number_kernel(X, Out):
+    i = tl.arange(0, 4)
+    tl.store(Out + i, tl.load(X + i) * 2)
+    tl.store(Out + 4 + i, i * 2.5)
+    tl.store(Out + 8 + i, (i + 1) // 2)
+    tl.store(Out + 12 + i, (i + 1.0) / 2)
+
+
+@triton.jit
+def broadcast_kernel(X, Y, Out):
+    i, j = tl.arange(0, 4)[:, None], tl.arange(0, 2)[None, :]
+    tl.store(Out + i * 2 + j, tl.load(X + i) - tl.load(Y + j))
+
+
+def test_what_was_converted_once_stays_right(device):
+    """Numbers that compare equal, and operands of other shapes; twice, as types are remembered."""
+    for scale in (1.0, 3.0):
+        x, out = scale * torch.ones(4, device=device), torch.empty(16, device=device)
+        number_kernel[(1,)](x, out)
+        expected = [2 * scale] * 4, [0, 2.5, 5, 7.5], [0, 1, 1, 2], [0.5, 1, 1.5, 2]
+        assert out.view(4, 4).tolist() == [*expected]
+        x, y = scale * torch.randn(4, device=device), torch.randn(2, device=device)
+        broadcast_kernel[(1,)](x, y, out)
+        assert out[:8].view(4, 2).equal(x[:, None] - y)
+
+
+@triton.jit
 def bad_shape_kernel():
     tl.zeros((3,), tl.float32)
 
