@@ -1,4 +1,4 @@
-"""The layers that the Act forms make of their arguments `act_layer` and `drop_layer`."""
+"""Makes the layers of `FusedBatchNormAct*d` from the arguments `act_layer` and `drop_layer`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NO_MODULE = "{} must be a module class or a function that returns a module, but
 def make_activation(
     layer: str | Callable[..., nn.Module] | None, kwargs: dict[str, Any]
 ) -> nn.Module:
-    """Returns the activation that `act_layer` stands for, `nn.Identity()` for none."""
+    """Returns the activation that `act_layer` stands for, or `nn.Identity()` for none."""
     # timm's name for no activation is "".
     if layer in (None, "none", ""):
         return nn.Identity()

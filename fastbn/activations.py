@@ -1,4 +1,4 @@
-"""The activations that the kernels compute, one row of a table each.
+"""A table of the activations that the kernels compute, with one row for each.
 
 To add one, add its row here and its two lines to `activate` and `activation_backward`
 in `kernels/epilogue.py`.
@@ -55,7 +55,7 @@ class Activation:
 
 
 def _silu_backward(dy: Tensor, z: Tensor) -> Tensor:
-    """The derivative of SiLU, because PyTorch's own operator can't be differentiated again."""
+    """Computes the derivative of SiLU; PyTorch's own operator for it can't be differentiated."""
     sigmoid = torch.sigmoid(z)
     return dy * sigmoid * (1 + z * (1 - sigmoid))
 
@@ -135,7 +135,7 @@ _TABLE = (
     ),
 )
 
-# By name, and by all names that `act_layer` accepts.
+# The rows by name, and by all names that `act_layer` accepts.
 ACTIVATIONS = {row.name: row for row in _TABLE}
 ACT_LAYERS = {name: row for row in _TABLE for name in (row.name, *row.aliases)}
 
@@ -150,7 +150,8 @@ def _stock_forward(module_class: type[nn.Module]) -> Callable | None:
 
 
 _Module, _STOCK_CALL = nn.Module, nn.Module.__call__
-# The stock `forward` of each class, and with each of its rows what attributes a module then has.
+# For each module class its stock `forward`, and for each row of that class the name, the attribute
+# of the parameter, and the values that other attributes of a module must have.
 _BY_MODULE: dict[type[nn.Module], tuple[Callable | None, list]] = {}
 for _row in _TABLE:
     _, _rows = _BY_MODULE.setdefault(_row.module, (_stock_forward(_row.module), []))
@@ -161,8 +162,8 @@ def activation_of(module: nn.Module) -> tuple[str, float | None] | None:
     """Returns name and parameter of the activation that a call of a module computes.
 
     Returns None unless the call would compute an activation of the table and do nothing
-    else: a subclass, a hook or a replaced `forward` may do anything. Hooks on all modules
-    are the caller's to look for, by `has_global_hooks`.
+    else: a subclass, a hook or a replaced `forward` may do anything. The caller checks for
+    hooks on all modules, by `has_global_hooks`.
     """
     module_class = type(module)
     if module_class not in _BY_MODULE:
@@ -185,9 +186,9 @@ def activation_of(module: nn.Module) -> tuple[str, float | None] | None:
 
 
 def runs(module: nn.Module, forward: Any) -> bool:
-    """Says whether a function is what a module has for its `forward`.
+    """Says whether a module's `forward` is the given function.
 
-    Their code is compared, since `torch.compile` can't tell what function a method is of.
+    The code of both is compared, since `torch.compile` can't tell which function a method runs.
     """
     return getattr(module.forward, "__code__", None) is forward.__code__
 
@@ -203,7 +204,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def has_global_hooks() -> bool:
-    """Says whether a call of any module runs hooks, as of `register_module_forward_hook`."""
+    """Says whether calls of all modules run hooks, as `register_module_forward_hook` adds them."""
     return bool(
         _modules._global_forward_hooks
         or _modules._global_forward_pre_hooks
@@ -215,6 +216,6 @@ def has_global_hooks() -> bool:
 def saved_for(activation: str, residual: bool) -> str | None:
     """Returns what the backward keeps besides input, statistics and parameters.
 
-    Without a residual it keeps nothing: it recomputes the argument from these.
+    Without a residual it keeps nothing else: it recomputes the argument from these tensors.
     """
     return ACTIVATIONS[activation].saves if residual else None

@@ -14,7 +14,7 @@ from .runtime.execution_plan import ExecutionPlan, plan_backward
 from .runtime.layout import memory_format, unpack_mask
 from .strategy import get_strategy
 
-# Of running statistics, num_batches_tracked, and what is no tensor.
+# The gradients of running statistics, num_batches_tracked, and arguments that are no tensors.
 _NO_GRADIENTS = (None,) * 6
 
 
@@ -22,9 +22,9 @@ class BatchNorm(torch.autograd.Function):
     """Batch norm, residual and activation, with the gradient of the kernels.
 
     `options` are training, momentum, correction, eps, activation, its parameter and whether
-    to skip batches that are not finite, in a plain tuple: a named one takes four times as long
-    to make. `saved` is what `saved_for` returns for the call. `plan` is the forward's execution
-    plan, or None for a call that must go through PyTorch's dispatcher.
+    to skip batches that are not finite. They are a plain tuple, since a named one takes four
+    times as long to make. `saved` is what `saved_for` returns for the call. `plan` is the forward's
+    execution plan, or None for a call that must go through PyTorch's dispatcher.
     """
 
     @staticmethod
@@ -51,7 +51,7 @@ class BatchNorm(torch.autograd.Function):
             output, statistics, mask = torch_ops.forward(tensors, *options, saved == "mask")
         mask = mask if saved == "mask" else None
         # Save only what the backward reads, so that everything else may change before it. The bias
-        # may change too, as behind unfused layers: its values are beside a batch's statistics.
+        # may change too, as in unfused layers: a batch's statistics hold a copy of its values.
         ctx.bias = bias if activation != "none" and saved != "mask" else None
         residual = residual if saved == "residual" else None
         bias = var = None
@@ -78,7 +78,7 @@ class BatchNorm(torch.autograd.Function):
         tensors = (grad_output, input, residual, mask, weight, bias, statistics, var)
         plan = None
         if forward_plan is not None and not plan_cache.must_use_dispatcher():
-            # The forward's plan stands for all options but the gradients wanted.
+            # The forward's plan stands for all of its options.
             key = (forward_plan, wanted, get_strategy())
             plan = plan_cache.lookup(key, tensors)
             if plan is None:
@@ -103,7 +103,7 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     _, eps, activation, param, format = ctx.kept
     if mask is not None:
         # The mask says on which side of 0 the argument was, and the derivative depends
-        # on nothing else: take it at -1 or 1.
+        # on nothing else, so it can be taken at -1 or 1.
         positive = unpack_mask(mask, input.contiguous(memory_format=format))
         grad_output = reference.accumulated(grad_output)
         sign = 2 * positive.to(grad_output.dtype) - 1

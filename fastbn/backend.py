@@ -1,4 +1,4 @@
-"""The chosen backend: which implementation serves calls."""
+"""The backend in force, which says what implementation serves calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BACKENDS = ("auto", "triton", "torch")
 
 
 def one_of(choices: tuple[str, ...], name: str, source: str) -> str:
-    """Returns a name, or raises an error that says where it comes from if it is no choice."""
+    """Returns a name if it is one of the choices, or raises an error that says its source."""
     if name not in choices:
         raise ValueError(f"{source} must be one of {', '.join(choices)}, but got {name!r}")
     return name
@@ -35,7 +35,7 @@ def set_backend(name: str) -> None:
             derivatives use PyTorch's operations.
 
     Raises:
-        ValueError: the name is another one; the backend stays as it was.
+        ValueError: the name is none of these; the backend stays as it was.
     """
     global _backend
     _backend = one_of(BACKENDS, name, "backend")
@@ -43,7 +43,7 @@ def set_backend(name: str) -> None:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Sets the backend, as `set_backend`, for the length of a `with` block and in all threads."""
+    """Sets the backend as `set_backend` does, in all threads, for the length of a `with` block."""
     before = _backend
     set_backend(name)
     try:

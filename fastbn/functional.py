@@ -60,9 +60,10 @@ def batch_norm(
             have the input's dtype, or float32 with a half-precision input.
         training: whether the input is normalised by the batch's own mean and
             (biased) variance.
-        momentum: running <- (1 - momentum) * running + momentum * batch. A number, of NumPy
-            or a tensor without axes too, for which the host waits if it is on a GPU.
-        eps: added to the variance, a number as `momentum`.
+        momentum: running <- (1 - momentum) * running + momentum * batch. It may be a number of
+            Python's or NumPy's, or a tensor without axes. If that is on a GPU, the host waits
+            for it.
+        eps: added to the variance; a number of the same types as `momentum`.
         activation: None or "none", or one of "relu", "leaky_relu", "silu",
             "gelu", "gelu_tanh", "hardswish", "relu6", "elu", "sigmoid", "tanh".
         activation_param: negative slope of "leaky_relu" (default 0.01), alpha
@@ -117,7 +118,7 @@ def tracked_batch_norm(
             all batches counted.
     """
     counter = num_batches_tracked if training else None
-    # Without both running statistics there is nothing to protect, or PyTorch refuses the call.
+    # If both running statistics are None there is nothing to protect; if one is, PyTorch refuses.
     skip = (
         bool(skip_nonfinite and training)
         and isinstance(running_mean, Tensor)
@@ -125,7 +126,7 @@ def tracked_batch_norm(
     )
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
         given = (input, running_mean, running_var, weight, bias, residual)
-        # Whoever overrides the function does not say whether a batch is to be counted.
+        # An override doesn't say whether it skips the batch, so decide here where batches count.
         decides = skip and counter is not None
         return track(
             lambda mean, var, momentum: handle_torch_function(
@@ -182,7 +183,7 @@ def tracked_batch_norm(
 
 
 def as_float(value: Any) -> Any:
-    """Returns a number of another type as a float, and what is no number as it is."""
+    """Returns a number of any type as a float, and anything else unchanged."""
     if isinstance(value, Tensor):
         number = value.dim() == 0 and not (value.requires_grad or value.is_complex())
     else:
@@ -211,8 +212,8 @@ def _cache_key(
 ) -> tuple:
     """Returns a forward's key in the plan cache, which begins with the options of its plan."""
     save_mask = needs_grad and saved == "mask"
-    # Guards find a tensor alike inside and outside of inference mode, but outside a tensor made
-    # in inference mode must be neither saved nor updated. A backward does neither.
+    # Guards don't compare inference mode. Outside of it, a forward must neither save nor update a
+    # tensor made in it, so the key holds it. A backward does neither.
     inference = torch.is_inference_mode_enabled()
     # Guards compare shapes too, but a network has many, and a dictionary finds one faster.
     shape = getattr(tensors[0], "shape", None)
@@ -242,8 +243,8 @@ def checked_activation(name: str | None, param: float | None) -> tuple[str, floa
         raise ValueError(f"activation must be None or one of {known}, but got {name!r}")
     activation = ACTIVATIONS[name or "none"]
     if param is None:
-        # A literal, where it will do: with `dynamic=True` the compiler takes a number that it
-        # finds anywhere else for a variable, which PyTorch 2.14 can't hand to a second call.
+        # Return a literal where possible: with `dynamic=True` the compiler makes a variable of
+        # any other number, and PyTorch 2.14 can't pass that to a second call.
         return activation.name, 0.0 if activation.parameter is None else activation.default
     if activation.parameter is None:
         raise ValueError(

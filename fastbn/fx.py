@@ -13,8 +13,8 @@ from .activations import has_global_hooks, has_hooks
 def record_call(module: nn.Module, *args: Any) -> Proxy:
     """Records a call of a module as one node, which is what a leaf is to a tracer.
 
-    A tracer treats modules of `torch.nn` as leaves and calls the `forward` of others, from where
-    this function is called. So fastbn's modules are leaves to any tracer.
+    A tracer treats modules of `torch.nn` as leaves, and calls the `forward` of others. That of
+    fastbn's modules calls this function, so that they are leaves to any tracer too.
 
     Raises:
         TraceError: the module is the root of the trace, or has hooks, which the trace has run

@@ -19,7 +19,7 @@ from .fx import record_call
 from .recomputation import is_recomputing
 
 _NATIVE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-# Name and parameter where there is no activation, and the types of layers that are none.
+# The name and parameter of no activation, and the types of layers that do nothing.
 _NONE = ("none", None)
 _NO_LAYERS = (nn.Identity, type(None))
 
@@ -32,7 +32,7 @@ _TAKEN_FOR_A_NORM = (
 class _Fused(_BatchNorm):
     """The `forward` of the drop-in modules; the other base class is one of `nn.BatchNorm*d`."""
 
-    # A module of PyTorch's that became one of these has no attribute of its own.
+    # The class has defaults, since a converted PyTorch module has no such attributes.
     biased_running_var = False
     skip_nonfinite = False
     # Whether the running statistics normalise in training too.
@@ -100,8 +100,8 @@ def arguments_of(
     These are running mean and variance, num_batches_tracked, weight, bias, whether the
     batch's own statistics count, momentum, and eps.
     """
-    # `nn.Module` looks in these dictionaries too, and takes five times as long. A plain
-    # attribute may stand in the place of a parameter or buffer.
+    # `nn.Module` looks attributes up in these dictionaries too, but takes five times as long. Its
+    # way is needed where a plain attribute stands in the place of a parameter or buffer.
     parameters, buffers = module._parameters, module._buffers
     if "weight" in parameters and "bias" in parameters:
         weight, bias = parameters["weight"], parameters["bias"]
@@ -122,7 +122,7 @@ def arguments_of(
     else:
         num_batches_tracked = module.num_batches_tracked
     if training and is_recomputing():
-        # Copies are updated in their place, so that autograd saves as many tensors as before.
+        # Copies are updated instead, since autograd must save as many tensors as in the forward.
         mean, var, num_batches_tracked = (
             None if t is None else t.clone() for t in (mean, var, num_batches_tracked)
         )
@@ -206,10 +206,11 @@ class _FusedAct(_Fused):
 
     @property
     def eps(self) -> float:
-        """What is added to the variance.
+        """The number that is added to the variance.
 
         A tool that folds or replaces a batch norm has to read `eps`, and hardly any other code
-        does. If the tool does not know this class, the activation is lost.
+        does. A tool that does not know this class would lose the activation, so reading `eps`
+        of a norm with an activation is an error or gives a warning.
         """
         layers = [layer for layer in (self.drop, self.act) if type(layer) not in _NO_LAYERS]
         reader = sys._getframe(1).f_globals.get("__name__", "")

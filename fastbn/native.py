@@ -1,8 +1,8 @@
 """PyTorch's own batch norm, with derivatives that are right where PyTorch's are not.
 
-PyTorch's formulas take the statistics of the batch for constants from the third derivative on,
-and from the second where forward mode has a share in it; and its kernels on a CPU read a gradient
-of another layout wrongly where an axis of size 1 has an unusual stride.
+PyTorch's formulas treat the statistics of the batch as constants in third derivatives, and in
+second derivatives that involve forward mode. Its kernels on a CPU compute wrong gradients where an
+axis of size 1 has an unusual stride and the output's gradient has another layout than the input.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def batch_norm(
 ) -> Tensor:
     """Does what `torch.nn.functional.batch_norm` does, and raises the errors that it raises.
 
-    With the correction 0, and not 1, the running variance is updated by the biased variance.
+    With a correction of 0 instead of 1, the running variance is updated by the biased variance.
     """
     if training and correction == 0.0 and running_var is not None and input.numel():
         return _with_biased_variance(input, running_mean, running_var, weight, bias, momentum, eps)
@@ -44,7 +44,7 @@ def batch_norm(
         F.batch_norm(input.detach(), *arguments)
         mean, var = (None, None) if training else (running_mean, running_var)
         return reference.batch_norm(input, mean, var, weight, bias, training, momentum, eps)
-    # A compiler has no eager backward to mend, and a trace shall hold PyTorch's operators alone.
+    # A compiler runs no eager backward to correct, and a trace must hold only PyTorch's operators.
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return F.batch_norm(input, *arguments)
     if torch.is_grad_enabled() and isinstance(input, Tensor):
@@ -67,7 +67,7 @@ def _with_biased_variance(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """Calls `batch_norm` for training, and takes Bessel's correction from its running variance."""
+    """Calls `batch_norm` for training, and undoes Bessel's correction of the running variance."""
     update = torch.zeros_like(running_var)
     output = batch_norm(input, running_mean, update, weight, bias, True, momentum, eps)
     count = input.numel() // input.shape[1]
@@ -76,13 +76,16 @@ def _with_biased_variance(
 
 
 def _before_backward(grad_output: Tensor) -> Tensor:
-    """Lays the gradient out for PyTorch's backward, or replaces the backward if need be."""
+    """Gives the gradient strides that PyTorch's backward reads rightly.
+
+    Where the backward may be differentiated, the reference replaces its results instead.
+    """
     if not support.backward_is_differentiated():
         return with_canonical_strides(grad_output)
     node: Any = torch._C._current_autograd_node()
-    # An empty input, for one, has no batch norm in its graph.
+    # The graph has no node of batch norm if, for example, the input is empty.
     if hasattr(node, "_saved_training"):
-        # The hook must not hold the node, which holds the hook.
+        # The node holds the hook, so a hook that held the node would make a reference cycle.
         handle: RemovableHandle = node.register_hook(lambda *grads: _by_reference(handle, *grads))
     return grad_output
 
@@ -92,7 +95,7 @@ def _by_reference(
     grad_inputs: tuple[Tensor | None, ...],
     grad_outputs: tuple[Tensor, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Returns the gradients of batch norm's node, which can be differentiated in turn."""
+    """Returns the gradients of batch norm's node, in a form that can be differentiated."""
     handle.remove()
     node: Any = torch._C._current_autograd_node()
     try:
@@ -101,7 +104,7 @@ def _by_reference(
             None if node._saved_training else (node._saved_running_mean, node._saved_running_var)
         )
     except CheckpointError:
-        # Checkpoints recompute a saved tensor for one reader, and PyTorch's own backward was it.
+        # A checkpoint gives out each saved tensor once, and PyTorch's own backward has taken it.
         return tuple(None if grad is None else _TwiceAtMost.apply(grad) for grad in grad_inputs)
     eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
     dx, _, dw, db = reference.batch_norm_backward(
@@ -114,7 +117,7 @@ def _by_reference(
 
 
 class _TwiceAtMost(torch.autograd.Function):
-    """The identity on a first derivative by PyTorch, whose second one has no right derivative."""
+    """The identity on a first derivative that PyTorch computed; third derivatives are an error."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor) -> Tensor:
@@ -130,6 +133,6 @@ class _TwiceAtMost(torch.autograd.Function):
         return grad
 
 
-# The tensor whose hooks all graphs share.
+# All graphs share the hooks of this tensor.
 _hooked = torch.empty(0)
 _hooked._backward_hooks = OrderedDict({0: _before_backward})

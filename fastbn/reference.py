@@ -1,6 +1,6 @@
-"""Batch norm in differentiable PyTorch: the definition of right.
+"""Batch norm in differentiable PyTorch: the definition of correct results.
 
-Tests hold the kernels to it, and second derivatives run through its gradient.
+Tests compare the kernels with it, and second derivatives are those of its gradient.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def batch_norm(
 
     This is algorithm 1 of Ioffe and Szegedy (2015). In training, mean and variance
     are those of `x` over all axes but the second, and the running statistics are
-    updated, the variance with Bessel's correction or another; otherwise the running
-    statistics serve. At least float32 is used.
+    updated: the running variance by var * M / (M - correction), for M values to a
+    channel. Otherwise mean and variance are the running ones. Computations are in
+    float32, or in float64 if `x` is.
     """
     z = accumulated(x)
     if training:
@@ -92,7 +93,7 @@ def batch_norm_backward(
     if fixed is None:
         dx = g - per_channel(db / count, z) - x_hat * per_channel(dw / count, z)
     else:
-        # The value is g. As a function of the input it requires a gradient where PyTorch's does.
+        # The value is g, but as in PyTorch it requires a gradient if the input does.
         dx = torch.where(torch.zeros_like(z, dtype=torch.bool), x_hat, g)
     dx = dx * rstd
     if weight is not None:
@@ -122,7 +123,7 @@ def axes_of(x: Tensor) -> list[int]:
 
 
 def with_value(variable: Tensor, value: Tensor) -> Tensor:
-    """Returns a tensor with the gradient of a variable and the value that this had earlier."""
+    """Returns a tensor that has a given value and passes its gradient on to a variable."""
     return value + (variable - variable.detach())
 
 

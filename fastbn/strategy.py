@@ -1,4 +1,4 @@
-"""The chosen strategy: how the kernels go over the data, where the planner shall not choose."""
+"""The strategy in force, which says how the kernels pass over the data."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ _strategy = one_of(_NAMES, os.environ.get("FASTBN_STRATEGY", "auto"), "FASTBN_ST
 
 
 def get_strategy() -> str:
-    """Returns the strategy in force, "auto" if the planner chooses."""
+    """Returns the strategy in force, or "auto" if the planner chooses."""
     return _strategy
 
 
 @contextlib.contextmanager
 def use_strategy(name: str) -> Iterator[None]:
-    """Makes the kernels take one strategy for the length of a `with` block and in all threads.
+    """Makes the kernels take one strategy, in all threads, for the length of a `with` block.
 
-    It serves bug reports and benchmarks, since the planner's choice is predicted to be the
+    It is meant for bug reports and benchmarks, since the planner's choice is predicted to be the
     fastest. A call that the strategy can't serve takes two passes, and with fixed statistics
-    there is one strategy only; `explain` says which one runs.
+    there is only one strategy; `explain` says which one runs.
 
     Args:
         name: "two-pass", "ticketed" or "resident", or "auto" for the planner's choice. The
             environment variable FASTBN_STRATEGY says what holds outside of such blocks.
 
     Raises:
-        ValueError: the name is another one; the strategy stays as it was.
+        ValueError: the name is none of these; the strategy stays as it was.
     """
     global _strategy
     before = _strategy

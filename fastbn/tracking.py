@@ -1,4 +1,4 @@
-"""Running statistics and the count of batches, where the kernels don't update them."""
+"""Updates running statistics and counts batches where the kernels don't."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def track(
     Args:
         call: the batch norm, which updates the running mean and variance that it is given
             by the share of the batch that it is given.
-        running_mean, running_var: what is to be updated.
-        num_batches_tracked: what is to be incremented, or None.
-        momentum: the share; None, with a count of batches, makes the running statistics
-            averages.
-        skip: a batch with statistics that are not finite updates and counts nothing.
-            Then running mean and variance are tensors.
+        running_mean, running_var: the running statistics to update.
+        num_batches_tracked: the count of batches to increment, or None.
+        momentum: the share of the batch; None, with a count of batches, makes the running
+            statistics averages.
+        skip: whether a batch with statistics that are not finite is ignored: it updates no
+            running statistics and is not counted. If so, running mean and variance are tensors.
     """
     averages = momentum is None and num_batches_tracked is not None
     if skip and (averages or momentum is not None):
@@ -38,8 +38,8 @@ def track(
     if num_batches_tracked is None:
         return call(running_mean, running_var, momentum)
     # Count the batch first, since PyTorch may refuse to change the counter; if batch norm
-    # itself then fails, take the count back. A checkpoint that recomputes a call ends it by
-    # an exception that is no failure.
+    # itself then fails, take the count back. A checkpoint ends the recomputation
+    # of a call by an exception, which is no failure.
     if averages:
         momentum = 1.0 / (float(num_batches_tracked) + 1.0)
     num_batches_tracked.add_(1)
@@ -58,10 +58,10 @@ def _skip_nonfinite(
     num_batches_tracked: Tensor | None,
     momentum: Any,
 ) -> Tensor:
-    """Takes the batch's statistics for themselves, and lets the device decide what becomes of them.
+    """Computes the batch's statistics apart; updates the running ones only if all are finite.
 
-    No value of the device is read on the host, so that a CUDA graph can be captured, unless the
-    count is on the host.
+    Unless the count of batches is on the host, the host reads no value from the device, so that a
+    CUDA graph can be captured.
     """
     mean, var = torch.zeros_like(running_mean), torch.zeros_like(running_var)
     output = call(mean, var, 1.0)

@@ -1,4 +1,4 @@
-"""Which of Keras's activations the kernels compute."""
+"""Says which of Keras's activations the kernels compute."""
 
 from __future__ import annotations
 

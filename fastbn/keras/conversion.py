@@ -1,4 +1,4 @@
-"""`convert`: a copy of a Keras model whose batch norms run in fused kernels."""
+"""`convert` copies a Keras model and makes the copy's batch norms run in fused kernels."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def convert(model: Any) -> Any:
     if not isinstance(model, keras.Model):
         raise TypeError(f"model must be a keras.Model, but got a {type(model).__name__}")
     copy = _copy(model, _fused_layers(model))
-    # Layers within other layers and in subclassed models were made by the code of these.
+    # Layers inside of other layers and of subclassed models were made by the code of these, and
+    # are still Keras's.
     for layer in copy._flatten_layers(include_self=False):
         if type(layer) is keras.layers.BatchNormalization:
             layer.__class__ = BatchNormalization
@@ -63,7 +64,7 @@ def _copy(layer: Any, copies: dict[int, Any]) -> Any:
             copy = type(layer).from_config(layer.get_config())
         copies[id(layer)] = copy
         if isinstance(layer, keras.Model):
-            # A model that is not built may have layers that are.
+            # A model that is not built may have layers that are built.
             for inner in (layer, *layer.layers):
                 made = copies.get(id(inner))
                 if inner.built and made is not None and not made.built:
@@ -82,7 +83,7 @@ def _fused_layers(model: Any) -> dict[int, Any]:
     """Returns what takes the place of batch norms and of activations that move into them."""
     inner = model._flatten_layers()
     models = {id(layer): layer for layer in inner if isinstance(layer, keras.Model)}.values()
-    # What one model reads may be read in another one too.
+    # If several models have a layer, its output may have further readers in another one.
     owners = Counter(id(layer) for one in models for layer in one.layers)
     fused: dict[int, Any] = {}
     for one in models:
@@ -98,7 +99,7 @@ def _fused_layers(model: Any) -> dict[int, Any]:
 def _only_readers(model: Any) -> Iterator[tuple[Any, Any]]:
     """Yields the layers of a model that one other layer reads, with that layer.
 
-    Both are called once. Of a subclassed model nothing is known.
+    Both are called once. A subclassed model yields nothing, since its calls are unknown.
     """
     if type(model) is keras.Sequential:
         yield from zip(model.layers, model.layers[1:])
@@ -111,7 +112,7 @@ def _only_readers(model: Any) -> Iterator[tuple[Any, Any]]:
     for layer in config["layers"]:
         for name in _sources(layer["inbound_nodes"]):
             readers[name].append(layer["name"])
-    # Who uses the model reads its outputs.
+    # The outputs of the model have readers outside of it.
     for name in keras.tree.flatten(config["output_layers"]):
         if isinstance(name, str):
             readers[name] += ["", ""]
@@ -135,7 +136,7 @@ def _sources(inbound_nodes: Any) -> Iterator[str]:
 def _fuses(norm: Any, activation: Any) -> bool:
     return (
         type(norm) is keras.layers.BatchNormalization
-        # It would see the activation's output.
+        # The regulariser would see the activation's output.
         and norm.activity_regularizer is None
         and isinstance(activation, keras.layers.Layer)
         and fused_activation(activation) not in (None, ("none", None))

@@ -88,11 +88,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
         mean, variance = (variable.value for variable in variables)
         # In a stateless call the values are the caller's, and updates go to its scope.
         stateless = mean is not self.moving_mean._value
-        # Between a forward in inference mode and its backward, Keras lets statistics change.
+        # Keras lets statistics change between a forward in inference mode and its backward.
         if stateless or (torch.is_grad_enabled() and not training):
             mean, variance = mean.clone(), variance.clone()
 
-        # All of this is views, and channels are last in memory where they were.
+        # `movedim` returns a view, so channels that are last in memory stay last.
         shape, axis = inputs.shape, self.axis % inputs.dim()
         moves = inputs.dim() in (4, 5) and axis in (1, inputs.dim() - 1)
         if moves:

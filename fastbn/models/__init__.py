@@ -1,7 +1,8 @@
 """Whole models: their norms become fastbn's, and what follows a norm is computed with it.
 
 `fused.py` computes a norm and what follows it in one call where that changes nothing.
-`sequential.py` and `owners.py` make modules call it; `tracing.py` and `chains.py` find out where.
+`sequential.py` and `owners.py` make modules call `fused`; `tracing.py` and `chains.py` find out
+where.
 """
 
 from __future__ import annotations
@@ -46,21 +47,22 @@ def convert(model: nn.Module) -> nn.Module:
 def fuse(model: nn.Module) -> nn.Module:
     """Makes a model's batch norms fastbn's and computes what follows them with them, in place.
 
-    Wherever a model computes act(norm(x)), act(norm(x) + residual) or norm(x) + residual, be it
+    Wherever a model computes act(norm(x)), act(norm(x) + residual) or norm(x) + residual, even
     across modules, one call of fastbn's takes the place of the two or three. All modules stay,
     with their parameters, hooks and names. Modules that call norms get a class of the same
-    name with another `forward`, which is recorded by `torch.fx` from the module's own. The
-    record is good while the module's attributes are as they were; else it is made anew. The
-    values of global variables that a `forward` reads are taken for good.
+    name with another `forward`, which `torch.fx` records from the module's own. The record is
+    used while the module's attributes are as they were, and is made anew when they change.
+    Global variables that a `forward` reads keep their values of the time of the record.
 
-    Each call fuses only what it may at that time: not where a hook would see the norm's output,
-    for one, or where a residual must be broadcast. Results are those of the model before.
+    Each call fuses only what it may at that time. It does not fuse, for example, where a hook
+    would see the norm's output or where a residual must be broadcast. Results are those of the
+    unfused model.
 
     Args:
         model: any module, fused ones too.
 
     Returns:
-        The model. `revert` undoes it, and `explain(model)` says what became of its norms.
+        The model. `revert` undoes the change, and `explain(model)` says what became of its norms.
 
     Raises:
         TypeError: the model is no module, or a scripted one.
@@ -83,9 +85,9 @@ def revert(model: nn.Module) -> nn.Module:
     `convert_sync_batchnorm`, in place.
 
     `FusedBatchNorm*d` becomes `nn.BatchNorm*d`, even if the model was made with it, unless it
-    has options that `nn.BatchNorm*d` does not have; and so `FusedSyncBatchNorm` becomes
-    `nn.SyncBatchNorm`. `FusedBatchNormAct*d` and `FusedSyncBatchNormAct` that were no norms of
-    timm's before stay.
+    has options that `nn.BatchNorm*d` does not have. In the same way `FusedSyncBatchNorm` becomes
+    `nn.SyncBatchNorm`. Norms that were made as `FusedBatchNormAct*d` or `FusedSyncBatchNormAct`
+    stay.
 
     Args:
         model: any module.

@@ -1,7 +1,7 @@
 """Finds the chains norm -> (drop layers) -> (add) -> activation of a graph.
 
 Each chain that can be one call becomes one call of `fused`, at the place of the chain's last
-step. So the norm is computed later than it was, which must change nothing in between.
+step. The norm is then computed later than before, which must not change any result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from .fused import fused
 from .kinds import ends_in_norm, is_activation, is_harmless, may_pass_unchanged
 from .steps import Node, is_call, may_wait, nobody_else_has, only_user, steps_between
 
-# Functions and methods that compute activations of the table, and the name of the parameter.
+# Functions and methods that compute activations of the table, with the activation's name and the
+# name of its parameter.
 _FUNCTIONS: dict[Any, tuple[str, str | None]] = {
     F.relu: ("relu", None),
     torch.relu: ("relu", None),
@@ -39,7 +40,7 @@ _FUNCTIONS: dict[Any, tuple[str, str | None]] = {
     "tanh": ("tanh", None),
 }
 
-# Names of the further arguments of a `forward` that goes on after its last norm.
+# Names of the further arguments of a `forward` that also computes what follows its last norm.
 TAIL = ("fused_act", "fused_residual", "fused_add", "fused_before", "fused_after")
 
 
@@ -48,9 +49,9 @@ class Fold:
     """What became of a norm in a graph.
 
     Attributes:
-        path: of the module that is the norm or ends in it.
+        path: the path of the module that is the norm or ends in it.
         kind: "act", "add+act", "add" or "plain".
-        reason: why it is plain.
+        reason: why a plain norm is plain.
         layers: paths of layers that must return their input for the norm not to be plain.
     """
 
@@ -65,10 +66,10 @@ class _Chain:
     """Steps that follow a norm: their nodes, and what they do.
 
     Attributes:
-        steps: all of them.
+        steps: the nodes of all steps.
         before, after: paths of the modules that may return their input, before and after the
             addition.
-        residual, add: what is added, and how.
+        residual, add: what is added, and how (see `fused`).
         act: the path of the activation, or name and parameter of a function.
     """
 
@@ -81,15 +82,15 @@ class _Chain:
 
 
 def fold(graph: fx.Graph, module: nn.Module) -> tuple[list[Fold], set[str], set[str]]:
-    """Makes one call of each chain in a graph of a module's.
+    """Replaces each chain in a graph of a module by one call.
 
     Returns:
-        What became of all norms; the paths of the modules of which it is taken for granted that
-        they leave their input alone; and of those that must keep nothing of what they return.
+        What became of all norms; the paths of the modules that must leave their input alone for
+        this; and the paths of those that must keep nothing of what they return.
     """
     folds, trusted, unkept = [], set(), set()
     paths = {node.target for node in graph.nodes if is_call(node, module, is_harmless)}
-    # If two norms feed an addition, the one that comes last takes the other's output.
+    # If two norms feed an addition, the one that comes last takes the other's output as residual.
     for node in reversed(list(graph.nodes)):
         if not _calls_norm(node, module):
             continue
@@ -124,7 +125,7 @@ def folds_in(graph: fx.Graph, module: nn.Module) -> list[Fold]:
 
 
 def tail_of(graph: fx.Graph, module: nn.Module) -> Node | None:
-    """Returns the call of a norm whose output a graph returns, if nothing else uses the output."""
+    """Returns the call of a norm whose output a graph returns, unless something else uses it."""
     result = next(node for node in reversed(graph.nodes) if node.op == "output")
     node = result.args[0]
     if not (isinstance(node, fx.Node) and _calls_norm(node, module)):
@@ -133,7 +134,7 @@ def tail_of(graph: fx.Graph, module: nn.Module) -> Node | None:
 
 
 def open_tail(graph: fx.Graph, node: Node) -> None:
-    """Lets what follows the call that `tail_of` found be a part of it, by further arguments."""
+    """Adds arguments to a graph, so that the call that `tail_of` found computes what follows it."""
     result = next(node for node in reversed(graph.nodes) if node.op == "output")
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     with graph.inserting_after(last):
@@ -167,7 +168,7 @@ def _chain_after(node: Node, module: nn.Module) -> _Chain:
 
 
 def _pass_layers(node: Node, module: nn.Module) -> tuple[list[Node], Node, Node | None]:
-    """Returns the steps after a node that may return their input, the last, and its user."""
+    """Returns the steps after a node that may return their input, the last one, and its user."""
     passed, end, user = [], node, only_user(node)
     while user is not None and is_call(user, module, may_pass_unchanged):
         passed.append(user)
@@ -176,7 +177,7 @@ def _pass_layers(node: Node, module: nn.Module) -> tuple[list[Node], Node, Node 
 
 
 def _before_layers(node: Node, module: nn.Module) -> Node:
-    """Returns the step whose result layers have passed that may return their input."""
+    """Returns the step whose result reaches a node through layers that may return their input."""
     while is_call(node, module, may_pass_unchanged):
         node = node.args[0]
     return node
@@ -244,7 +245,7 @@ def _why_plain(node: Node, chain: _Chain, module: nn.Module) -> str | None:
             return "two norms feed one addition, and the other one takes it"
         name = user.target if isinstance(user.target, str) else user.target.__name__
         return f"next is {name}"
-    # In place, the other summand is changed: nobody must see that.
+    # The addition changes the other summand in place, so nothing else may read it.
     if chain.add == "iadd_to" and not nobody_else_has(chain.residual, module):
         return "it is added in place to another tensor"
     if not may_wait(node, chain.steps[-1], module, chain.steps):
@@ -253,7 +254,7 @@ def _why_plain(node: Node, chain: _Chain, module: nn.Module) -> str | None:
 
 
 def _replace(graph: fx.Graph, node: Node, chain: _Chain) -> None:
-    """Makes a call of `fused` of a norm and the steps that follow it."""
+    """Replaces a norm and the steps that follow it by a call of `fused`."""
     end = chain.steps[-1]
     with graph.inserting_before(end):
         norm = graph.create_node("get_attr", node.target)

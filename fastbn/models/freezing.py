@@ -1,4 +1,4 @@
-"""Fixes the statistics of a model's norms, which `model.train()` then does not make move."""
+"""Fixes the statistics of a model's norms, in training mode too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .norm_types import convert_norm, twin_of
 
 
 def freeze(model: nn.Module, *, parameters: bool = True) -> nn.Module:
-    """Fixes the statistics of a model's batch norms, in place, in training mode too.
+    """Fixes the statistics of a model's batch norms in place; they stay fixed in training mode.
 
     Norms of PyTorch's and timm's become fastbn's first, as by `fastbn.convert`. Modules that
     replace norms afterwards, such as `nn.SyncBatchNorm.convert_sync_batchnorm`, end the freeze.
@@ -28,7 +28,7 @@ def freeze(model: nn.Module, *, parameters: bool = True) -> nn.Module:
     Raises:
         TypeError: the model is no module.
         ValueError: a norm has no running statistics to fix, or is of a type that can't be
-            frozen, as norms that share statistics; nothing has then changed.
+            frozen, such as norms that share statistics; the model is then unchanged.
     """
     _check(model)
     for path, module in model.named_modules():
@@ -55,7 +55,7 @@ def freeze(model: nn.Module, *, parameters: bool = True) -> nn.Module:
 
 
 def unfreeze(model: nn.Module) -> nn.Module:
-    """Lets the statistics of a model's frozen norms move again, and trains all their parameters.
+    """Lets statistics of a model's frozen norms change again, and makes their parameters trainable.
 
     Args:
         model: any module.
@@ -81,7 +81,7 @@ def _check(model: nn.Module) -> None:
 
 
 def _make_buffers(module: nn.Module) -> None:
-    """Makes weight and bias buffers, which come before the others."""
+    """Makes weight and bias buffers, which come before the other buffers."""
     others = dict(module._buffers)
     module._buffers.clear()
     for name in ("weight", "bias"):
@@ -89,7 +89,7 @@ def _make_buffers(module: nn.Module) -> None:
         if parameter is not None:
             parameter.requires_grad_(False)
             parameter.grad = None
-        # An optimizer that holds the parameter finds it again when the norm is unfrozen.
+        # The object stays the same, so an optimizer that holds it trains it again once unfrozen.
         module._buffers[name] = parameter
     module._buffers.update(others)
 

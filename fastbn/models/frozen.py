@@ -25,7 +25,7 @@ class Frozen(_Fused):
     """
 
     has_fixed_statistics = True
-    # Of checkpoints of this version PyTorch's batch norm does not expect a num_batches_tracked.
+    # PyTorch's batch norm expects no num_batches_tracked in checkpoints of this version.
     _version = 1
 
     def reset_running_stats(self) -> None:
@@ -63,6 +63,6 @@ class FrozenBatchNormAct3d(Frozen, FusedBatchNormAct3d):
     """A frozen `FusedBatchNormAct3d`, which `freeze` makes."""
 
 
-# By the classes that they are the frozen forms of, and the other way round.
+# The frozen class of each class, and the class of each frozen one.
 FROZEN: dict[type, type] = {kind.__mro__[2]: kind for kind in Frozen.__subclasses__()}
 THAWED: dict[type, type] = {frozen: kind for kind, frozen in FROZEN.items()}

@@ -1,7 +1,7 @@
 """`fused` computes norm, residual and activation in one call wherever that changes nothing.
 
-Whether it does is decided anew at each call: hooks, replaced modules, other shapes and other
-types are found when they are there.
+This is decided anew at each call, so that hooks, replaced modules, other shapes and other types
+are noticed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _iadd_to(output: Any, residual: Any) -> Any:
     return operator.iadd(residual, output)
 
 
-# How a residual may be added to an output, by names that fit the code of a graph.
+# The ways to add a residual to an output, by names that can be constants of a graph.
 _ADDITIONS: dict[str, Callable[[Any, Any], Any]] = {
     "add": operator.add,
     "iadd": operator.iadd,
@@ -40,7 +40,7 @@ _ADDITIONS: dict[str, Callable[[Any, Any], Any]] = {
     "iadd_to": _iadd_to,
 }
 
-# An activation: a module, or name and parameter of one that the kernels know.
+# An activation is a module, or name and parameter of one that the kernels know, or None.
 Act = nn.Module | tuple[str, float | None] | None
 
 
@@ -59,10 +59,10 @@ def fused(
         module: one of fastbn's norms, or a Sequential or an owner that ends in one; any other
             module is called as it is.
         input: the module's input.
-        act: the activation, a module, or name and parameter as `batch_norm` takes them.
+        act: the activation: a module, or name and parameter as `batch_norm` takes them, or None.
         residual: what is added, if `add` says that something is.
         add: how the two are added: "add", "iadd" (in place), or with the residual as the first
-            summand "add_to", "iadd_to"; None if nothing is.
+            summand "add_to", "iadd_to"; None if nothing is added.
         before, after: layers that the module's output and the sum pass, such as drop layers,
             which must return their input for the call to be one.
     """
@@ -113,7 +113,7 @@ def _adds_plainly(residual: Any, input: Tensor, add: str) -> bool:
     """Says whether the kernels' sum with a residual is what PyTorch's would be."""
     if not isinstance(residual, Tensor) or residual.shape != input.shape:
         return False
-    # A sum is laid out in memory as its first summand.
+    # A sum has the strides of its first summand.
     if add.endswith("_to") and residual.stride() != input.stride():
         return False
     return residual.dtype == input.dtype and residual.device == input.device
@@ -123,7 +123,7 @@ def is_plain_call(module: nn.Module, input: Any) -> bool:
     """Says whether a call of a module with a tensor runs its `forward` and nothing else."""
     return (
         not isinstance(input, Proxy)
-        # A trace of TorchScript's would take comparisons of shapes for a part of the model.
+        # TorchScript's trace would record comparisons of shapes as a part of the model.
         and not torch.jit.is_tracing()
         and not has_hooks(module)
         and not has_global_hooks()

@@ -15,28 +15,28 @@ class Generated(nn.Module):
 
     Its members have names that no module has, since a member would hide a module's own.
 
-    Copies are of the generated class too. A pickle holds the module's own class, so that whoever
+    Copies have the generated class too. A pickle holds the module's own class, so that whoever
     loads it does not need the code that was generated here.
     """
 
     _fastbn_original: type[nn.Module]
 
-    # Computes what `fused` does of the module and its further arguments, if it ends in a norm.
+    # Returns what `fused` returns for this module and further arguments, if it ends in a norm.
     _fastbn_forward_then: Callable[..., Any]
 
     @property
     def _fastbn_ends_in_norm(self) -> bool:
-        """Whether something that follows the module may become part of its last norm."""
+        """Says whether something that follows the module may become part of its last norm."""
         return False
 
     @property
     def _fastbn_makes_fresh(self) -> bool:
-        """Whether a call leaves its arguments alone and returns other memory."""
+        """Says whether a call leaves its arguments alone and returns other memory."""
         return False
 
     @property
     def _fastbn_lets_go(self) -> bool:
-        """Whether a call returns new memory that nobody else keeps."""
+        """Says whether a call returns new memory that nobody else keeps."""
         return False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -44,7 +44,8 @@ class Generated(nn.Module):
         if reduced[0] is not vars(copyreg)["__newobj__"]:
             function = self._fastbn_original if reduced[0] is type(self) else reduced[0]
             return function, *reduced[1:]
-        # Pickles of protocols 0 and 1 make objects so. Those of later ones insist on the class.
+        # Pickles of protocols 0 and 1 make objects by this function. With `__newobj__`, later ones
+        # would insist on the object's own class.
         reconstruct: Any = vars(copyreg)["_reconstructor"]
         return reconstruct, (self._fastbn_original, object, None), *reduced[2:]
 
@@ -81,7 +82,7 @@ def subclass(
 
 
 def set_class(module: nn.Module, new: type[nn.Module]) -> None:
-    # mypy knows `__class__` as a thing that an `nn.Module` may have been given as an attribute.
+    # A module's class may have a `__setattr__` of its own, which must not see this.
     object.__setattr__(module, "__class__", new)
 
 

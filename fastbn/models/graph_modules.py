@@ -1,4 +1,4 @@
-"""`torch.fx.GraphModule`: its graph is there already, and takes the calls of `fused`."""
+"""Puts calls of `fused` into the graph that a `torch.fx.GraphModule` has already."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .steps import Node
 
 
 def fuse_graph(module: fx.GraphModule) -> None:
-    """Makes one call of each chain of a norm and what follows it."""
+    """Replaces each chain of a norm and what follows it by one call."""
     fold(module.graph, module)
     module.recompile()
 
 
 def revert_graph(module: fx.GraphModule) -> None:
-    """Makes of each call of `fused` the calls and the addition that it stands for."""
+    """Replaces each call of `fused` by the calls and the addition that it stands for."""
     for node in list(module.graph.nodes):
         if node.target is fused:
             _expand(module.graph, node)

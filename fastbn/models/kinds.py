@@ -1,7 +1,7 @@
-"""What kinds of modules there are: norms, activations, and what a call does with memory.
+"""Says of which kind a module is: a norm or an activation, and what its calls do with memory.
 
-All is decided by what a module is at the moment: with a hook, or a `forward` of its own, it is of
-no kind.
+The answer holds for the moment: a module with a hook, or with a `forward` of its own, is of no
+kind.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def is_unpatched(module: nn.Module) -> bool:
 
 
 def is_bare_norm(module: nn.Module) -> bool:
-    """Says whether a module is one of fastbn's norms, computes as such, and nothing after it."""
+    """Says whether a module is one of fastbn's norms, and computes that norm and nothing else."""
     if not isinstance(module, _Fused):
         return False
     if isinstance(module, _FusedAct):
@@ -51,7 +51,8 @@ _DROP_PATHS = {
 }
 
 
-# Modules that leave their input alone and return new memory, by where their `forward` is from.
+# Modules of these classes leave their input alone and return new memory, if their `forward` is
+# defined in one of these places.
 _FRESH = (
     _ConvNd, nn.Linear, _BatchNorm, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Upsample,
 )  # fmt: skip
@@ -74,7 +75,7 @@ def lets_go(module: nn.Module) -> bool:
     if not makes_fresh(module):
         return False
     if isinstance(module, nn.Sequential):
-        # Behind the last layer that makes the memory, none may keep it.
+        # The layers after the last one that makes new memory must not keep it.
         rest = list(module)
         while rest and keeps_nothing(rest[-1]):
             rest.pop()

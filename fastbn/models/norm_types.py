@@ -1,4 +1,4 @@
-"""Norms that become fastbn's, and become what they were, by a change of their class."""
+"""Makes norms fastbn's, and undoes that, by a change of their class."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: FusedBatchNorm2d,
     nn.BatchNorm3d: FusedBatchNorm3d,
 }
-# What torchvision's frozen norm has no attributes for.
+# The attributes of a norm that torchvision's frozen norm lacks.
 _OF_A_NORM = {"momentum": 0.1, "affine": True, "track_running_stats": True}
 _ORIGINALS = {twin: original for original, twin in _TWINS.items()}
 
 
 # Norms of other libraries and their twins. A library that the program has not imported is not
-# looked for.
+# imported here.
 _OTHERS = {
     ("timm.layers.norm_act", "BatchNormAct2d"): FusedBatchNormAct2d,
     ("torchvision.ops.misc", "FrozenBatchNorm2d"): FrozenBatchNorm2d,
@@ -61,9 +61,9 @@ def convert_norm(module: nn.Module) -> None:
 
 
 def revert_norm(module: nn.Module) -> None:
-    """Gives a norm the type back that it had, if it is one of fastbn's and has no other options.
+    """Gives one of fastbn's norms its first type back, unless it has options that this lacks.
 
-    One that was made as a `FusedBatchNormAct*d` stays: PyTorch has no such norm.
+    A norm that was made as a `FusedBatchNormAct*d` stays: PyTorch has no such norm.
     """
     attributes = module.__dict__
     if type(module) in _ORIGINALS and not (module.biased_running_var or module.skip_nonfinite):

@@ -1,9 +1,9 @@
-"""Owners: modules whose `forward` calls norms. They get a class with a generated `forward`.
+"""Owners are modules whose `forward` calls norms. They get a class with a generated `forward`.
 
 The generated `forward` has a variant for each value of `training` and each pattern of arguments
-(given, None, or a constant). A variant is good while the attributes are alike that the
-module's own `forward` read when it was traced. Where no variant is good, the `forward` is
-traced anew, and if that fails the module's own `forward` runs.
+(given, None, or a constant). A variant is valid while the attributes that the module's
+own `forward` read when it was traced are as they were. Where no variant is valid, the `forward`
+is traced anew, and if that fails the module's own `forward` runs.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _lets_go(module: nn.Module) -> bool:
 
 
 def current_variants(module: FusedOwner) -> list[Variant]:
-    """Returns the variants of calls in the module's mode, those without a graph too."""
+    """Returns the valid variants for the module's mode, including those without a graph."""
     owner = module._fastbn_owner
     found = (v for (mode, _), vs in owner.variants.items() if mode == module.training for v in vs)
     return [variant for variant in found if variant.holds(module)]
@@ -88,7 +88,7 @@ def fuse_owner(module: nn.Module) -> None:
 
 
 def plan_owner(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
-    """Returns the class that fuses something of an owner, or None, and why a trace failed."""
+    """Returns a class that fuses something in an owner, or None, and why a trace failed."""
     original = module._fastbn_original if isinstance(module, FusedOwner) else type(module)
     if not isinstance(original.forward, FunctionType) or "forward" in module.__dict__:
         return None, "its forward is not its class' own Python function"
@@ -106,14 +106,14 @@ def plan_owner(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
             if variant is None:
                 continue
             variants.append(variant)
-            # It may do something else with a list.
+            # A `forward` that asks for the type of its argument may treat a list differently.
             if variant.asks and pattern[0] == (Tensor,):
                 todo.append(((list,), *pattern[1:]))
     reasons = [variant.reason for variant in variants if variant.reason]
     if any(variant.forward is not None for variant in variants):
         return generated, ""
-    # A caller that adds to the module's result in place may fuse the addition if this is new
-    # memory, which the class says.
+    # A caller that adds to the module's result in place may fuse the addition if the result is new
+    # memory. This class tells the caller whether it is.
     has_norms = any(isinstance(m, _BatchNorm) for m in module.modules())
     if has_norms and any(variant.fresh is not None for variant in variants):
         return generated._fastbn_vouching, ""
@@ -121,7 +121,7 @@ def plan_owner(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
 
 
 def _patterns(parameters: list[inspect.Parameter]) -> list[tuple]:
-    """Returns the patterns of arguments to expect: optional ones not given, and one of them."""
+    """Returns the patterns of arguments to expect: no optional one is given, or one of them is."""
     base = [
         (Tensor,) if p.default is p.empty else kind_of(p.default, p.default) or (Tensor,)
         for p in parameters
@@ -134,7 +134,7 @@ def _patterns(parameters: list[inspect.Parameter]) -> list[tuple]:
 
 
 def _asks_for_its_own_class(original: type[nn.Module]) -> bool:
-    """Says whether a method calls `super(type(self), self)`, which a subclass sends in a circle."""
+    """Says whether a method calls `super(type(self), self)`, which recurses in a subclass."""
     for base in original.__mro__:
         if base is nn.Module:
             return False
@@ -177,7 +177,7 @@ _classes: dict[tuple, Any] = {}
 
 
 def _class_of(original: type[nn.Module], signature: tuple) -> Any:
-    """Returns the generated class of all modules of a class that call modules of such kinds."""
+    """Returns the generated class that all modules of this class and signature share."""
     if (original, signature) not in _classes:
         _classes[original, signature] = _make_class(original)
     return _classes[original, signature]
@@ -200,7 +200,8 @@ def _make_class(original: Any) -> type[nn.Module]:
         return variant.forward(self, *given)
 
     members = {"_fastbn_owner": owner}
-    # A module that fuses nothing keeps its `forward`, and says of its results whose they are.
+    # Modules that fuse nothing get this class. It keeps their `forward`, and says whether results
+    # are new memory.
     vouching = subclass(original, FusedOwner, members)
     return subclass(
         original, FusedOwner, members | {"forward": forward, "_fastbn_vouching": vouching}

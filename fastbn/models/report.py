@@ -1,4 +1,4 @@
-"""What became of a model's norms, and what memory traffic that saves."""
+"""Reports what became of a model's norms, and what memory traffic that saves."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .kinds import ends_in_norm, is_activation, is_bare_norm, passes_unchanged
 from .owners import FusedOwner, current_variants, plan_owner
 from .sequential import FusedSequential
 
-# Tensors that an addition and an activation of their own read or write in a training step:
-# forward 3 and 2, backward 0 and 3.
+# Numbers of tensors that a separate addition and a separate activation read or write in a training
+# step: the addition 3 forward and 0 backward, the activation 2 forward and 3 backward.
 _ADDITION, _ACTIVATION = 3, 5
 
 _KINDS = {
@@ -77,7 +77,8 @@ def explain_model(model: nn.Module, input: Any = None) -> ModelExplanation:
         for path, kind in kinds.items()
         if kind == "plain"
     }
-    # From the outside in: what a module does itself counts more than what its owners see.
+    # Owners come after the modules in them, since only an owner sees what follows a module that
+    # ends in a norm.
     for module in reversed(list(names)):
         for child, kind, reason in _folds(module):
             path = names.get(_last_norm(child))
@@ -98,7 +99,7 @@ def explain_model(model: nn.Module, input: Any = None) -> ModelExplanation:
 
 
 def _folds(module: nn.Module) -> list[tuple[nn.Module, str, str]]:
-    """Returns the children of a module that are or end in norms, and what becomes of these."""
+    """Returns the children of a module that are norms or end in one, and what becomes of these."""
     children = list(module._modules.values())
     norms = [child for child in children if child is not None and ends_in_norm(child)]
     if isinstance(module, FusedSequential):
@@ -154,7 +155,7 @@ def _last_norm(module: nn.Module) -> nn.Module | None:
 
 
 def _saved_bytes(model: nn.Module, input: Any, kinds: dict[str, str]) -> int:
-    """Counts what the two-pass kernels move less than a norm and separate operations would."""
+    """Counts the bytes that the two-pass kernels save against a norm and separate operations."""
     inputs = input if isinstance(input, (tuple, list)) else (input,)
     shadow = copy.deepcopy(model).to("meta")
     saved = 0.0

@@ -1,4 +1,4 @@
-"""`nn.Sequential` that computes each norm and the activation after it in one call."""
+"""Makes an `nn.Sequential` compute each norm and the activation after it in one call."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class FusedSequential(Generated):
 
     def _fastbn_forward_then(self, input: Any, *rest: Any) -> Any:
         *modules, last = self._modules.values()
-        # An activation that was the last module's is not there: it ends in a norm.
+        # The Sequential ends in a norm when this is called, so the last module has no activation.
         return fused(last, _run(modules, input), *rest)
 
 
@@ -47,7 +47,7 @@ _classes: dict[Any, type[nn.Module]] = {}
 
 
 def fuse_sequential(module: nn.Sequential) -> None:
-    """Gives a Sequential the peephole, if it has a use for it."""
+    """Gives a Sequential the generated class, if it has a module that ends in a norm."""
     if isinstance(module, FusedSequential):
         return
     children = list(module._modules.values())

@@ -1,4 +1,4 @@
-"""What lies between a norm and the step that takes it in, and which memory steps share."""
+"""Says what lies between a norm and a later step of a graph, and which steps share memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .fused import fused
 from .kinds import is_harmless, keeps_nothing, lets_go, makes_fresh, may_pass_unchanged
 
-# A step of a graph. PyTorch's type of it lets arguments be so much that each use needs a cast.
+# A step of a graph. With PyTorch's type `fx.Node`, each use of an argument would need a cast.
 Node = Any
 
 # Functions that leave their arguments alone and return new memory.
@@ -38,11 +38,11 @@ def only_user(node: Node) -> Node | None:
 
 
 def may_wait(node: Node, end: Node, module: nn.Module, steps: Sequence[Node] = ()) -> bool:
-    """Says whether a norm may be computed as late as another step, for all that lies between.
+    """Says whether a norm may be computed as late as another step.
 
-    Nothing there may change the norm's input, or memory that the input shares, or use the norm.
-    If the call is of more than a norm, only layers that do nothing may lie between, as the rest
-    may draw random numbers, say.
+    No step between the two may change the norm's input or memory that the input shares, or use
+    the norm. If the call computes more than a norm, only identity layers may lie between, since
+    the rest may, for example, draw random numbers.
     """
     between = steps_between(node, end, steps)
     norm = module.get_submodule(node.target)
@@ -65,7 +65,7 @@ def may_wait(node: Node, end: Node, module: nn.Module, steps: Sequence[Node] = (
 
 
 def steps_between(node: Node, end: Node, steps: Sequence[Node]) -> list[Node]:
-    """Returns the steps between two, but for some, that compute something."""
+    """Returns the nodes between two that compute something and are not in `steps`."""
     between, current = [], node.next
     while current is not end:
         if current not in steps and current.op not in ("get_attr", "placeholder"):
@@ -92,7 +92,7 @@ def _is_module(module: nn.Module, path: str) -> bool:
 
 def calls_that_make_fresh(graph: fx.Graph, module: nn.Module) -> tuple[str, ...] | None:
     """Returns the paths of the modules that must leave their input alone and return other memory
-    for a graph to do so, or None if it does not.
+    for a graph to do so, or None if that would not be enough.
     """
     shared: set[Node] = set()
     for node in graph.nodes:
@@ -105,8 +105,8 @@ def calls_that_make_fresh(graph: fx.Graph, module: nn.Module) -> tuple[str, ...]
 
 
 def calls_that_may_keep(graph: fx.Graph, module: nn.Module) -> tuple[str, ...] | None:
-    """Returns the paths of the modules that must keep nothing of what a graph returns for nobody
-    to have it, or None if somebody may.
+    """Returns the paths of the modules that must keep nothing so that only the caller has what a
+    graph returns, or None if that would not be enough.
     """
     result = next(node for node in reversed(graph.nodes) if node.op == "output")
     made: set[Node] = set()
@@ -128,7 +128,7 @@ def _is_fresh(node: Node, module: nn.Module) -> bool:
 
 
 def nobody_else_has(node: Node, module: nn.Module) -> bool:
-    """Says whether a step's output is new memory that one other step uses."""
+    """Says whether a step's output is new memory that only one other step uses."""
     if only_user(node) is None:
         return False
     if is_call(node, module, may_pass_unchanged):

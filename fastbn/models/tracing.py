@@ -1,9 +1,9 @@
 """Records one `forward` as a graph, with all that the graph takes for granted.
 
 `torch.fx` runs the `forward` once on stand-ins for its arguments and records what it calls.
-Python's decisions are taken for good on the way. So `watching.py` notes the attributes that
-decide, and a graph is good for as long as they are alike. A `forward` that does what no graph
-shows, or asks what no stand-in can answer, is refused.
+Branches that Python takes on the way are fixed in the graph. So `watching.py` notes the attributes
+that `forward` reads, and a graph is valid while these are as they were. A `forward` is refused if
+it does what a graph doesn't show, or asks a stand-in what only a tensor can answer.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from torch.overrides import TorchFunctionMode
 from .kinds import returns_tensor
 from .watching import Reads, Watch, lock
 
-# Kinds of arguments that a graph takes as they come; any other argument is a part of the graph.
+# Arguments of these kinds are inputs of a graph. The value of any other is fixed in the graph.
 GIVEN = (Tensor, list, tuple)
 
-# What a stand-in answers wrongly, and what a graph does not show.
+# Names of functions that answer wrongly for a stand-in, or whose effects a graph doesn't show.
 _FORBIDDEN = {
     "type", "is_tensor", "is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled",
     "is_tracing", "is_compiling", "manual_seed", "set_rng_state", "autocast", "no_grad",
@@ -44,14 +44,14 @@ _ASKS_FOR_A_TYPE = "it asks for the type of a value"
 
 @dataclass(frozen=True)
 class Trace:
-    """A graph and what it takes for granted.
+    """A graph, and what must hold for it to be valid.
 
     Attributes:
         graph: what `forward` does. Its placeholders are the arguments of the kinds in GIVEN.
-        reads: what it read.
+        reads: what `forward` read.
         asks: whether the `forward` asked for the type of an argument.
-        tensors: paths of the modules whose results it asked for the type, which were taken for
-            tensors.
+        tensors: paths of the modules whose results it asked for the type of. The graph takes
+            these results for tensors.
     """
 
     graph: fx.Graph
@@ -63,7 +63,7 @@ class Trace:
 class Untraceable(Exception):
     """Says why a `forward` has no graph, and what it had read and asked by then.
 
-    `tensors` are the paths of modules of which not all return tensors, if that is why.
+    `tensors` are the paths of modules of which not all return tensors, if that is the reason.
     """
 
     def __init__(self, reason: str, reads: Reads, asks: bool, tensors: set[str]) -> None:
@@ -81,7 +81,7 @@ def _in_place(name: str) -> Callable[[Any, Any], Any]:
 
 
 class _InPlace:
-    """Records operations in place, of which Python would make others: `x += y` is not `x + y`."""
+    """Records operations in place; Python would otherwise compute `x += y` as `x = x + y`."""
 
     __iadd__, __isub__, __imul__, __itruediv__ = map(
         _in_place, ("iadd", "isub", "imul", "itruediv")
@@ -158,7 +158,7 @@ class _Tracer(fx.Tracer):
         return super().create_arg(a)
 
     def answer_isinstance(self, value: Any, kinds: Any) -> bool:
-        """Says what `isinstance` would say of what a stand-in stands for."""
+        """Returns what `isinstance` would return for the value that a stand-in stands for."""
         if _are_narrow(kinds):
             raise TraceError(_ASKS_FOR_A_TYPE)
         if value.kind is None:
@@ -171,7 +171,7 @@ class _Tracer(fx.Tracer):
 
 
 def _are_narrow(kinds: Any) -> bool:
-    """Says whether among types some are of a few tensors only, or what is no type."""
+    """Says whether some of these types fit only a few tensors, or are no types."""
     if isinstance(kinds, (tuple, UnionType)):
         return any(map(_are_narrow, kinds if isinstance(kinds, tuple) else kinds.__args__))
     if not isinstance(kinds, type) or type(kinds) is type(torch.FloatTensor):
@@ -180,18 +180,18 @@ def _are_narrow(kinds: Any) -> bool:
 
 
 def _surroundings() -> tuple:
-    """Returns what a context manager may change around a call, which a graph does not show."""
+    """Returns what a context manager may change around a call; a graph does not show it."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")],
-        # Checkpoints, which save inputs alone.
+        # A checkpoint sets these hooks.
         torch._C._autograd._top_saved_tensors_default_hooks(True),
     )
 
 
 class _NoOtherTensors(TorchFunctionMode):
-    """Refuses calls on tensors that are no stand-ins: their results would be taken for good."""
+    """Refuses calls on tensors that are no stand-ins: the graph would fix their results."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -210,9 +210,9 @@ def trace(
     """Records `forward(module, ...)`.
 
     Args:
-        module: whose `forward` it is; all modules that it calls become nodes.
+        module: the module whose `forward` it is; calls of other modules become nodes.
         forward: the function.
-        arguments: name and kind of each argument, a kind being one of GIVEN, or the value.
+        arguments: name and kind of each argument. The kind is one of GIVEN, or the value.
         training: the value of `module.training` to record with.
 
     Raises:
@@ -232,12 +232,12 @@ def trace(
             for code in watch.codes:
                 watch.refuse_names(code, _FORBIDDEN)
             reason = watch.changes()
-        except Exception as error:  # whatever a forward may raise when it gets no tensors
+        except Exception as error:  # a forward that gets no tensors may raise anything
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             watch.changes()
         finally:
             module.__dict__["training"] = before
-        # While `torch.fx` records, no module's call is a stock one.
+        # This comes after the trace, since `torch.fx` replaces `nn.Module.__call__` meanwhile.
         doubted = {p for p in tracer.tensors if not returns_tensor(module.get_submodule(p))}
     if reason is None and doubted:
         reason = _ASKS_FOR_A_TYPE

@@ -1,4 +1,4 @@
-"""Variants of a `forward`: what it does for a pattern of arguments while attributes are alike."""
+"""A variant of a `forward` holds for a pattern of arguments and for values of attributes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .steps import calls_that_make_fresh, calls_that_may_keep
 from .tracing import GIVEN, Untraceable, trace
 from .watching import Missing, Reads, same
 
-# More variants than this under one key are a sign that some attribute is never alike.
+# More variants than this under one key are a sign that some attribute changes all the time.
 _MOST_VARIANTS = 64
 
 
@@ -29,15 +29,15 @@ class Variant:
         holds: says of a module whether its attributes are those that the variant was made for.
         forward: takes the module and its arguments of the kinds in `tracing.GIVEN`; None if the
             module's own `forward` must run.
-        forward_then: does so and goes on with what `fused` is to add; None unless the module
-            ends in a norm.
+        forward_then: does the same and what `fused` adds after it; None unless the module ends in
+            a norm.
         folds: what became of the norms.
         tail: the path of the last norm.
         reason: why there is no generated `forward`.
         asks: whether `forward` asks for the type of an argument.
-        fresh: if it leaves its arguments alone and returns other memory, the paths of the
+        fresh: if `forward` leaves its arguments alone and returns other memory, the paths of the
             modules that must do so for that; otherwise None.
-        kept: if nobody else keeps what it returns, the paths of the modules that must keep
+        kept: if only the caller has what `forward` returns, the paths of the modules that must keep
             nothing for that; otherwise None.
     """
 
@@ -93,7 +93,7 @@ class Owner:
         for variant in self.variants.get((module.training, pattern), ()):
             if variant.holds(module):
                 return variant
-        # A compiler can't trace, and a stand-in of a tracer is no call.
+        # Don't trace inside of a compiler or of another trace.
         if torch.compiler.is_compiling() or any(isinstance(v, Proxy) for v in values):
             return None
         return self.find_or_trace(module, module.training, pattern)
@@ -114,8 +114,8 @@ class Owner:
 def kind_of(value: Any, default: Any = None) -> tuple | None:
     """Returns the kind of an argument for `tracing.trace` in a tuple, or None if it has none.
 
-    Numbers are a part of the graph, and so only those are taken that a parameter has by default:
-    others may be new in each call.
+    A graph would fix the value of a number, which may be new in each call. So the only number that
+    has a kind is a parameter's default.
     """
     if isinstance(value, (Tensor, Proxy)):
         return (Tensor,)
@@ -172,11 +172,11 @@ def _guard(
     """Returns a function that says whether a module's attributes are still as they were read.
 
     Args:
-        reads: what was read.
+        reads: what `forward` read.
         trusted: paths of modules that must leave their input alone.
         unkept: paths of modules that must return new memory and keep nothing of it.
         tensors: paths of modules that must return tensors.
-        doubted: paths of modules of which some don't, or there are none.
+        doubted: paths of modules, if any, of which at least one must not return a tensor.
     """
     checks: list[str] = []
     kept: list[Any] = []

@@ -16,8 +16,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.fx.proxy import TraceError
 
-# Of each thing that was read the module's path, the name, and the value. "" stands for the
-# module's own type.
+# For each attribute that was read, the module's path, the name, and the value. The name ""
+# stands for the module's type.
 Reads = tuple[tuple[str, str, Any], ...]
 
 # One trace at a time: `torch.fx` changes `nn.Module` while it records.
@@ -41,14 +41,14 @@ class Missing:
 
 
 class Watch:
-    """While it is entered, notes what code of models reads, and refuses what it sets.
+    """A context manager that notes what code of models reads, and refuses to let it set attributes.
 
-    Other threads go on as if it was not there.
+    It has no effect on other threads.
 
     Args:
-        module: whose `forward` is recorded.
-        stand_in: the type of what stands for values.
-        answer_isinstance: answers for a stand-in.
+        module: the module whose `forward` is recorded.
+        stand_in: the type of stand-ins for values.
+        answer_isinstance: does what `isinstance` does for a stand-in.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Watch:
                 self.refuse_names(constant, names)
 
     def changes(self) -> str | None:
-        """Undoes what has changed, and says what that was."""
+        """Undoes changes of modules and containers, and says what changed, or returns None."""
         reason = None
         for container, content in self.containers:
             if not same(container, content):
@@ -162,7 +162,7 @@ class Watch:
         return reason
 
     def found(self) -> Reads | None:
-        """Returns what was read, None if that is of a module outside of the watched one."""
+        """Returns what was read, or None if that is of a module outside of the watched one."""
         paths = {id(m): path for path, m in self.module.named_modules()}
         if any(id(m) not in paths for m, *_ in self.reads.values()):
             return None
@@ -174,7 +174,7 @@ class Watch:
 
 
 def _places(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    """Returns where a module keeps what belongs to it."""
+    """Returns the dictionaries that hold a module's attributes."""
     return module.__dict__, module._parameters, module._buffers, module._modules
 
 
@@ -194,7 +194,7 @@ _MACHINERY = (
 
 
 def _by_model(machinery: tuple[str, ...] = _MACHINERY) -> bool:
-    """Says whether code of a model asks, and neither fastbn nor PyTorch's and Python's own."""
+    """Says whether the caller of the calling function is code of a model, not of a library."""
     name = sys._getframe(2).f_globals.get("__name__", "")
     return not name.startswith(machinery) and name.partition(".")[0] not in sys.stdlib_module_names
 

@@ -1,1 +1,1 @@
-"""From tensors to kernel launches: checks, plans, memory and launchers."""
+"""Turns calls with tensors into kernel launches: checks, plans, memory and launchers."""

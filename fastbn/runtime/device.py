@@ -24,7 +24,7 @@ _interpreter = threading.RLock()
 
 @lru_cache
 def device_facts(device: torch.device) -> Device:
-    """Returns the planner's facts of a torch device; the CPU stands for Triton's interpreter."""
+    """Returns the planner's facts about a torch device; the CPU stands for Triton's interpreter."""
     if device.type == "cpu":
         return INTERPRETER
     if device.type == "xpu":
@@ -33,14 +33,14 @@ def device_facts(device: torch.device) -> Device:
     cuda = torch.cuda.get_device_properties(device)
     if cuda.name in _KNOWN:
         return _KNOWN[cuda.name]
-    # Memory moves two words of the bus's width a clock; the clock is given in kHz.
+    # Memory moves two words of the bus's width in each clock cycle; the clock is given in kHz.
     clock, bits = getattr(cuda, "memory_clock_rate", 0), getattr(cuda, "memory_bus_width", 0)
     bandwidth = 2 * clock * 1e3 * bits / 8
     return Device(cuda.name, cuda.multi_processor_count, cuda.L2_cache_size, bandwidth or None)
 
 
 def limits_registers(device: torch.device) -> bool:
-    """Says whether Triton accepts a limit of registers (`maxnreg`), as only for NVIDIA."""
+    """Says whether Triton accepts a limit of registers (`maxnreg`): it does so only for NVIDIA."""
     return device.type == "cuda" and torch.version.hip is None
 
 
@@ -70,7 +70,7 @@ def _empty_strided(
 
 
 def on_device(device: torch.device) -> AbstractContextManager:
-    """Makes a device the current one, where Triton launches, or locks Triton's interpreter."""
+    """Makes a device the current one, on which Triton launches, or locks Triton's interpreter."""
     if device.type in ("cuda", "xpu"):
         return getattr(torch, device.type).device(device)
     return _interpreter

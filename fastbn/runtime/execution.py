@@ -119,7 +119,7 @@ def run_backward(
     sums = partials = arrivals = None
     need_sums = want_dw or want_db or (want_dx and var is None)
     if need_sums:
-        # The two passes are two launches, and so their sums are not in the workspace.
+        # The second of two launches reads the sums, so they can't be in the workspace.
         sums = plan.allocate((2, channels), (channels, 1), plan.statistics)
         workspace = get_workspace(x.device, plan.groups, plan.partial_bytes)
         arrivals, tickets = workspace.arrivals, workspace.tickets
@@ -142,7 +142,7 @@ def run_backward(
 def parameter_dtype(weight: Tensor | None, bias: Tensor | None, statistics: Tensor) -> torch.dtype:
     """Returns the dtype that the gradients of weight and bias have.
 
-    The backward may have kept neither of the two; then it is that of the statistics, and autograd
+    If the backward has kept neither of the two, the dtype is that of the statistics, and autograd
     rounds the gradients.
     """
     for parameter in (weight, bias):

@@ -36,14 +36,14 @@ from .device import allocator, device_facts, limits_registers
 from .launcher import Launcher
 from .layout import mask_sizes, memory_format, problem_of, statistics_dtype
 
-# Input, residual, weight, bias, running mean and variance, and num_batches_tracked.
+# These are input, residual, weight, bias, running mean and variance, and num_batches_tracked.
 ForwardTensors: TypeAlias = tuple[
     Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
 ]
 
-# Gradient of the output, input, residual, mask, weight, bias, statistics, and fixed variance. The
-# statistics are the batch's mean and rstd with the bias beside them, or the fixed mean, and only a
-# fixed mean goes with a bias of its own.
+# These are the output's gradient, input, residual, mask, weight, bias, statistics, and fixed
+# variance. A batch's statistics are mean, rstd and bias in one tensor, and the bias itself is None.
+# Fixed statistics are the mean alone, with the bias and the variance as further tensors.
 BackwardTensors: TypeAlias = tuple[
     Tensor,
     Tensor,
@@ -61,7 +61,7 @@ BackwardTensors: TypeAlias = tuple[
 _OPTIONS = {"enable_fp_fusion": False}
 
 
-@dataclass(frozen=True, eq=False)  # by identity a forward's plan is in the key of its backward's
+@dataclass(frozen=True, eq=False)  # a backward's key compares the forward's plan by identity
 class ExecutionPlan:
     """How one direction of a call runs, with a launcher for each of its kernels.
 
@@ -76,7 +76,7 @@ class ExecutionPlan:
         mask_bytes: size of the packed mask, 0 if the call saves none.
         groups: number of groups of channels, each of which needs a counter.
         partial_bytes: size of the partial results.
-        skip: a batch with statistics that are not finite updates nothing.
+        skip: whether a batch with statistics that are not finite updates nothing.
         single_launch: launcher of the kernel that does everything, or None.
         reduce, apply: launchers of the two passes, for a plan without a single launch
             and for calls that the single launch can't serve.
@@ -104,15 +104,15 @@ def plan_forward(
     """Plans a forward.
 
     Args:
-        tensors: of the call.
-        training: the statistics are the batch's own.
-        cumulative: momentum is None, so the running statistics are averages over all
-            batches.
+        tensors: the tensors of the call.
+        training: whether the statistics are the batch's own.
+        cumulative: whether momentum is None, so that the running statistics are averages
+            over all batches.
         activation: name of the activation.
-        save_mask: the signs of the activation's argument are saved for the backward.
-        skip: a batch with statistics that are not finite updates nothing.
-        synchronised: the plan has two passes, and the first one leaves the moments of the input
-            as they are, so that other processes' moments can be merged with them.
+        save_mask: whether the signs of the activation's argument are saved for the backward.
+        skip: whether a batch with statistics that are not finite updates nothing.
+        synchronised: whether the plan has two passes, of which the first leaves the moments of the
+            input as they are, so that other processes' moments can be merged with them.
     """
     strategy = "two-pass" if synchronised else get_strategy()
     options = (training, cumulative, activation, save_mask, skip, strategy, synchronised)
@@ -129,12 +129,12 @@ def plan_backward(
     """Plans a backward.
 
     Args:
-        tensors: of the call.
+        tensors: the tensors of the call.
         activation: name of the activation.
         wanted: which gradients are wanted, of input, residual, weight and bias.
         format: memory format of the tensors that the mask was made for; None without
             a mask.
-        synchronised: the plan has two passes, between which processes add up their sums.
+        synchronised: whether the plan has two passes, between which processes add up their sums.
 
     Raises:
         RuntimeError: hooks on saved tensors changed the dtype of mean and rstd.
@@ -248,8 +248,8 @@ def _plan_backward(
     else:
         if schedule.strategy == "ticketed":
             single_launch = launcher(bn_ticketed_bwd_kernel, reduce, ACTIVATION=activation)
-        # A ticketed backward has the two passes too: without a gradient of the input to
-        # compute, the sums are all there is to do.
+        # A ticketed backward has the two passes too, for calls that want no gradient of the
+        # input.
         first = launcher(bn_reduce_bwd_kernel, reduce, ACTIVATION=activation)
         if training:
             second = launcher(bn_apply_bwd_kernel, apply, ACTIVATION=activation)

@@ -1,4 +1,4 @@
-"""A launcher: one kernel with everything that its launches have in common."""
+"""A launcher holds one kernel and all that its launches have in common."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Launcher:
     """Launches a kernel at little more cost than Triton's compiled launcher.
 
     Triton's own dispatch takes ten microseconds to find the compiled kernel. It
-    compiles anew by device, by the values of integers and constants, by the dtypes
-    of tensors, by which tensors are None, and by whether their memory is aligned to
-    16 bytes. `execution_plan` makes a launcher for each combination of all but the
-    last, so a launcher keeps the kernel compiled for aligned tensors and leaves
-    other tensors to Triton. Settings of Triton (`triton.knobs`) take effect when a
+    compiles a kernel for each device, width of integers, set of constants, dtypes of
+    tensors, choice of tensors that are None, and whether all memory is aligned to 16
+    bytes. `execution_plan` makes a launcher for each combination of all but the last,
+    so a launcher keeps the kernel compiled for aligned tensors and leaves other
+    tensors to Triton. Settings of Triton (`triton.knobs`) take effect when a
     kernel is compiled and not later.
 
     Args:
@@ -50,7 +50,7 @@ class Launcher:
         # A compiled kernel takes constants by position.
         self._positional = [constants[name] for name in kernel.arg_names if name in constants]
         self._start: Callable[..., None] | None = None
-        # How many tensors are None, which is the same in all launches.
+        # The number of tensors that are None, which is the same in all launches.
         self._absent: int | None = None
         # The interpreter compiles nothing, and XPU's driver takes pointers in a way of its own.
         self._keeps_compiled = isinstance(kernel, JITFunction) and device.type != "xpu"

@@ -103,11 +103,11 @@ def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
     format, problem = memory_format(x), problem_of(x, saves="mask")
     bits = mask.view(*mask_sizes(x), 1) >> torch.arange(MASK_BITS, device=mask.device)
     bits = (bits & 1).bool().flatten(1)
-    # What is left of a row's last byte belongs to no element.
+    # The remaining bits of a row's last byte belong to no element.
     if mask_by_rows(problem):
         bits = bits[:, : problem.c * problem.s]
     else:
-        # Neither does what lies before a plane from where its first tile begins.
+        # Bits before a plane, from where its first tile begins, belong to none either.
         lead = torch.arange(problem.c, device=mask.device) * problem.s % alignment(problem)
         columns = lead[:, None] + torch.arange(problem.s, device=mask.device)
         bits = bits.view(problem.n, problem.c, -1)

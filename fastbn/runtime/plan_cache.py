@@ -1,6 +1,6 @@
-"""The cache of execution plans, by which a call like an earlier one needs no checks and no plan.
+"""Caches execution plans, so that a call like an earlier one needs no checks and no planning.
 
-Such a call goes straight to its kernels, past PyTorch's dispatcher, which takes three
+Such a call goes straight to its kernels, without PyTorch's dispatcher, which takes three
 microseconds. Two calls are alike if their keys are equal and PyTorch's guards find their
 tensors alike. The key holds what guards don't compare: options, inference mode, and which
 tensors are None. Guards compare each tensor's type, dispatch keys (device, lazy negation,
@@ -27,7 +27,7 @@ from .layout import dense
 from .support import PLAIN_TYPES, not_plain_reason, unusable_inference_tensor
 
 # With more keys than this the cache is emptied; with more entries under one key,
-# the oldest of them goes.
+# the oldest of them is dropped.
 _MAX_KEYS = 1024
 _MAX_ENTRIES_OF_A_KEY = 32
 

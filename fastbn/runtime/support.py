@@ -35,7 +35,7 @@ def bypass_reason() -> str | None:
     # The public `is_exporting()` would do, but in PyTorch 2.11 `torch.compile` takes it for True.
     if torch.compiler._is_exporting_flag:
         return "torch.export is at work"
-    # The exporter that works by `torch.jit.trace` knows PyTorch's operators alone.
+    # The exporter that works by `torch.jit.trace` knows only PyTorch's operators.
     if _get_tracing_state() is not None and torch.onnx.is_in_onnx_export():
         return "torch.onnx.export is at work"
     if transforms_active():
@@ -173,7 +173,7 @@ def _unsupported_companion(
 
 
 def _unsupported_inference_tensor(tensors: dict[str, Tensor], training: bool) -> str | None:
-    """Checks that outside of inference mode none of its tensors would be saved or updated."""
+    """Checks that no inference tensor would be saved or updated outside of inference mode."""
     if torch.compiler.is_compiling():
         return None
     saved = torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())
@@ -185,17 +185,17 @@ def _unsupported_inference_tensor(tensors: dict[str, Tensor], training: bool) ->
 
 
 def not_plain_reason(t: Tensor, device: torch.device) -> str | None:
-    """Returns in what a tensor differs from plain values in memory of this device, or None."""
+    """Returns why a tensor is not plain values in memory of this device, or None if it is."""
     if t.layout is not torch.strided:
         return f"is of layout {t.layout}"
     if t.device != device:
         return f"is on {t.device} and not, as the input, on {device}"
-    # AOTAutograd traces with functional tensors, for which the operators stand in the graph.
+    # AOTAutograd traces with functional tensors, and records the operators in its graph.
     if type(t) is FunctionalTensor:
         return None
     if type(t) not in PLAIN_TYPES:
         return f"is a tensor subclass, {type(t).__name__}"
-    # Dynamo can't trace the questions below, and never sees such tensors.
+    # Dynamo can't trace the checks below, and never sees such tensors.
     if torch.compiler.is_compiling():
         return None
     if t.is_neg() or t._is_zerotensor():

@@ -1,9 +1,8 @@
 """The operators of batch norm whose statistics several processes share.
 
-Between `moments` and `merge`, and between `sums` and `gradients`, the processes exchange what
-the former returned; `fastbn.sync` does that. As in `torch_ops`, an operator returns an empty
-tensor for what was not asked for. An input may be empty: its process shares the others'
-statistics all the same.
+The processes exchange the results of `moments` before `merge`, and those of `sums` before
+`gradients`; `fastbn.sync` does that. As in `torch_ops`, an operator returns an empty tensor for
+a result that was not asked for. An input may be empty: its process takes part all the same.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ def _sums(dy, x, residual, mask, weight, statistics, activation, param, wanted, 
     _check_devices(*tensors)
     _, _, want_dw, want_db = wanted
     channels, dtype = x.shape[1], parameter_dtype(weight, None, statistics)
-    # An empty input has no share in the sums.
+    # The sums of an empty input are 0.
     make = x.new_empty if x.numel() else x.new_zeros
     sums = make((2, channels), dtype=statistics.dtype)
     dw, db = (make(channels, dtype=dtype) if want else None for want in (want_dw, want_db))

@@ -1,11 +1,11 @@
 """A workspace holds what the programs of one launch share and no later launch needs.
 
-That is the counters by which they wait for each other, and their partial results. Every
+These are the counters by which programs wait for each other, and their partial results. Every
 device and stream has one workspace. The kernels leave its counters as the next launch needs
 them (`kernels/tickets.py`), so no launch has to clear them. Launches in one
 stream run one after the other and share a workspace; launches in two streams may overlap and
-must not. What one launch leaves for the next does not belong here: between the two another
-thread may launch in the same stream.
+must not share one. What one launch leaves for the next does not belong here: between the two
+another thread may launch in the same stream.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _capturing(device: torch.device) -> bool:
 
 def _make(device: torch.device, groups: int, partial_bytes: int) -> Workspace:
     """Makes a workspace, with counters from one allocation that one launch fills with zeros."""
-    # An even number of 8-byte words, so that the second part starts aligned to 16 bytes too.
+    # The number of 8-byte words is even, so that the second part is aligned to 16 bytes too.
     size = groups + 2 & ~1
     memory = torch.zeros(2 * size, dtype=torch.int64, device=device)
     wide = torch.empty(-(-partial_bytes // 8), dtype=torch.float64, device=device)

@@ -20,10 +20,10 @@ if support.HAS_TRITON:
 
 
 class SyncBatchNorm(torch.autograd.Function):
-    """Normalisation by given statistics, with the gradient that these have as sums of the inputs.
+    """Normalises by given statistics; the gradient takes them for functions of all inputs.
 
     `options` are eps, activation and its parameter, the process group, and whether the kernels
-    take the steps.
+    take the steps of `steps.py`.
     """
 
     @staticmethod
@@ -43,7 +43,8 @@ class SyncBatchNorm(torch.autograd.Function):
         tensors = (input, residual, weight, statistics)
         output, mask = normalise(*tensors, activation, param, saved == "mask")
         # Save only what the backward reads, so that everything else may change before it. The bias
-        # may change too: the statistics have its values, and a second derivative its gradient.
+        # may change too: the statistics hold a copy of its values, and only second derivatives
+        # need `ctx.bias`, for its gradient.
         ctx.bias = bias
         residual = residual if saved == "residual" else None
         mask = mask if saved == "mask" else None
@@ -65,7 +66,7 @@ class SyncBatchNorm(torch.autograd.Function):
         options = (activation, param, (want_dx, compute_dr, want_dw, want_db), format)
         saved = (grad_output, *tensors)
         dx = dr = dw = db = None
-        # Without a gradient of the input no sums are read.
+        # If no gradient of the input is wanted, no sums are read and any tensor will do.
         sums = tensors[-1]
         if want_dx or want_dw or want_db:
             sums, dw, db = taken.sums(*saved, *options)
@@ -111,7 +112,7 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
             if residual is not None:
                 argument = argument + residual
         else:
-            # The derivative depends on nothing but the side of 0: take it at -1 or 1.
+            # The derivative depends only on the argument's sign, so it can be taken at -1 or 1.
             argument = 2 * _signs(mask, input, format).to(g.dtype) - 1
         g = ACTIVATIONS[activation].derivative(g, argument, param)
     dx = g - per_channel(mean_of(g), z) - x_hat * per_channel(mean_of(g * x_hat), z)

@@ -1,4 +1,4 @@
-"""Models: their norms share statistics with other processes, and become what they were."""
+"""Makes a model's norms share statistics with other processes, and undoes that."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NORMS = (
     FusedBatchNorm1d, FusedBatchNorm2d, FusedBatchNorm3d,
 )  # fmt: skip
 _NORMS_WITH_ACTIVATION = (FusedBatchNormAct1d, FusedBatchNormAct2d, FusedBatchNormAct3d)
-# The attribute in which a converted norm remembers its class.
+# The attribute that holds the class which a norm had before its conversion.
 _ORIGINAL = "_synchronised_from"
 
 
@@ -35,14 +35,14 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
     It takes PyTorch's norms (`nn.SyncBatchNorm` too), timm's and fastbn's, in plain models and
     in those that `fastbn.convert` or `fastbn.fuse` changed; fused activations stay fused. Each
     norm is the same object with another class, `FusedSyncBatchNorm` or `FusedSyncBatchNormAct`.
-    Parameters, buffers, hooks, names and the keys of `state_dict` stay. Frozen norms have nothing
-    to share, and stay. A subclass of a norm may
-    compute anything and is left as it is, with a warning. `fastbn.revert` undoes it all.
+    Parameters, buffers, hooks, names and the keys of `state_dict` stay. Frozen norms have no
+    statistics to share, and stay as they are. A subclass of a norm may compute anything: it stays
+    as it is, with a warning. `fastbn.revert` undoes all this.
 
     Args:
         module: any module, before DistributedDataParallel or `fully_shard` wraps it.
-        process_group: the processes that share statistics. None leaves norms that have a group
-            theirs; all others take the group of all processes.
+        process_group: the processes that share statistics. With None, norms that have a group
+            keep it, and all others take the group of all processes.
 
     Returns:
         The module.
@@ -76,8 +76,8 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
 def revert_sync_norm(module: nn.Module) -> None:
     """Gives a norm the class back that `convert_sync_batchnorm` took from it.
 
-    One that was made as a `FusedSyncBatchNorm` becomes an `nn.SyncBatchNorm`, unless it has
-    options that this does not have. One that was made as a `FusedSyncBatchNormAct` stays:
+    A norm that was made as a `FusedSyncBatchNorm` becomes an `nn.SyncBatchNorm`, unless it has
+    options that `nn.SyncBatchNorm` lacks. One that was made as a `FusedSyncBatchNormAct` stays:
     PyTorch has no such norm.
     """
     if type(module) not in (FusedSyncBatchNorm, FusedSyncBatchNormAct):
@@ -115,11 +115,11 @@ def _synchronise(module: nn.Module, new: type[nn.Module]) -> None:
     state = module.__dict__
     state[_ORIGINAL] = type(module)
     if issubclass(new, _FusedAct) and "eps" in state:
-        # There eps is a property, which stores its value under another name.
+        # The new class has eps as a property, which stores the value under another name.
         state["_eps"] = state.pop("eps")
     _set_class(module, new)
 
 
 def _set_class(module: nn.Module, new: type[nn.Module]) -> None:
-    # mypy knows `__class__` as a thing that an `nn.Module` may have been given as an attribute.
+    # A module's class may have a `__setattr__` of its own, which must not see this.
     object.__setattr__(module, "__class__", new)

@@ -38,9 +38,9 @@ def sync_batch_norm(
 
     Every process of the group has to call this function. Its input may have any number of
     values, none included. Where the whole batch has a single value a channel, CPU tensors get
-    the error that PyTorch's batch norm raises. On a GPU nobody waits to look: the values are
-    normalised to 0, and the running variance becomes NaN, unless it is biased or such batches
-    are skipped.
+    the error that PyTorch's batch norm raises. On a GPU the host does not wait to check:
+    the values are normalised to 0, and the running variance becomes NaN, unless it is biased or
+    such batches are skipped.
 
     Raises:
         RuntimeError: `torch.func` or forward-mode AD is at work, or as `batch_norm` raises it.
@@ -62,7 +62,7 @@ def sync_batch_norm(
         residual = input.view_as(input)
     if bias is weight and bias is not None:
         bias = bias.view_as(bias)
-    # A part of the batch may be too small for a norm of its own.
+    # The checks need a batch of two values a channel, and this process may have fewer.
     sample = input if input.numel() > input.shape[1] else input.new_zeros(2, input.shape[1])
     written = (running_mean, running_var, num_batches_tracked)
     added = residual if sample is input else None

@@ -47,7 +47,7 @@ class _Synchronised(_Fused):
         return 1 if group is None else dist.get_world_size(group)
 
     def _group_to_ask(self) -> Any:
-        """Returns the process group if there are others in it whose statistics count."""
+        """Returns the process group, or None if no other process has a share in the statistics."""
         if not self.training or not (dist.is_available() and dist.is_initialized()):
             return None
         group = self.process_group or dist.group.WORLD
@@ -69,7 +69,7 @@ class FusedSyncBatchNorm(_Synchronised):
     if the group has one process, it is the plain module and sends nothing.
 
     It works with any backend of `torch.distributed`: NCCL on GPUs, Gloo on CPUs. `state_dict` is
-    that of `nn.SyncBatchNorm`. Gradients of weight and bias are those of the process' own part
+    that of `nn.SyncBatchNorm`. Gradients of weight and bias are those of the process's own part
     of the batch, as DistributedDataParallel expects.
 
     Args:
@@ -81,7 +81,7 @@ class FusedSyncBatchNorm(_Synchronised):
 
     Raises:
         ValueError: on a CPU, the whole batch has one value per channel; the group does not hold
-            this process; the input has less than two axes. On a GPU one value per channel is
+            this process; the input has fewer than two axes. On a GPU one value per channel is
             normalised to 0, and makes the running variance NaN.
         RuntimeError: a call in training inside of `torch.func` or forward-mode AD.
     """

@@ -1,7 +1,7 @@
 """The steps of `runtime/sync_ops.py` by PyTorch's operations, with the same arguments and results.
 
-Processes may take the steps in either way, since they exchange the same numbers. Only the mask
-is another one: a boolean for each element.
+Processes may take the steps in either way, since they exchange the same numbers. Only the
+mask differs: it has a boolean for each element.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ def moments(x: Tensor) -> Tensor:
     """Returns the channels' means, what rounding took from these, sums of squares, and count.
 
     Returns:
-        Shape (3 * C + 1,); zeros of an empty input. The sums of squares are those of
+        Shape (3 * C + 1,); zeros for an empty input. The sums of squares are those of
         differences from the mean, and the count is how many values a channel has.
     """
     z, axes = accumulated(x), axes_of(x)
     if x.numel() == 0:
         return z.new_zeros(3 * x.shape[1] + 1)
-    # Sums of huge values overflow in `torch.mean`, and their differences do so below.
+    # Sums of huge values overflow in `torch.mean`. Sums of their differences may overflow below.
     _, mean = torch.var_mean(z, axes, correction=0)
     centred = z - per_channel(mean, z)
     rest = centred.mean(axes)
@@ -50,7 +50,7 @@ def merge(
 
     Args:
         gathered: shape (processes, 3 * C + 1), the moments of each process.
-        skip: a batch with statistics that are not finite updates and counts nothing.
+        skip: whether a batch with statistics that are not finite updates and counts nothing.
 
     Returns:
         The (3, C) mean and 1 / sqrt(var + eps) of all values and the bias, or zeros without
@@ -59,11 +59,11 @@ def merge(
     means, rests, m2s = gathered[:, :-1].chunk(3, dim=1)
     counts = gathered[:, -1:]
     count = counts.sum()
-    # A batch without any value has no statistics, and none of them shall be NaN.
+    # A batch without any value has no statistics; dividing by 1 keeps them from being NaN.
     some = count.clamp(min=1)
     shares = counts / some
     about = (shares * means).sum(0)
-    # A process without values has no mean.
+    # A process without values has no mean, so what it sent as such must not count.
     away = torch.where(counts > 0, (means - about) + rests, 0.0)
     rest = (shares * away).sum(0)
     squares = (counts * away * away).sum(0)
@@ -77,7 +77,7 @@ def merge(
     unbiased = m2 / (count - correction)
     usable = count > 0
     if skip:
-        # In the running statistics' dtype, as in the kernels.
+        # As in the kernels, statistics must be finite in the running statistics' dtype too.
         for running, batch in ((running_mean, mean), (running_var, unbiased)):
             if running is not None:
                 usable = usable & batch.to(running.dtype).isfinite().all()
@@ -147,9 +147,9 @@ def gradients(
     wanted: Sequence[bool],
     format: torch.memory_format | None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of input and residual, of the totals of `sums` over all processes.
+    """Returns the gradients of input and residual, from the totals of `sums` over all processes.
 
-    With M values to a channel in all processes,
+    With M values to a channel in all processes, the gradient of the input is
 
     dx = weight * rstd * (g - sum(g) / M - (x - mean) * rstd^2 * sum(g * (x - mean)) / M)
     """
@@ -163,7 +163,7 @@ def gradients(
 
 def _as_result(y: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns a result of a dtype in the memory format that the input gives it."""
-    # The compiler of PyTorch 2.11 loses the gradient of what these functions return unchanged.
+    # PyTorch 2.11's compiler loses the gradient of what `to` or `contiguous` returns unchanged.
     if y.dtype is not dtype:
         y = y.to(dtype)
     format = memory_format(x)
