@@ -1,6 +1,6 @@
-"""Loads and stores of tiles, and of values that are alike in a channel.
+"""Loads and stores tiles, and loads values of channels.
 
-`addressing.py` says where the tiles lie, and which of their elements are their own.
+`addressing.py` says where tiles lie, and which elements are a tile's own.
 """
 
 import triton
@@ -22,7 +22,7 @@ def address_of(P, run, i, TILE: tl.constexpr):
 
 @triton.jit
 def load_tile(P, run, i, MASKED: tl.constexpr, EVICTION: tl.constexpr, TILE: tl.constexpr):
-    """Loads the run's i-th tile: zero outside the array, and anything where it is not its own."""
+    """Loads the run's i-th tile; what is not its own is zero or another channel's value."""
     at = address_of(P, run, i, TILE)
     if MASKED:
         return tl.load(at, accessible(run, i, TILE), other=0.0, eviction_policy=EVICTION)
@@ -32,10 +32,10 @@ def load_tile(P, run, i, MASKED: tl.constexpr, EVICTION: tl.constexpr, TILE: tl.
 
 @triton.jit
 def load_whole(P, run, i, EVICTION: tl.constexpr, TILE: tl.constexpr):
-    """Loads the run's i-th tile, if the whole ones don't end before it; else nothing is loaded.
+    """Loads the run's i-th tile, or nothing if the whole tiles end before it.
 
-    The load has one predicate for all elements, and no branch, over which the compiler would
-    move nothing.
+    The load has one predicate for all elements instead of a branch, across which the compiler
+    would not move it.
     """
     at = address_of(P, run, i, TILE)
     return tl.load(at, tl.full(at.shape, i < run.rest, tl.int1), eviction_policy=EVICTION)
@@ -43,15 +43,15 @@ def load_whole(P, run, i, EVICTION: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def store_tile(P, x, run, i, MASKED: tl.constexpr, EVICTION: tl.constexpr, TILE: tl.constexpr):
-    """Stores a tile where `load_tile` would load it, and only what is its own."""
+    """Stores the elements of the run's i-th tile that are its own."""
     at = address_of(P, run, i, TILE)
     x = x.to(P.dtype.element_ty)
     if MASKED:
         if TILE.layout == "channels" or TILE.layout == "columns":
             tl.store(at, x, accessible(run, i, TILE), eviction_policy=EVICTION)
         else:
-            # A thread's access may reach into another channel: then store element by element.
-            # Of the branches of a single `if` the compiler would make one store, a narrow one.
+            # If a thread's access may reach into another channel, store element by element. There
+            # are two `if`s, since the compiler would make one narrow store of `if` and `else`.
             beyond = (run.lead | run.columns) % TILE.align
             if beyond == 0:
                 tl.store(at, x, accessible(run, i, TILE), eviction_policy=EVICTION)
@@ -63,7 +63,7 @@ def store_tile(P, x, run, i, MASKED: tl.constexpr, EVICTION: tl.constexpr, TILE:
 
 @triton.jit
 def centre(x, about, run, i, TILE: tl.constexpr):
-    """Returns x - about of the run's i-th tile, zero where it is not the tile's own."""
+    """Returns x - about of the run's i-th tile, and zero for elements that are not its own."""
     return tl.where(inside(run, i, TILE), x.to(about.dtype) - about, 0.0)
 
 
@@ -71,7 +71,7 @@ def centre(x, about, run, i, TILE: tl.constexpr):
 def per_channel(P, channels, acc: tl.constexpr, CACHE: tl.constexpr):
     """Loads one value a channel.
 
-    With CACHE ".cg" the load passes by the first-level cache, as it must for values that
+    With CACHE ".cg" the load bypasses the first-level cache, as it must for values that
     other multiprocessors stored in this launch.
     """
     return tl.load(P + channels, cache_modifier=CACHE).to(acc)

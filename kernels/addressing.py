@@ -11,16 +11,16 @@ says how tiles lie:
     "flat"      A tile has all values of a channel, for resident kernels: plane after plane, in
                 pieces of eight.
 
-Tiles begin where a thread may access TILE.align elements at once. In the layouts of one channel
-the first tile hence begins with some columns of the channel before, and such columns may also
-follow after the plane. They are in the array, so they are loaded, but they don't count.
+Tiles begin where a thread may access TILE.align elements at once. In the layouts of one channel,
+"planes" and "flat", the first tile hence begins with some columns of the channel before, and some
+columns of another channel may follow after the plane. Such columns are loaded but don't count.
 
 Only the first and the last tile of a run, or all tiles of the last rows or of the last columns of
-a group, may reach over their edge. Those are masked, and the tiles between them, which are whole,
-need no mask.
+a group, may reach beyond the run's own elements. These tiles are masked. The tiles between them are
+whole and need no mask.
 
-What is alike in a channel is a block that broadcasts against a tile: a value for each column,
-or in the layouts of one channel a single one.
+Values of channels are blocks that broadcast against a tile: a value for each column, or in the
+layouts of one channel a single value.
 """
 
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-# Triton shall not compile anew for sizes that are 1 or a multiple of 16.
+# Triton must not compile anew for sizes that are 1 or a multiple of 16.
 SIZES = ("N", "C", "S", "Q", "width", "length", "splits", "slice_groups")
 
 
@@ -69,9 +69,9 @@ class Run(NamedTuple):
         lead, columns: columns from `lead` up to `columns` are the run's own.
         tiles: number of tiles.
         whole, rest: tiles from `whole` up to `rest` are whole.
-        step: from one tile to the next in memory.
-        offsets: of a tile's elements from its start.
-        pieces: in the layout "flat", eights of columns of a plane; else 0.
+        step: the distance in memory from one tile to the next.
+        offsets: the distances of a tile's elements from the tile's start.
+        pieces: number of pieces of eight columns in a plane, in the layout "flat"; else 0.
     """
 
     group: tl.tensor
@@ -93,9 +93,9 @@ class Run(NamedTuple):
 
 @triton.jit
 def sizes_of(N, C, S, Q, width, length, splits, TILE: tl.constexpr):
-    """Returns the sizes, of which the compiler learns what are multiples of TILE.align.
+    """Returns the sizes, and lets the compiler know which are multiples of TILE.align.
 
-    It then makes accesses up to 16 bytes wide.
+    The compiler then makes accesses up to 16 bytes wide.
     """
     if TILE.layout == "channels" or TILE.layout == "columns":
         width = aligned(width, TILE)
@@ -128,7 +128,7 @@ def groups_of(sizes):
 
 @triton.jit
 def share_of(program, sizes, TILE: tl.constexpr):
-    """Returns group, column of tiles and split of a program; neighbours lie side by side."""
+    """Returns group, column of tiles and split of a program; consecutive ones lie side by side."""
     tiles = tiles_of_group(sizes, TILE)
     abreast = groups_of(sizes) * tiles
     column = program % abreast
@@ -156,9 +156,9 @@ def runs_of_plane(sizes, TILE: tl.constexpr):
 
 @triton.jit
 def find_run(group, tile, split, sizes, TILE: tl.constexpr):
-    """Returns the run that a split has of a group's column of tiles.
+    """Returns the run that is a split of a column of tiles of a group.
 
-    In the layout "planes" some channels may not reach into the last run: it has no columns.
+    In the layout "planes" some channels may end before the last run, which then has no columns.
     """
     BLOCK_N: tl.constexpr = TILE.n
     BLOCK_Q: tl.constexpr = TILE.q
@@ -225,7 +225,7 @@ def rows_inside(run, i, TILE: tl.constexpr):
 
 @triton.jit
 def columns_of(run, UNIT: tl.constexpr, TILE: tl.constexpr):
-    """Returns columns of a tile, or in the layout "flat" of a plane, in units of some columns."""
+    """Returns columns of a tile, or in the layout "flat" of a plane, in units of UNIT columns."""
     q = tl.arange(0, TILE.q)[None, :] // UNIT
     if TILE.layout == "flat":
         return tl.arange(0, TILE.n)[:, None] % run.pieces * (TILE.q // UNIT) + q
@@ -235,7 +235,7 @@ def columns_of(run, UNIT: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def columns_inside(run, i, TILE: tl.constexpr):
-    """Returns before which column of the run's i-th tile those end that are its own.
+    """Returns where the columns of the run's i-th tile end that are its own.
 
     The result has 32 bits, as comparisons with each column should have.
     """
@@ -262,8 +262,8 @@ def inside(run, i, TILE: tl.constexpr):
 
 @triton.jit
 def accessible(run, i, TILE: tl.constexpr):
-    """Says which elements of the run's i-th tile are loaded: what a thread accesses at once, all
-    of it or nothing.
+    """Says which elements of the run's i-th tile are loaded: what a thread accesses at once is
+    loaded as a whole or not at all.
     """
     end = (columns_inside(run, i, TILE) + (TILE.align - 1)) // TILE.align
     return (columns_of(run, TILE.align, TILE) < end) & rows_inside(run, i, TILE)
@@ -271,7 +271,7 @@ def accessible(run, i, TILE: tl.constexpr):
 
 @triton.jit
 def values_of(run, tiles, TILE: tl.constexpr):
-    """Returns how many values the first tiles of a run have in a column, or of a channel."""
+    """Returns how many values the first tiles of a run have in a column, or of the one channel."""
     tiles = tl.cast(tiles, tl.int64)
     if TILE.layout == "planes":
         columns = tl.minimum(run.columns, tiles * TILE.q) - run.lead
@@ -282,7 +282,7 @@ def values_of(run, tiles, TILE: tl.constexpr):
 
 @triton.jit
 def plane_of(columns, S):
-    """Returns columns // S, as quickly as a multiplication.
+    """Returns columns // S, computed by a multiplication.
 
     A group has so few columns that half a column is more than the rounding error.
     """

@@ -1,4 +1,4 @@
-"""Backward kernels: two sums a channel, then the input's gradient.
+"""Backward kernels compute two sums for each channel, then the input's gradient.
 
 With g = dy * activation'(z) and M values to a channel:
 
@@ -47,7 +47,7 @@ def gradient_of(
     dy, centred, R, Mask, affine, param, run, i, sizes, ACTIVATION: tl.constexpr,
     MASKED: tl.constexpr, EVICTION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Returns g, the gradient before the activation, of a tile's dy and x - mean."""
+    """Returns g, the gradient before the activation, from a tile's dy and x - mean."""
     acc: tl.constexpr = affine.mean.dtype
     param = tl.full((), param, acc)
     if Mask is not None:
@@ -92,9 +92,9 @@ def finish_sums(
 
 @triton.jit
 def coefficients(sum_g, sum_gx, affine, Count, sizes):
-    """Returns a and b of dx = scale * g + a + b * (x - mean), which are alike in a channel.
+    """Returns a and b of dx = scale * g + a + b * (x - mean), one of each for a channel.
 
-    Count points to the number of values of a channel if the sums are of several devices.
+    If the sums are those of several devices, Count points to the number of values of a channel.
     """
     if Count is not None:
         count = tl.load(Count).to(sum_g.dtype)
@@ -157,8 +157,8 @@ def add_sums(
 ):  # fmt: skip
     """Adds g and g * (x - mean) element by element.
 
-    DX and DR, which fixed statistics decide at once, are stored on the way. Pointers that are
-    None are not stored to.
+    With fixed statistics dx and dr don't depend on the sums, and are stored here where pointers
+    to them are given.
     """
     g = gradient_of(
         dy, centred, R, Mask, affine, param, run, i, sizes, ACTIVATION, MASKED, EVICTION, TILE
@@ -215,8 +215,8 @@ def bn_reduce_bwd_kernel(
     Statistics,  # pointer to (3, C): mean, 1 / sqrt(var + eps) and bias; or to a mean alone
     Var,  # pointer to the variance that goes with a mean alone, or None
     DW,  # pointer to the weight's gradient, or None
-    DB,  # pointer to the bias' gradient, or None
-    Sums,  # pointer to (2, C): sum(g), sum(g * (x - mean)); None: no sums wanted at all
+    DB,  # pointer to the bias's gradient, or None
+    Sums,  # pointer to (2, C): sum(g), sum(g * (x - mean)); or None if no sums are wanted
     DX,  # pointer to the input's gradient with fixed statistics, or None
     DR,  # pointer to the residual's gradient with fixed statistics, or None
     Partials,  # pointer to a (2, rows, C) table of sums, or None
@@ -233,7 +233,7 @@ def bn_reduce_bwd_kernel(
     ACTIVATION: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Each program takes the sums of a run; the last one of a group adds up the group's.
+    """Each program takes the sums of a run; the last to arrive in a group adds up the group's.
 
     With fixed statistics the gradients of input and residual don't depend on the sums,
     so the same pass stores these gradients.
@@ -262,7 +262,7 @@ def bn_apply_bwd_kernel(
     W,  # pointer to the weight, or None
     Statistics,  # pointer to (3, C): mean, 1 / sqrt(var + eps) and bias
     Sums,  # pointer to (2, C): sum(g), sum(g * (x - mean)), if DX is wanted
-    Count,  # pointer to the number of values that the sums are of, or None: those of the input
+    Count,  # pointer to the number of values of a channel in the sums; None: as in the input
     DX,  # pointer to the input's gradient, or None
     DR,  # pointer to the residual's gradient, or None
     N,
@@ -275,7 +275,7 @@ def bn_apply_bwd_kernel(
     ACTIVATION: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Each program computes a run, last runs first: the sums left those in the cache."""
+    """Each program computes a run, the last runs first, which the first pass left in the cache."""
     sizes = sizes_of(N, C, S, Q, width, length, 1, TILE)
     group, tile, split = share_of(tl.num_programs(0) - 1 - tl.program_id(0), sizes, TILE)
     run = find_run(group, tile, split, sizes, TILE)

@@ -1,4 +1,4 @@
-"""Devices, as far as the planner knows them."""
+"""The facts of devices that the planner uses."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ MI300X = Device("AMD Instinct MI300X", 304, 256 * MIB, 5.3e12)
 DEVICES = (H100, H200, A100, L4, RTX_4090, B200, MI300X)
 
 # Triton's interpreter runs programs one after the other. A few programs and small tiles exercise
-# runs and splits on small inputs, and more would only cost time. Strategies are chosen by traffic
-# and launches alone.
+# runs and splits on small inputs, and more would only cost time. Without latencies and a limit of
+# instructions, only traffic and launches decide between strategies.
 INTERPRETER = Device(
     "Triton interpreter", sm_count=1, l2_bytes=4 * MIB, latency=0.0, cache_latency=0.0,
     issues=float("inf"), tile_bytes=1024,

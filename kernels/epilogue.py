@@ -33,7 +33,7 @@ class Affine(NamedTuple):
 
 @triton.jit
 def normalise(centred, affine):
-    """Returns (x - mean) * (rstd * weight) + bias of x - mean, in forward and backward alike.
+    """Returns (x - mean) * (rstd * weight) + bias from x - mean, for forward and backward alike.
 
     Folding the mean into the bias would save a subtraction and lose every
     digit where |mean| is much larger than the standard deviation.
@@ -43,7 +43,7 @@ def normalise(centred, affine):
 
 @triton.jit
 def scaled(mean, rstd, bias, W, channels):
-    """Returns an `Affine`; a pointer to the weight that is None means 1."""
+    """Returns an `Affine`; the weight is 1 if its pointer is None."""
     scale = rstd
     if W is not None:
         scale = rstd * per_channel(W, channels, rstd.dtype, "")
@@ -78,7 +78,7 @@ def affine_of(Statistics, Var, W, B, eps, channels, C, acc: tl.constexpr):
 def tanh(z):
     """Computes tanh from exp(-2|z|), which can't overflow.
 
-    Near zero that formula cancels. There the Taylor series serves, whose remainder is
+    Near zero that formula cancels. There the Taylor series is used, whose remainder is
     less than the rounding of the result.
     """
     e = tl.exp(-2.0 * tl.abs(z))
@@ -138,8 +138,8 @@ def activation_backward(dy, z, param, ACTIVATION: tl.constexpr):
     """Returns dy times the activation's derivative at z.
 
     At a kink the derivative is PyTorch's: 0 at 0 (ReLU, ReLU6), the negative slope
-    at 0 (leaky ReLU), and 0 at 6 (ReLU6). Where z is NaN it is 1, or the negative
-    slope for leaky ReLU.
+    at 0 (leaky ReLU), and 0 at 6 (ReLU6). For activations with kinks the derivative at
+    NaN is 1, or the negative slope for leaky ReLU.
     """
     g = dy
     if ACTIVATION == "relu":
@@ -185,7 +185,7 @@ def sign_backward(dy, positive, param, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def is_positive(z, ACTIVATION: tl.constexpr):
-    """Says which side of 0 `sign_backward` takes z to be on; NaN goes to PyTorch's side."""
+    """Says whether `sign_backward` takes z for positive; NaN is on the side that PyTorch takes."""
     if ACTIVATION == "relu":
         return (z > 0) | (z != z)
     else:

@@ -1,4 +1,4 @@
-"""Forward kernels: statistics of the batch, then normalisation.
+"""Forward kernels compute the statistics of the batch, then normalise.
 
 With M = N * S values x to a channel:
 
@@ -52,7 +52,7 @@ def store_statistics(
     count, mean, m2, B, Statistics, Variances, RunningMean, RunningVar, factor, correction, eps, c,
     exists, C,
 ):  # fmt: skip
-    """Writes statistics of channels, and updates the running ones unless that waits.
+    """Stores statistics of channels, and updates the running ones unless Variances are given.
 
     The bias is written beside them: the parameter may change before the backward reads it.
     Returns rstd and the bias.
@@ -77,8 +77,8 @@ def store_statistics(
 def about_its_mean(x, near, run, MASKED: tl.constexpr, TILE: tl.constexpr):
     """Returns the mean of a run's first tile, and the differences of its values from that.
 
-    The mean is taken of differences from a typical value: sums of large values might overflow,
-    and a constant channel has no differences.
+    The mean is taken of differences from a typical value, since sums of large values might
+    overflow. In a constant channel these differences are exactly 0.
     """
     part: tl.constexpr = 1.0 / (TILE.n * TILE.q if TILE.layout == "planes" else TILE.n)
     x = x.to(near.dtype)
@@ -109,7 +109,8 @@ def store_partial_moments(
     following = load_whole(X, run, second, EVICTION, TILE)
     channels = channels_of(run, sizes, TILE)
     near = typical_values(X, channels, sizes, acc)
-    # Masks take as many instructions as the rest. With columns, two ways need too many registers.
+    # A mask takes as many instructions as the rest, so whole tiles do without. In the layout
+    # "columns" two branches would need too many registers.
     if TILE.layout != "columns" and (run.whole == 0) & (run.rest > 0):
         shift, sums = about_its_mean(x, near, run, False, TILE)
     else:
@@ -188,9 +189,9 @@ def apply_run(
     x, X, R, Y, Mask, affine, param, run, sizes, ACTIVATION: tl.constexpr, EVICTION: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Computes the output of a run, of whose input the first whole tile is given.
+    """Computes the output of a run; `x` is the first whole tile of its input.
 
-    The next tile's load is on its way while a tile is computed.
+    The next tile's load is in flight while a tile is computed.
     """
     acc: tl.constexpr = affine.mean.dtype
     following = x.to(acc) - affine.mean
@@ -232,7 +233,7 @@ def bn_stats_fwd_kernel(
     CUMULATIVE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Each program takes the moments of a run; the last one of a group merges the group's."""
+    """Each program takes the moments of a run; the last to arrive in a group merges the group's."""
     sizes = sizes_of(N, C, S, Q, width, length, splits, TILE)
     acc = Statistics.dtype.element_ty
     group, tile, split = share_of(tl.program_id(0), sizes, TILE)
@@ -266,7 +267,7 @@ def bn_apply_fwd_kernel(
     ACTIVATION: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Each program computes a run, last runs first: the statistics left those in the cache."""
+    """Each program computes a run, the last runs first, which the first pass left in the cache."""
     sizes = sizes_of(N, C, S, Q, width, length, 1, TILE)
     acc = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
     group, tile, split = share_of(tl.num_programs(0) - 1 - tl.program_id(0), sizes, TILE)

@@ -1,15 +1,15 @@
-"""How many instructions the kernels take, as counted in machine code for an H100.
+"""The instructions that the kernels execute, as counted in machine code for an H100.
 
-Counted for bfloat16 and ReLU in ticketed kernels; `python -m tests.compile_kernels --targets
-sm_90` counts them, and a test compares them with this table.
+The counts are of ticketed kernels for bfloat16 and ReLU. `python -m tests.compile_kernels --targets
+sm_90` prints them, and a test compares them with this table.
 """
 
 from __future__ import annotations
 
 from .tiling import ACCESS_BYTES, WARPS, Problem, Tile
 
-# By phase and layout of tiles: instructions of a thread for each element in the loop over
-# tiles, and for each run outside of it.
+# For each phase and layout of tiles, these are the instructions of a thread for each element in
+# the loop over tiles, and for each run outside of that loop.
 INSTRUCTIONS = {
     ("moments", "planes"): (6.3, 720),
     ("moments", "channels"): (6.3, 710),
@@ -25,10 +25,10 @@ INSTRUCTIONS = {
     ("gradient", "columns"): (11.0, 490),
 }
 
-# What a residual adds to the loops of output and gradient.
+# A residual adds so many instructions for each element to these loops.
 RESIDUAL = {"output": 5.6, "gradient": 0.6}
 
-# An access that is half as wide adds so many. This is an assumption.
+# Accesses of half the width are assumed to add so many instructions to each element.
 NARROW = 2.0
 
 

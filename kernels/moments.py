@@ -1,7 +1,7 @@
-"""Mean and variance, and sums over programs, combined in a fixed order.
+"""Moments and sums of runs, and how these partial results are combined in a fixed order.
 
-A run leaves one row of partial results for each of its channels. A row number says which run,
-and in the layout "columns" also which of the tiles that a channel's plane is cut into.
+A run leaves one row of partial results for each of its channels. The number of the row says which
+run it is, and in the layout "columns" also which of the tiles that a channel's plane is cut into.
 """
 
 import triton
@@ -11,14 +11,14 @@ from .access import per_channel
 from .addressing import lead_of, runs_of_plane
 from .tiling import MERGES_AHEAD
 
-# In the layout "columns" so many channels are summed up at a time.
+# In the layout "columns", columns are summed up to so many channels at a time.
 _CHANNELS = tl.constexpr(4)
 _AHEAD = tl.constexpr(MERGES_AHEAD)
 
 
 @triton.jit
 def sum_rows(x, TILE: tl.constexpr):
-    """Sums a tile to its columns, or in the layouts of one channel to that."""
+    """Sums a tile to its columns, or in the layouts of one channel to a single value."""
     total = tl.sum(x, axis=0, keep_dims=True)
     if TILE.layout == "planes" or TILE.layout == "flat":
         total = tl.sum(total, axis=1, keep_dims=True)
@@ -29,9 +29,9 @@ def sum_rows(x, TILE: tl.constexpr):
 def about_the_mean(squares, total, mean):
     """Returns the sum of squares about the mean, from sums about another value.
 
-    Rounding may leave less than 0 where the squares are nearly all the mean's. Where only the
-    squares overflow, the result is infinite, as the variance is in PyTorch; of an infinite
-    total it is NaN.
+    The result is at least 0, even where the rounded difference would be less. Where only the
+    squares overflow, the result is infinite, as the variance is in PyTorch; where the total is
+    infinite, the result is NaN.
     """
     centred = tl.maximum(squares - total * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
     overflows = (squares == float("inf")) & (tl.abs(total) < float("inf"))
@@ -42,8 +42,8 @@ def about_the_mean(squares, total, mean):
 def typical_values(X, channels, sizes, acc: tl.constexpr):
     """Loads for each channel the median of its first, middle and last value.
 
-    It is the same in every program, and partial means are stored about it: they lose no digits
-    if it is anywhere near the other values, and of three values one may be an outlier.
+    Every program finds the same value, and partial means are stored as differences from it. They
+    lose no digits if it is anywhere near the other values, as the median is despite one outlier.
     """
     at = tl.cast(channels, tl.int64) * sizes.S
     row = tl.cast(sizes.Q, tl.int64)
@@ -85,8 +85,8 @@ def channels_of_columns(run, sizes, TILE: tl.constexpr):
 
 @triton.jit
 def columns_of_channels(run, first, sizes, TILE: tl.constexpr):
-    """Returns of some channels of a tile, from one on, which columns are theirs and how many,
-    and where their partial results are stored: in the row of the split and the plane's piece.
+    """Returns which columns of a tile belong to some channels, from `first` on, how many these are,
+    and where the partial results are stored: in the row of the split and the plane's piece.
     """
     BLOCK_Q: tl.constexpr = TILE.q
     begin = run.tile * BLOCK_Q
@@ -101,7 +101,7 @@ def columns_of_channels(run, first, sizes, TILE: tl.constexpr):
 
 @triton.jit
 def store_moments(Means, M2s, mean, m2, count, channels, run, sizes, TILE: tl.constexpr):
-    """Stores a run's moments, of columns with `count` values each merged to channels."""
+    """Stores a run's moments; those of columns, of `count` values each, are merged to channels."""
     if TILE.layout == "columns":
         first, last = channels_of_columns(run, sizes, TILE)
         for some in range(first, last + 1, _CHANNELS):
@@ -119,7 +119,7 @@ def store_moments(Means, M2s, mean, m2, count, channels, run, sizes, TILE: tl.co
 
 @triton.jit
 def store_sums(P, Products, sums, products, channels, run, sizes, TILE: tl.constexpr):
-    """Stores two sums of a run, those of columns added up to channels."""
+    """Stores two sums of a run; those of columns are added up to channels."""
     if TILE.layout == "columns":
         first, last = channels_of_columns(run, sizes, TILE)
         for some in range(first, last + 1, _CHANNELS):
@@ -145,7 +145,7 @@ def exist(run, values):
 
 @triton.jit
 def values_of_split(split, channel, sizes, TILE: tl.constexpr):
-    """Returns how many values the run of a split has in a column, or of a channel."""
+    """Returns how many values the run of a split has in a column, or of its one channel."""
     if TILE.layout == "planes":
         runs = runs_of_plane(sizes, TILE)
         rows = tl.minimum(sizes.N - tl.cast(split // runs, tl.int64) * TILE.n, TILE.n)
@@ -174,15 +174,15 @@ def values_of_row(row, c, first, sizes, acc: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def merge_partials(Means, M2s, first, end, c, sizes, acc: tl.constexpr, TILE: tl.constexpr):
-    """Merges many sets at once (Chan, Golub and LeVeque, 1983), about the mean of the first ones.
+    """Merges all sets of moments (Chan, Golub and LeVeque, 1983) about the mean of the first ones.
 
     With d_i = mean_i - about, and sums over all sets:
 
     mean = about + sum(count_i * d_i) / count
     m2   = sum(m2_i) + sum(count_i * d_i^2) - sum(count_i * d_i)^2 / count
 
-    The first MERGE of so many sets are at least a fraction MERGE / rows of all values, so
-    whatever the data are, sum(count_i * d_i^2) is at most rows / MERGE times m2 and cancels
+    The first MERGE sets have at least a fraction MERGE / rows of all values, so whatever the
+    data are, sum(count_i * d_i^2) is at most rows / MERGE times m2 and cancels
     no more digits than that.
     """
     MERGE: tl.constexpr = TILE.merge_rows
@@ -235,7 +235,7 @@ def sum_partials(P, first, end, c, sizes, acc: tl.constexpr, TILE: tl.constexpr)
 def load_partials(P, row, c, stored, sizes):
     """Loads partial results, zero where there are none.
 
-    The load passes by the first-level cache, which may hold older values than other
+    The load bypasses the first-level cache, which may hold older values than other
     multiprocessors have stored.
     """
     return tl.load(P + row * sizes.C + c, stored, other=0.0, cache_modifier=".cg")

@@ -1,4 +1,4 @@
-"""Passes: into which runs of tiles one pass over the data is cut."""
+"""Cuts a pass over the data into runs of tiles."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .tiling import (
     plane_extent,
 )
 
-# The last program to arrive merges all partial results of a group, alone, so there is a limit to
-# how often it may load some. 31 bits must be able to count all partial results.
+# The last program to arrive merges all partial results of a group alone, in at most so many turns.
+# 31 bits must be able to count all partial results. A partial result has two float32 numbers.
 MAX_MERGES = 32
 MAX_PARTIALS = 2**31 - 1
 PARTIAL_BYTES = 8
@@ -29,7 +29,7 @@ PARTIALS_SHARE = 1 / 32
 # Rounding errors of moments grow with the tiles of a run, at worst in proportion.
 LONGEST_RUN = 256
 
-# Programs may come in so many waves, if that makes the waves more even.
+# Programs may run in up to so many waves, if that makes the waves more even.
 MAX_WAVES = 8
 
 
@@ -70,8 +70,9 @@ class Pass:
     def merge_seconds(self, problem: Problem, device: Device, backward: bool) -> float:
         """Returns how long the last program to arrive merges the partial results of a group.
 
-        It does so for one part of its channels after the other, and loads some of the results at
-        a time: of moments first those about whose mean it merges, of sums one after the other.
+        The program merges one part of the channels after the other, and waits for each load of
+        results. In a forward the first load is of those about whose mean it merges. In a backward
+        it merges two tables of sums, one after the other.
         """
         channels = 1 if self.tile.layout == "planes" else -(-self.width // problem.s)
         parts = -(-min(channels, problem.c) // self.tile.merge_channels)
@@ -82,16 +83,16 @@ class Pass:
 
 
 def filling_pass(problem: Problem, device: Device, tile: Tile, least: int = 1) -> Pass:
-    """Returns a pass of runs as long as they can be in few and even waves of programs.
+    """Returns the pass whose runs take the least time, in few and even waves of programs.
 
-    Runs have at least so many tiles, as far as there are so many.
+    Runs have at least `least` tiles, as far as there are so many.
     """
     width = group_width(problem, tile)
     at_once = PROGRAMS_PER_SM * device.sm_count
     along = tiles_along(problem, tile)
     side_by_side = make_pass(problem, tile, width, along).programs(problem)
     fewest = -(-along // LONGEST_RUN)
-    # As many runs as so many waves have programs for.
+    # For each number of waves, this is how many runs fill them.
     splits = {min(along, waves * at_once // side_by_side) for waves in range(1, MAX_WAVES + 1)}
     lengths = sorted({max(least, -(-along // max(fewest, split))) for split in splits})
 
@@ -110,7 +111,7 @@ def tiles_along(problem: Problem, tile: Tile) -> int:
 
 
 def least_length(problem: Problem, tile: Tile, reads: float) -> int:
-    """Returns the shortest runs that leave few enough partial results of `reads` tensors."""
+    """Returns how many tiles a run needs for few enough partial results of `reads` tensors."""
     along = tiles_along(problem, tile)
     channels = min(tile.q, problem.c) if tile.layout == "channels" else 1
     summed = tile.elements * problem.itemsize * reads
@@ -121,7 +122,7 @@ def least_length(problem: Problem, tile: Tile, reads: float) -> int:
 
 
 def make_pass(problem: Problem, tile: Tile, width: int, length: int) -> Pass:
-    """Returns a pass of runs of up to so many tiles, as even as possible."""
+    """Returns a pass whose runs have up to `length` tiles and are as even as possible."""
     along = tiles_along(problem, tile)
     splits = ceil(along / length)
     length = ceil(along / splits)

@@ -1,4 +1,4 @@
-"""How long passes take: predictions from a device's facts and from counted instructions."""
+"""Predicts how long passes take, from a device's facts and from counted instructions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from .tiling import WARPS, Problem
 # The phases of a forward and of a backward, by which instructions are counted.
 PHASES = (("moments", "output"), ("sums", "gradient"))
 
-# The higher, the less do limits that are nearly as long as the longest one add to the time. With
-# this value predictions agree best with `benchmarks/simulation.py`; no GPU has been asked.
+# The limits of a launch are combined by a norm with this exponent. The higher it is, the less do
+# shorter limits add to the longest one. With this value predictions agree best with
+# `benchmarks/simulation.py`; it has not been compared with a GPU.
 SHARPNESS = 5
 
 # This bandwidth stands in for an unknown one, only to choose between strategies.
@@ -22,14 +23,14 @@ UNKNOWN_BANDWIDTH = 1e12
 
 @dataclass(frozen=True)
 class Prediction:
-    """How long a launch takes, as far as each of its limits decides.
+    """How long a launch takes by each of its limits, and as a whole.
 
     Attributes:
         memory, cache, issue, counters: seconds that memory, the cache, instructions and counters
             take for all that there is to do. They work at the same time.
-        waiting: seconds that a program takes for its share, which for the most part it waits
-            for what it loads.
-        chain: seconds of what no program can do before others have finished.
+        waiting: seconds that a program takes for its share of the work. For most of that time it
+            waits for what it loads.
+        chain: seconds of the work that no program can begin before others have finished.
     """
 
     memory: float
@@ -41,7 +42,7 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        """Returns the whole time. What takes long makes the rest wait more often."""
+        """Returns the whole time, to which shorter limits add because they cause waiting."""
         limits = (self.memory, self.cache, self.issue, self.counters, self.waiting)
         return sum(limit**SHARPNESS for limit in limits) ** (1 / SHARPNESS) + self.chain
 
@@ -61,14 +62,14 @@ def issue_seconds(problem: Problem, device: Device, phase: str, work: Pass) -> f
 def run_seconds(
     problem: Problem, device: Device, phase: str, work: Pass, cached: bool = False
 ) -> float:
-    """Returns how long a program takes for a run from memory, or from the cache, all alone.
+    """Returns how long a program takes for a run from memory, or from the cache, if it runs alone.
 
-    A forward has asked for the next tile of the input before it waits for one, but not for that
-    of a residual, which is in memory.
+    A forward loads the next tile of the input before it waits for the current one. It does not do
+    so for the residual, which always comes from memory.
     """
     adds = phase == "output" and problem.residual
     latency = device.cache_latency if cached and not adds else device.latency
-    # A warp issues for one of four schedulers.
+    # Each warp has one of the multiprocessor's four schedulers.
     rate = device.issues * WARPS / 4
     loop = work.tile.elements * loop_instructions(phase, problem, work.tile) / rate
     fixed = fixed_instructions(phase, work.tile) / rate

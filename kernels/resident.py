@@ -1,7 +1,7 @@
-"""Resident kernels: one program keeps a group of channels in registers between the two passes.
+"""Resident kernels keep a group of channels in one program's registers between the two passes.
 
 The formulas are those of `forward.py` and `backward.py`; each tensor is read
-and written once, in one launch.
+or written once, in one launch.
 """
 
 import triton
@@ -87,7 +87,7 @@ def bn_resident_bwd_kernel(
     W,  # pointer to the weight, or None
     Statistics,  # pointer to (3, C): mean, 1 / sqrt(var + eps) and bias
     DW,  # pointer to the weight's gradient, or None
-    DB,  # pointer to the bias' gradient, or None
+    DB,  # pointer to the bias's gradient, or None
     DX,  # pointer to the input's gradient, or None
     DR,  # pointer to the residual's gradient, or None
     N,

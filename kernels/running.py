@@ -1,17 +1,17 @@
-"""Running statistics and num_batches_tracked: how a batch updates them, and whether it does."""
+"""Updates running statistics and num_batches_tracked, or skips a batch that is not finite."""
 
 import triton
 import triton.language as tl
 
 from .tickets import last_to_arrive
 
-# The last program to finish looks at so many channels at a time.
+# The last program to finish handles so many channels at a time.
 _CHANNELS = tl.constexpr(512)
 
 
 @triton.jit
 def averaging_factor(momentum, NumBatchesTracked, CUMULATIVE: tl.constexpr, acc: tl.constexpr):
-    """Returns the batch's share of the running statistics; if CUMULATIVE, batches share alike."""
+    """Returns the batch's share of the running statistics; if CUMULATIVE, all shares are equal."""
     if CUMULATIVE:
         return 1.0 / (tl.load(NumBatchesTracked) + 1).to(acc)
     else:
@@ -20,7 +20,7 @@ def averaging_factor(momentum, NumBatchesTracked, CUMULATIVE: tl.constexpr, acc:
 
 @triton.jit
 def update_running(Running, batch, factor, c, mask):
-    """running <- (1 - factor) * running + factor * batch, if there are running statistics."""
+    """Sets running to (1 - factor) * running + factor * batch, if there are running statistics."""
     if Running is not None:
         running = tl.load(Running + c, mask, other=0.0).to(batch.dtype)
         running = (1.0 - factor) * running + factor * batch
@@ -35,7 +35,7 @@ def finish_batch(
     """Increments num_batches_tracked; with Variances, updates or skips all channels first.
 
     All programs that finish channels call this. Where a batch may be skipped, or all programs
-    read num_batches_tracked, the last program acts; otherwise the first one does.
+    read num_batches_tracked, the last program to call acts; otherwise the one with `first` does.
     """
     if Variances is not None:
         if last_to_arrive(Arrivals, programs):
@@ -85,7 +85,7 @@ def are_finite(Means, Variances, RunningMean, RunningVar, C):
 
 @triton.jit
 def is_finite(batch, Running):
-    """Returns 1 where a statistic of the batch is finite, in the running one's dtype too, or 0."""
+    """Returns 1 where a statistic is finite, in the running one's dtype too, and 0 elsewhere."""
     if Running is not None:
         batch = batch.to(Running.dtype.element_ty).to(batch.dtype)
     return (tl.abs(batch) < float("inf")).to(tl.int32)
@@ -93,12 +93,12 @@ def is_finite(batch, Running):
 
 @triton.jit
 def channels_from(first, C):
-    """Returns so many channels from one on as are looked at together, and which of them exist."""
+    """Returns _CHANNELS channels from `first` on, and which of them exist."""
     c = first + tl.arange(0, _CHANNELS)
     return c, c < C
 
 
 @triton.jit
 def load_statistics(P, c, exists):
-    """Loads statistics that other programs stored, past the first-level cache; zero if none."""
+    """Loads other programs' statistics, bypassing the first-level cache; zero where none exist."""
     return tl.load(P + c, exists, other=0.0, cache_modifier=".cg")

@@ -20,16 +20,20 @@ from .tiling import (
     warps_of,
 )
 
-# Two slices are in the cache at once. Between the tickets to reduce a slice and those to apply it
-# lie two phases, which together need a ticket for each running program: then hardly any of those
-# to apply is drawn before the last one to reduce is done. Runs have as many tiles as that leaves,
-# up to a limit. With slightly fewer tickets they may come out even.
+# Tickets are drawn in the order reduce(1), apply(0), reduce(2), apply(1), and so on, where the
+# number is that of the slice. So two slices are in the cache at once. A program that draws a ticket
+# of apply(1) must wait until the last ticket of reduce(1) is done. It hardly ever has to wait if
+# apply(0) and reduce(2), which come between, have one ticket for each running program, so that each
+# phase has half as many: 264 on an H100, where 4 * 132 programs run. Runs have as many tiles as
+# leave so many tickets, up to MAX_RUN. With slightly fewer tickets runs may divide the tiles more
+# evenly, so both numbers are tried.
 SLICES_IN_CACHE = 2
 TICKETS_PER_PROGRAM = (0.5, 0.45)
 MAX_RUN = 12
 
-# With channels last, a slice is at least this wide: short pieces of rows are read slowly.
-# The first width is preferred, and slices grow to WIDE_BYTES where the cache has room.
+# With channels last, a row of a slice has at least so many bytes, since short pieces of rows are
+# read slowly. The second width is used where the first one is too wide for the cache, and slices
+# grow to WIDE_BYTES where the cache has room.
 SLICE_BYTES = (128, 64)
 WIDE_BYTES = 256
 
@@ -52,9 +56,9 @@ class Schedule:
         warps: number of warps of a program.
         launches: number of kernels launched.
         units: number of tensors read or written; a packed mask counts as the fraction
-            of a tensor that it is. Of a ticketed launch, these units cross memory.
+            of a tensor that it is. A ticketed launch reads or writes these in memory.
         cached_units: further units that a ticketed launch reads from the cache.
-        prediction: how long it takes.
+        prediction: how long this takes.
     """
 
     strategy: str
@@ -101,7 +105,7 @@ def two_pass(problem: Problem, device: Device, backward: bool) -> Schedule:
 
     The second pass reads the data in reverse order, so that it finds in the cache what
     the cache kept of the first. Apart from the data, each of the two takes two round trips to
-    memory, and the last program to arrive merges what all have found.
+    memory, and the last program to arrive in the first one merges all partial results.
     """
     unit, again = problem.tensor_bytes, reads_of(problem, backward)
     units = _once(problem, backward) + again
@@ -137,7 +141,7 @@ def resident(problem: Problem, device: Device, backward: bool) -> Schedule:
     assert tile is not None
     only = Pass(tile, group_width(problem, tile), length=1, splits=1)
     programs = only.programs(problem)
-    # 16 warps that hold 8192 values and as many results take all registers.
+    # A program of 16 warps takes all registers, for 8192 values and as many results.
     at_once = device.sm_count * (16 // warps_of(tile, "resident"))
     busy = min(1.0, device.sm_speed * min(programs, device.sm_count) / device.sm_count)
     rate = bandwidth_of(device) * busy * device.row_rate(only.width * problem.itemsize)
@@ -152,7 +156,7 @@ def ticketed(problem: Problem, device: Device, backward: bool) -> Schedule:
     """Schedules one launch that reads each slice from memory once and from the cache once.
 
     Cache and memory work at the same time. Programs that apply a slice wait until its last run is
-    reduced and merged, if the work of another slice takes less time than that.
+    reduced and merged, if that takes longer than the work on other slices in the meantime.
     """
     columns = columns_in_cache(problem, device, backward)
     for row_bytes in SLICE_BYTES:
@@ -160,7 +164,7 @@ def ticketed(problem: Problem, device: Device, backward: bool) -> Schedule:
         width = group_width(problem, tile, max(1, min(MAX_WIDTH, columns)))
         if min(width, problem.c * problem.s) <= columns:
             break
-    # Wide groups waste less of their tiles, narrow ones may waste less of the cache.
+    # Wide groups waste less of their tiles, but narrow ones may waste less of the cache.
     widths = {width}
     if width <= columns:
         widths |= {group_width(problem, tile, min(MAX_WIDTH, columns // n)) for n in (2, 3)}
@@ -176,16 +180,16 @@ def _in_groups(
     problem: Problem, device: Device, backward: bool, tile: Tile, width: int,
     tickets_per_program: float,
 ) -> Schedule:  # fmt: skip
-    """Schedules a ticketed launch with groups of so many columns.
+    """Schedules a ticketed launch with groups of `width` columns.
 
-    A phase has so many tickets for each program that runs at once, if there is enough to do.
+    A phase has `tickets_per_program` tickets for each running program, if there are enough tiles.
     """
     unit, again = problem.tensor_bytes, reads_of(problem, backward)
     units = _once(problem, backward)
     columns = columns_in_cache(problem, device, backward)
     groups, in_cache = -(-problem.c * problem.s // width), max(1, columns // width)
 
-    # Runs as long as leave a slice with enough tickets, then slices no larger than that takes.
+    # Runs are as long as leave a slice enough tickets. Slices are then no larger than these need.
     at_once = PROGRAMS_PER_SM * device.sm_count
     enough = ceil(tickets_per_program * at_once)
     largest = ceil(groups / ceil(groups / in_cache))
@@ -204,7 +208,7 @@ def _in_groups(
     turn = run_seconds(problem, device, first, reduce) + 2 * device.cache_latency
     turn += run_seconds(problem, device, second, reduce, cached=True) + 2 * device.cache_latency
     turns = slices * tickets / at_once
-    if turns < 2:  # of few turns each takes its whole time
+    if turns < 2:  # a turn with few programs takes as long as one with all of them
         turns = ceil(turns)
     work = Prediction(
         memory=units * unit / (bandwidth_of(device) * device.row_rate(row)),
@@ -213,9 +217,9 @@ def _in_groups(
         counters=2 * slices * tickets * device.ticket,
         waiting=turns * turn,
     )
-    # Between the last run of a slice that is reduced and the first that is applied are the tickets
-    # of two phases. Of these as many as programs run are drawn before the last one is reduced, and
-    # the others take a part of the time of a slice.
+    # Between the last ticket that reduces a slice and the first that applies it are the tickets of
+    # two phases. While the last run is reduced, the running programs hold one of these each. The
+    # others take a part of the time of a slice, during which the results are merged.
     handover = reduce.merge_seconds(problem, device, backward) + 3 * device.cache_latency
     meanwhile = max(0.0, 1 - at_once / (2 * tickets)) * work.seconds / slices
     wait = handover if slices == 1 else max(0.0, handover - meanwhile)
@@ -229,7 +233,7 @@ def _in_groups(
 
 
 def columns_in_cache(problem: Problem, device: Device, backward: bool) -> int:
-    """Returns how many columns a slice may have for the cache to hold two slices."""
+    """Returns how many columns a slice may have, so that the cache holds two slices."""
     column = problem.n * problem.itemsize * reads_of(problem, backward)
     return int(device.l2_share * device.l2_bytes / (SLICES_IN_CACHE * column))
 

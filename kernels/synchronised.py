@@ -17,7 +17,7 @@ from .moments import about_the_mean, merge_partials, rows_of, typical_values
 from .running import averaging_factor, finish_batch
 from .tickets import last_to_arrive
 
-# A program merges the moments of so many channels, and of so many ranks at once.
+# A program merges the moments of so many channels, and those of so many ranks at a time.
 MERGED_CHANNELS = 32
 MERGED_RANKS = 16
 
@@ -77,7 +77,7 @@ def load_counts(Gathered, rank, ranks, C):
 def merge_ranks(Gathered, c, ranks, C, acc: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr):
     """Merges the moments of all ranks (Chan, Golub and LeVeque, 1983); ranks may have no values.
 
-    They are merged about the mean as it comes out rounded, so that nothing cancels:
+    The moments are merged about the rounded mean of all values, so that nothing cancels:
 
     mean = about + d    with d_i = mean_i - about and d = sum(d_i * count_i / count)
     m2   = sum(m2_i) + sum(count_i * d_i^2) - count * d^2
@@ -120,7 +120,7 @@ def bn_merge_fwd_kernel(
     RunningMean,  # pointer to the running mean, updated, or None
     RunningVar,  # pointer to the running variance, updated, or None
     NumBatchesTracked,  # pointer to num_batches_tracked, incremented, or None
-    Variances,  # pointer to C numbers for use, if batches that are not finite are skipped
+    Variances,  # pointer to (C,), written, or None: then no batch is skipped
     Arrivals,  # pointer to a zero
     C,
     ranks,
@@ -131,15 +131,15 @@ def bn_merge_fwd_kernel(
     RANKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Each program merges the moments of some channels, so many ranks at once."""
+    """Each program merges the moments of WIDTH channels, RANKS ranks at a time."""
     acc: tl.constexpr = Statistics.dtype.element_ty
     factor = averaging_factor(momentum, NumBatchesTracked, CUMULATIVE, acc)
     c = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)[None, :]
     count, mean, m2 = merge_ranks(Gathered, c, ranks, C, acc, RANKS, WIDTH)
     exists = c < C
     if Variances is None:
-        # A batch without any value has no statistics, and nothing reads them. To be skipped it
-        # needs those that are NaN.
+        # A batch without any value has no statistics to store. With Variances they are stored all
+        # the same: they are NaN, by which `finish_batch` knows that it must skip the batch.
         exists = exists & (count > 0)
     store_statistics(
         count, mean, m2, B, Statistics, Variances, RunningMean, RunningVar, factor, correction, eps,

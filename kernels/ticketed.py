@@ -1,9 +1,9 @@
-"""Ticketed kernels: one launch in which each tensor crosses memory once.
+"""Ticketed kernels read or write each tensor once in memory, in one launch.
 
 What is read twice is read from the L2 cache the second time. The formulas are those of
 `forward.py` and `backward.py`; `tickets.py` says in which order programs work and how
-they wait for each other. Tiles that will be read again are loaded to stay in the cache,
-and tiles in their last use are loaded to leave it first.
+they wait for each other. Tiles that will be read again are loaded with "evict_last",
+to stay in the cache, and tiles in their last use with "evict_first", to leave it first.
 """
 
 import triton
@@ -27,12 +27,12 @@ from .tickets import draw_ticket, last_to_arrive, raise_flag, wait_for_flag, wor
 
 @triton.jit
 def in_loop(sizes, ticket, TILE: tl.constexpr):
-    """Returns the sizes, in a way that makes the compiler compute what depends on them anew.
+    """Returns the sizes, so that the compiler computes what depends on them anew for each ticket.
 
-    It would compute that once, before the loop over tickets, and keep more than fits registers.
+    Otherwise it would compute that once, before the loop over tickets, and run out of registers.
     """
     zero = tl.minimum(ticket, 0)
-    columns = zero * TILE.align  # so that it is still known what columns are multiples of
+    columns = zero * TILE.align  # so that Q and width are known as multiples of TILE.align
     return Sizes(
         sizes.N + zero, sizes.C + zero, sizes.S + zero, sizes.Q + columns, sizes.width + columns,
         sizes.length + zero, sizes.splits + zero,
@@ -84,7 +84,7 @@ def bn_ticketed_fwd_kernel(
             here = in_loop(sizes, ticket, TILE)
             run = find_run(group, tile, split, here, TILE)
             if applies:
-                # The input is on its way while the program waits.
+                # The load of the input is in flight while the program waits.
                 x = load_whole(X, run, run.whole, "evict_first", TILE)
                 wait_for_flag(Tickets + 1 + group, generation)
                 channels = channels_of(run, here, TILE)
@@ -113,7 +113,7 @@ def bn_ticketed_bwd_kernel(
     W,  # pointer to the weight, or None
     Statistics,  # pointer to (3, C): mean, 1 / sqrt(var + eps) and bias
     DW,  # pointer to the weight's gradient, or None
-    DB,  # pointer to the bias' gradient, or None
+    DB,  # pointer to the bias's gradient, or None
     Sums,  # pointer to (2, C): sum(g), sum(g * (x - mean))
     DX,  # pointer to the input's gradient
     DR,  # pointer to the residual's gradient, or None

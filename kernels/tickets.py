@@ -1,12 +1,12 @@
-"""Tickets: how programs of one launch hand work to each other.
+"""Tickets are how programs of one launch hand work to each other.
 
 A ticketed launch has as many programs as the device holds at once, and each draws tickets
 until there are no more. Channels are cut into slices that fit the L2 cache, and tickets are
-ordered so that two slices are in it at a time:
+ordered so that two slices are in the cache at a time:
 
     reduce(0)  reduce(1) apply(0)  reduce(2) apply(1)  ...  apply(last)
 
-where reduce(i) and apply(i) are `phase` tickets each. A ticket to apply waits for the
+where reduce(i) and apply(i) are one ticket for each run of slice i. A ticket to apply waits for the
 flag of its group of channels. The last of the group's tickets to reduce raises the flag.
 
 Invariant: a ticket waits only for lower ones. Numbers are drawn from a counter
@@ -15,10 +15,10 @@ program. The lowest unfinished ticket hence never waits, and finishes: there is
 no deadlock, however few programs the device holds at once and in whatever order
 it starts them.
 
-No counter has to be reset between launches. Each program draws one ticket in vain. The last
-one to do so sets the counter of tickets to the next generation, and the last program to arrive
-sets the counter of arrivals to zero. A flag is up if it shows the generation of this launch,
-so flags of earlier launches don't count.
+No counter has to be reset between launches. At the end each program draws a ticket without work.
+The last one to do so sets the counter of tickets to the next generation, and the last program to
+arrive sets the counter of arrivals to zero. A flag is raised if it holds the generation of this
+launch, so flags of earlier launches don't count.
 """
 
 import triton
@@ -72,10 +72,10 @@ def store_wait():
 
 @triton.jit
 def wait_for_own_stores():
-    """Makes each wave wait for its own stores, if one wave's release does not cover them."""
+    """Makes each wave wait for its own stores, if another wave's release does not cover them."""
     wait: tl.constexpr = store_wait()
     if wait is not None:
-        assembly: tl.constexpr = wait + "\nv_mov_b32 $0, $1"  # Triton demands a result
+        assembly: tl.constexpr = wait + "\nv_mov_b32 $0, $1"  # Triton demands a result, so move one
         lanes = tl.arange(0, 64)
         tl.inline_asm_elementwise(assembly, "=v,v", [lanes], tl.int32, is_pure=False, pack=1)
 

@@ -14,57 +14,57 @@ from math import gcd
 
 from .device import Device
 
-# Two warps read a tile of 4 KiB in four accesses of 16 bytes a thread. What a run does once for
-# each thread weighs less the fewer threads there are; a thread has 32 elements of a tile, enough
-# to work on while others are under way. While a forward computes a tile it loads the next one,
-# and a backward loads two tensors: four programs have 16 to 32 KiB under way, more than the
-# product of latency and bandwidth of an H100's multiprocessor.
+# Two warps read a tile of 4 KiB in four accesses of 16 bytes a thread. Each thread repeats what a
+# run does once, so a program has few threads. A thread has 32 elements of a bfloat16 tile, enough
+# to compute while further loads are in flight. A forward loads the next tile while it computes one,
+# and a backward loads two tensors, so that four programs have 16 to 32 KiB in flight. An H100's
+# multiprocessor needs about 18 KB, the product of its latency and bandwidth.
 WARPS = 2
 PROGRAMS_PER_SM = 4
 ACCESS_BYTES = 16
 
-# The kernels set the registers of a thread as a limit. Without one the compiler aims at more
-# programs than the planner counts on, and spills a scalar now and then.
+# Kernels are compiled with a limit of the registers of a thread (`registers_of`). Without one the
+# compiler makes room for more programs than the planner counts on, and sometimes spills a scalar.
 REGISTERS = 65536  # of a multiprocessor
 MAX_REGISTERS = 255  # of a thread
 
-# Narrow accesses need registers for more addresses and masks. With more than eight accesses a
-# thread the programs would no longer fit.
+# A tile that is read by narrow accesses needs registers for more addresses and masks. If a thread
+# had more than eight accesses to a tile, PROGRAMS_PER_SM programs would not fit a multiprocessor.
 MAX_ACCESSES = 8
 
 # A resident program holds a whole group of channels in registers, 16 values a thread: with 32,
-# odd sizes would spill. Two sizes of tiles serve all problems, so that ever new sizes don't
-# compile ever new kernels. Channels last, rows of a tile have one memory sector; else a tile has
-# one channel.
+# kernels for odd sizes would spill. There are only two sizes of tiles, so that ever new sizes of
+# problems don't compile ever new kernels. With channels last, a row of a tile is one memory sector;
+# with channels first, a tile has one channel.
 RESIDENT_ELEMENTS = (2048, 8192)
 RESIDENT_THREAD_ELEMENTS = 16
 SECTOR_BYTES = 32
 
-# A row of a tile should be at least this long in memory: four 128-byte lines. Tiles within planes
-# are of one row where the input has few.
+# A row of a tile should be at least this long in memory: four 128-byte lines. Where the input has
+# few rows, a tile of the layout "planes" has a single one.
 ROW_BYTES = 512
 FEW_ROWS = 8
 
-# Planes of up to four rows of tiles lie side by side in tiles, if there are enough rows for
-# runs that make up for what a run does once.
+# Planes that are no longer than four rows of a tile lie side by side in tiles, if the input has at
+# least this many rows. With fewer rows, runs would be too short to outweigh what a run does once.
 MANY_ROWS = 64
 
-# What a run does once, to load parameters, to reduce and to store, takes as many instructions
-# as this many of its tiles, by the tiles' layout.
+# A run loads parameters, reduces and stores results once. That takes as many instructions as so
+# many of its tiles do, by the tiles' layout.
 FIXED_TILES = {"channels": 4, "columns": 6, "planes": 3}
 
 # The forward packs eight signs into a byte along the contiguous axis.
 MASK_BITS = 8
 
-# Elements of a table of partial results that are merged at a time, and the most channels. With
-# channels last tables have many rows, so that a program asks for so many times as many, in a
-# forward and a backward, before it waits for the first ones.
+# A program merges so many float32 partial results at a time, in the layout "columns" of so many
+# channels. With channels last there are many partial results of each channel. There a forward loads
+# as many as it merges before it waits for them, and a backward four times as many.
 MERGE_ELEMENTS = 1024
 MERGE_CHANNELS = 64
 MERGES_AHEAD = (1, 4)
 
-# In the layout "columns" a group is widened until no more than this part of its tiles is waste,
-# and has fewer columns than kernels can divide by multiplication.
+# In the layout "columns" a group is widened until its tiles reach beyond it by no more than this
+# fraction of its columns. `plane_of` in `addressing.py` is exact for up to MAX_WIDTH columns.
 WASTE = 1 / 64
 MAX_WIDTH = 2**20
 
@@ -131,7 +131,7 @@ class Tile:
 
 @lru_cache(maxsize=4096)
 def choose_tile(problem: Problem, device: Device, row_bytes: int = ROW_BYTES) -> Tile:
-    """Returns the tile of a pass. Sizes of images have little influence: few tiles, few kernels.
+    """Returns the tile of a pass, for which sizes of images hardly count: few tiles, few kernels.
 
     Args:
         problem: the problem to cut up.
@@ -149,7 +149,7 @@ def choose_tile(problem: Problem, device: Device, row_bytes: int = ROW_BYTES) ->
         layout = "columns" if planes_side_by_side(problem) else "planes"
         q = row
         if problem.n < FEW_ROWS:
-            # A thread has parameters for each of its columns, and too few registers for 32.
+            # In "columns" a thread has parameters for each column, and too few registers for 32.
             q = elements if layout == "planes" else elements // 2
     q = min(q, elements)
     n = elements // q
@@ -166,8 +166,8 @@ def choose_tile(problem: Problem, device: Device, row_bytes: int = ROW_BYTES) ->
 def alignment(problem: Problem) -> int:
     """Returns how many elements a thread may move at once.
 
-    Where rows begin aligned, tiles do too: in the layout "planes" a plane's first tile begins up
-    to so many elements before the plane.
+    Where rows begin aligned, tiles do too: in the layout "planes" a plane's first tile may begin
+    with elements before the plane.
     """
     full = ACCESS_BYTES // problem.itemsize
     columns = problem.c * problem.s
@@ -175,15 +175,16 @@ def alignment(problem: Problem) -> int:
         # Kernels multiply by the alignment in 32-bit arithmetic.
         return 1
     align = min(full, columns & -columns)
-    # Channels last, a network has one alignment; else sizes of images would make for many.
+    # With channels last the number of channels decides. With channels first sizes of images would
+    # decide too and lead to many kernels, so there only two values are used.
     return align if problem.s == 1 or align == full else 1
 
 
 def planes_side_by_side(problem: Problem) -> bool:
-    """Says whether the layout is "columns": small planes, and groups of channels whole bytes.
+    """Says whether the layout is "columns", for small planes and rows of whole bytes of a mask.
 
-    With fixed statistics runs do little once, so that few rows will do. A packed mask must lie
-    alike with fixed and with batch statistics.
+    With fixed statistics a run does little once, so that few rows are enough. But a packed mask
+    must have the same layout with fixed statistics and with a batch's.
     """
     many = problem.n >= MANY_ROWS or not (problem.training or problem.saves == "mask")
     small = 1 < problem.s <= 4 * ROW_BYTES // problem.itemsize
@@ -196,10 +197,10 @@ def mask_by_rows(problem: Problem) -> bool:
 
 
 def plane_extent(problem: Problem) -> int:
-    """Returns the elements of a plane and of what may lie before it in its first tile."""
+    """Returns the elements of a plane plus the most that lie before it in its first tile."""
     align = alignment(problem)
-    # The lowest bit that is set is the largest power of two that divides S. `gcd` would take a
-    # symbolic size for a number, and PyTorch's compiler would compile anew for each.
+    # The lowest bit that is set is the largest power of two that divides S. `gcd` would turn a
+    # symbolic size into a number, and PyTorch's compiler would compile anew for each.
     return problem.s + align - min(problem.s & -problem.s, align)
 
 
@@ -226,10 +227,10 @@ def _waste(width: int, q: int) -> float:
 
 
 def resident_tile(problem: Problem) -> Tile | None:
-    """Returns a tile of all values of one channel, or if channels are last of a sector's.
+    """Returns a tile of all values of one channel, or of a sector of channels if these are last.
 
     Returns None where no program can hold so many values in its registers, or where channels
-    would share bytes of a packed mask. Float64 takes twice as many registers as there are.
+    would share bytes of a packed mask. Values in float64 would take twice the registers there are.
     """
     if problem.itemsize == 8:
         return None
@@ -254,7 +255,7 @@ def warps_of(tile: Tile, strategy: str) -> int:
 
 
 def registers_of(warps: int, strategy: str) -> int:
-    """Returns how many registers a thread may have for programs to fit as planned."""
+    """Returns how many registers a thread may have, so that programs fit as planned."""
     programs = 1 if strategy == "resident" else PROGRAMS_PER_SM
     return min(MAX_REGISTERS, REGISTERS // (32 * warps * programs))
 
