@@ -13,11 +13,12 @@ from fastbn.kernels.plan import make_schedule
 from fastbn.kernels.tiling import choose_tile, resident_tile
 from fastbn.runtime import execution_plan, workspace
 from fastbn.runtime.layout import problem_of
+from fastbn.strategy import STRATEGIES
 
 from .oracle import CHANNELS_LAST, Case, check, clone, compare, make_arguments, run_fastbn
 
 
-@pytest.fixture(params=["two-pass", "resident", "ticketed"], autouse=True)
+@pytest.fixture(params=STRATEGIES, autouse=True)
 def strategy(request, force_strategy):
     """Each test for each way to do it."""
     force_strategy(request.param)
@@ -37,29 +38,39 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 # Every kind of extent: one channel, one row, odd planes, more than a tile.
 SHAPES = [
-    (6, 3),
     (70, 130),
-    (4, 5, 9),
-    (2, 1, 7, 5),
-    (1, 6, 5, 5),
     (3, 20, 7, 7),
+    (2, 1, 7, 5),
+    (2, 16, 4, 4),
+    (6, 3),
+    (4, 5, 9),
+    (1, 6, 5, 5),
     (2, 3, 48, 48),
-    (2, 64, 4, 4),
     (5, 7, 1, 1),
     (2, 3, 3, 4, 5),
 ]
-NAMES = ["x".join(map(str, shape)) for shape in SHAPES]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=NAMES)
+def sized(shapes):
+    """Pairs each shape with float32 and bfloat16, and the first ones with the other dtypes.
+
+    float16 has bfloat16's width, and float64 its own.
+    """
+    return [
+        pytest.param(shape, dtype, id=f"{'x'.join(map(str, shape))}-{dtype}")
+        for i, shape in enumerate(shapes)
+        for dtype in DTYPES
+        if dtype in (torch.float32, torch.bfloat16) or i < 4
+    ]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), sized(SHAPES))
 def test_shapes_and_dtypes(shape, dtype, device, strategy):
     skip_what_never_stays(strategy, shape, dtype)
     check(Case(shape, dtype, activation="relu"), device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [s for s in SHAPES if len(s) >= 4])
+@pytest.mark.parametrize(("shape", "dtype"), sized(s for s in SHAPES if len(s) >= 4))
 def test_channels_last(shape, dtype, device, strategy):
     skip_what_never_stays(strategy, shape, dtype, channels_last=True)
     check(Case(shape, dtype, channels_last=True, activation="relu"), device)
@@ -101,8 +112,9 @@ def test_tiles_that_begin_within_planes(layout, shape, dtype, device, strategy):
     assert layout == "columns" or problem.s % tile.align
     if strategy == "resident" and resident_tile(problem) is None:
         pytest.skip("it does not fit registers")
-    check(Case(shape, dtype, activation="silu"), device)
     check(Case(shape, dtype, activation="relu", residual=True), device)
+    if shape in (IN_COLUMNS[0], IN_PLANES[0]):
+        check(Case(shape, dtype, activation="silu"), device)
 
 
 def test_a_mask_whose_rows_have_many_planes(device):
@@ -114,10 +126,11 @@ def test_a_mask_whose_rows_have_many_planes(device):
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["", "add"])
-@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_epilogues(activation, dtype, channels_last, residual, device):
+def test_epilogues(activation, residual, device, strategy):
+    """Each activation has two dtypes and two layouts, spread over strategies and residuals."""
+    turn = list(ACTIVATIONS).index(activation) + STRATEGIES.index(strategy) + 2 * residual
+    dtype, channels_last = (torch.float32, torch.bfloat16)[turn % 2], turn % 4 >= 2
     case = Case((3, 10, 5, 3), dtype, None, channels_last, True, activation, residual)
     check(case, device)
 
@@ -159,7 +172,7 @@ def test_eps(eps, device):
     check(Case((8, 3, 4), eps=eps), device)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(64, 8, 3, 3), (70, 24, 1, 5), (65, 16, 7, 7)])
 def test_planes_side_by_side(shape, dtype, device):
     """Odd planes of neighbouring channels, of which tiles begin and end in the middle."""
@@ -170,7 +183,7 @@ def test_planes_side_by_side(shape, dtype, device):
 
 def test_launch_after_launch(device):
     """Nothing of one launch is left for the next, of the same or of another size."""
-    for shape in ((6, 40, 9), (3, 5, 7, 7), (64, 3, 5)):
+    for shape in ((6, 12, 9), (3, 5, 7, 7), (64, 3, 5)):
         for momentum in (0.1, None):
             check(Case(shape, activation="relu", momentum=momentum), device)
     check(Case((3, 5, 7, 7), activation="relu"), device)
@@ -296,8 +309,17 @@ def test_a_variance_that_overflows_is_infinite_as_in_pytorch(images, channels_la
 
 
 @pytest.mark.usefixtures("tiny_tiles")
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("where", ["input", "grad_output", "residual"])
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("input", float("nan")),
+        ("input", -float("inf")),
+        ("grad_output", float("inf")),
+        ("residual", float("nan")),
+        ("residual", float("inf")),
+        ("residual", -float("inf")),
+    ],
+)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("channels", [8, 9])
 def test_nan_and_inf_stay_in_their_channel(channels, channels_last, where, value, device):
@@ -347,8 +369,8 @@ def test_any_shape(data):
     rank = data.draw(st.integers(0, 3))
     shape = (
         data.draw(st.integers(2, 9)),
-        data.draw(st.integers(1, 40)),
-        *data.draw(st.lists(st.integers(1, 9 if rank < 3 else 4), min_size=rank, max_size=rank)),
+        data.draw(st.integers(1, 20)),
+        *data.draw(st.lists(st.integers(1, 7 if rank < 3 else 3), min_size=rank, max_size=rank)),
     )
     check(
         Case(
@@ -373,10 +395,12 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("residual", LAYOUTS)
+@pytest.mark.parametrize("distance", [0, 1, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_strides(layout, residual, device):
+def test_any_strides(layout, distance, device):
     """Input, residual and the output's gradient, each of its own strides."""
+    names = list(LAYOUTS)
+    residual = names[(names.index(layout) + distance) % len(names)]
     case = Case((3, 6, 4, 5), activation="relu", residual=True)
     arguments = make_arguments(case, device)
     arguments.input = LAYOUTS[layout](arguments.input)

@@ -5,6 +5,7 @@ import torch
 
 from fastbn.runtime import sync_ops
 from fastbn.sync import steps
+from fastbn.sync.autograd import SyncBatchNorm
 
 TAKEN = pytest.mark.parametrize("taken", [steps, sync_ops], ids=["torch", "triton"])
 
@@ -151,3 +152,25 @@ def test_gradients_of_a_part(taken, residual, device):
         found = taken.gradients(*of_part, totals, count, *options)
         for whole_grad, grad in zip(expected, found):
             torch.testing.assert_close(grad, whole_grad[4 * i : 4 * i + 4])
+
+
+@TAKEN
+@pytest.mark.parametrize("residual", [False, True], ids=["", "add"])
+@pytest.mark.parametrize("wanted", ["residual", "weight", "bias"])
+def test_a_gradient_without_the_inputs_needs_no_other_process(taken, residual, wanted, device):
+    if wanted == "residual" and not residual:
+        pytest.skip("there is no residual")
+    x, r, grad = torch.randn(3, 4, 3, 5, dtype=torch.float64, device=device).unbind()
+    weight, bias = torch.rand(2, 3, dtype=torch.float64, device=device).unbind()
+    leaf = {"residual": r, "weight": weight, "bias": bias}[wanted].requires_grad_()
+    z = torch.nn.functional.batch_norm(x, None, None, weight, bias, True)
+    z = torch.nn.functional.silu(z + r if residual else z)
+    (expected,) = torch.autograd.grad(z, leaf, grad)
+    with torch.no_grad():
+        moments = taken.moments(x)[None]
+        given = (moments, bias, None, None, None, 0.1, 1.0, 1e-5, False)
+        statistics, count = taken.merge(*given)
+    options = (1e-5, "silu", 0.0, None, taken is sync_ops)
+    added = r if residual else None
+    y = SyncBatchNorm.apply(x, added, weight, bias, statistics, count, options)
+    torch.testing.assert_close(torch.autograd.grad(y, leaf, grad), (expected,))

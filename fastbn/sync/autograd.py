@@ -66,8 +66,8 @@ class SyncBatchNorm(torch.autograd.Function):
         options = (activation, param, (want_dx, compute_dr, want_dw, want_db), format)
         saved = (grad_output, *tensors)
         dx = dr = dw = db = None
-        # If no gradient of the input is wanted, no sums are read and any tensor will do.
-        sums = tensors[-1]
+        # If no gradient of the input is wanted, no sums are read, and any of their shape will do.
+        sums = tensors[-1][:2]
         if want_dx or want_dw or want_db:
             sums, dw, db = taken.sums(*saved, *options)
         if want_dx:
