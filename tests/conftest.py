@@ -33,9 +33,9 @@ collect_ignore = ["test_breakage.py"]
 def pytest_addoption(parser):
     parser.addoption(
         "--compile",
-        choices=("sm_90", "few", "others"),
-        default="sm_90",
-        help="what test_compiled.py compiles: all cases for sm_90 (the default), a few of them,"
+        choices=("few", "all", "others"),
+        default="few",
+        help="what test_compiled.py compiles: a few cases for sm_90 (the default), all of them,"
         " or a few for the other targets",
     )
 

@@ -46,9 +46,13 @@ def call(activation="none", training=True):
     return function
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("residual", [True, False], ids=["add", ""])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("activation", "residual", "training"),
+    [
+        *((activation, True, training) for activation in ACTIVATIONS for training in (True, False)),
+        *((activation, False, True) for activation in ("none", "relu", "silu")),
+    ],
+)
 def test_gradcheck_and_gradgradcheck(activation, residual, training, device):
     inputs = leaves(3, 2, 3, device=device, residual=residual)
     inputs = inputs if residual else inputs[:3]
@@ -56,10 +60,9 @@ def test_gradcheck_and_gradgradcheck(activation, residual, training, device):
     assert gradgradcheck(call(activation, training), inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("activation", ["none", "gelu"])
-def test_gradcheck_of_every_element(activation, device):
+def test_gradcheck_of_every_element(device):
     inputs = leaves(3, 2, 2, device=device)
-    assert gradcheck(call(activation), inputs)
+    assert gradcheck(call("gelu"), inputs)
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "silu"])
@@ -146,7 +149,7 @@ def test_create_graph_in_other_precisions(dtype, training, device):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+@pytest.mark.parametrize("activation", ["none", "relu"])
 @pytest.mark.parametrize("wanted", range(1, 16))
 def test_gradients_only_where_asked_for(wanted, activation, training, device):
     tensors = [t.detach() for t in leaves(3, 4, 5, device=device)]
@@ -322,7 +325,7 @@ RELATED = {
 )
 def test_inputs_that_depend_on_one_another(relation, activation, training, device):
     """Each path counts once, whichever way the backward goes."""
-    tensors = leaves(3, 4, 5, device=device)
+    tensors = leaves(3, 3, 2, device=device)
     function = call(activation, training)
     y = function(*RELATED[relation](*tensors))
     grad = torch.randn_like(y)
@@ -333,9 +336,10 @@ def test_inputs_that_depend_on_one_another(relation, activation, training, devic
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b)
-    assert gradgradcheck(
-        lambda *t: function(*RELATED[relation](*t)), tensors, fast_mode=True, nondet_tol=1e-9
-    )
+    if relation == "all from one":
+        assert gradgradcheck(
+            lambda *t: function(*RELATED[relation](*t)), tensors, fast_mode=True, nondet_tol=1e-9
+        )
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu"])

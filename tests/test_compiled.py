@@ -27,8 +27,8 @@ KNOWN_TRITONS = ("3.6", "3.7", "3.8", "3.9")
 
 # Cases and targets to compile, by the option --compile.
 COMPILED = {
-    "sm_90": ["--targets", "sm_90"],
     "few": ["--targets", "sm_90", "--few"],
+    "all": ["--targets", "sm_90"],
     "others": ["--targets", "sm_80", "sm_100", "gfx942", "--few"],
 }
 

@@ -252,18 +252,18 @@ def test_fixed_statistics_leave_a_mask_where_it_is():
 # Networks whose sizes change at every step. Each has a function that draws sizes, the number of
 # steps to try, and the number of kernels that they may compile at most.
 EVER_NEW_SIZES = {
-    "point clouds": (lambda draw: (draw(10_000, 200_000), 64, 1), 10_000, 12),
-    "detection": (lambda draw: (2, 256, draw(7, 200) * draw(7, 200)), 10_000, 12),
-    "audio": (lambda draw: (16, 80, draw(1, 3000)), 10_000, 12),
-    "pixels": (lambda draw: (32 * draw(1, 64) * draw(1, 64), 256, 1), 1000, 12),
-    "few images": (lambda draw: (draw(1, 7), 64, draw(7, 400) * draw(7, 400)), 1000, 12),
-    "some images": (lambda draw: (draw(8, 63), 256, draw(2, 64) * draw(2, 64)), 1000, 12),
-    "rows": (lambda draw: (draw(1, 10_000), 512, 1), 1000, 12),
-    "many images": (lambda draw: (256, 64, draw(2, 64) * draw(2, 64)), 1000, 16),
-    "odd channels": (lambda draw: (16, 3, draw(2, 30_000)), 1000, 20),
-    "many images, 12 channels": (lambda draw: (256, 12, draw(2, 4096)), 1000, 22),
-    "any batch": (lambda draw: (draw(1, 256), 64, draw(2, 4096)), 1000, 18),
-    "any batch, 12 channels": (lambda draw: (draw(1, 256), 12, draw(2, 4096)), 1000, 30),
+    "point clouds": (lambda draw: (draw(10_000, 200_000), 64, 1), 3000, 12),
+    "detection": (lambda draw: (2, 256, draw(7, 200) * draw(7, 200)), 3000, 12),
+    "audio": (lambda draw: (16, 80, draw(1, 3000)), 3000, 12),
+    "pixels": (lambda draw: (32 * draw(1, 64) * draw(1, 64), 256, 1), 300, 12),
+    "few images": (lambda draw: (draw(1, 7), 64, draw(7, 400) * draw(7, 400)), 300, 12),
+    "some images": (lambda draw: (draw(8, 63), 256, draw(2, 64) * draw(2, 64)), 300, 12),
+    "rows": (lambda draw: (draw(1, 10_000), 512, 1), 300, 12),
+    "many images": (lambda draw: (256, 64, draw(2, 64) * draw(2, 64)), 300, 16),
+    "odd channels": (lambda draw: (16, 3, draw(2, 30_000)), 300, 20),
+    "many images, 12 channels": (lambda draw: (256, 12, draw(2, 4096)), 300, 22),
+    "any batch": (lambda draw: (draw(1, 256), 64, draw(2, 4096)), 300, 18),
+    "any batch, 12 channels": (lambda draw: (draw(1, 256), 12, draw(2, 4096)), 300, 30),
 }
 
 
