@@ -64,9 +64,9 @@ def _convert_operands_once(semantic, left, right, *options, **named):
     if isinstance(right, tl.tensor):
         key = (left.type.name, right.type.name, *options)
         if key in _tensors:
-            return tuple(map(_broadcast, (left, right), _tensors[key]))
+            return tuple(map(_convert, (left, right), _tensors[key]))
         converted = _convert_operands(semantic, left, right, *options)
-        if all(new.dtype is old.dtype for new, old in zip(converted, (left, right))):
+        if all(_is_plain(old.dtype, new.dtype) for old, new in zip((left, right), converted)):
             _tensors[key] = [new.type for new in converted]
         return converted
     # Equal numbers may be of different types: 1, 1.0 and True.
@@ -82,11 +82,22 @@ def _convert_operands_once(semantic, left, right, *options, **named):
     return converted
 
 
-def _broadcast(tensor, type):
-    if tensor.type is type or not type.is_block():
+def _is_plain(old, new):
+    """Says whether NumPy converts between two dtypes as Triton does."""
+    integers = old.is_int() and new.is_int() and not (old.is_bool() or new.is_bool())
+    return old is new or integers
+
+
+def _convert(tensor, type):
+    pointers = type.scalar.is_ptr()
+    if tensor.type is type or (pointers and not type.is_block()):
         return tensor
-    data = np.broadcast_to(tensor.handle.data, type.get_block_shapes())
-    return tl.tensor(interpreter.TensorHandle(data, tensor.handle.dtype), type)
+    data = tensor.handle.data
+    if tensor.dtype is not type.scalar and not pointers:
+        data = data.astype(_get_known_np_dtype(type))
+    if type.is_block():
+        data = np.broadcast_to(data, type.get_block_shapes())
+    return tl.tensor(interpreter.TensorHandle(data, type.scalar), type)
 
 
 _tensors: dict[tuple, list] = {}

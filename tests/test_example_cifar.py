@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-import triton
 from matplotlib.figure import Figure
 from PIL import Image
 
 from fastbn import FusedBatchNormAct2d, use_backend
+from fastbn.runtime.support import INTERPRETING
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -88,23 +88,18 @@ def curves(metrics, norm):
     ]
 
 
-@pytest.mark.skipif(
-    triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
-    reason="Triton 3.6's interpreter needs a NumPy older than 2.4",
-)
-def test_fused_equals_torch_through_the_interpreter(pictures):
+@pytest.mark.skipif(not INTERPRETING, reason="this process does not interpret kernels")
+def test_fused_equals_torch_through_the_interpreter(pictures, capsys):
     for part in ("train", "test"):  # an image a class: the interpreter takes its time
         for folder in (pictures / part).iterdir():
             path = min(folder.iterdir())
             few = Path("few", part, folder.name, path.name)
             few.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, few)
-    env = {"TRITON_INTERPRET": "1", "FASTBN_BACKEND": "triton"}
-    tiny = ["--max-train-samples=2", "-b=2", "--epochs=1", "--device=cpu", "--output-dir=out"]
-    done = run_script("--data-path=few", "--norm", "torch", "fused", *tiny, **env)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "Triton's interpreter computed the fused norm" in done.stdout
-    metrics = json.loads(Path("out/metrics.json").read_text())
+    tiny = ["--max-train-samples=2", "-b=2", "--epochs=1"]
+    with use_backend("triton"):
+        metrics = run("--data-path=few", "--norm", "torch", "fused", *tiny)
+    assert "Triton's interpreter computed the fused norm" in capsys.readouterr().out
     (expected,), (row,) = curves(metrics, "torch"), curves(metrics, "fused")
     # Adam's first steps are the sign of the gradient, which amplifies rounding a little.
     assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-3)

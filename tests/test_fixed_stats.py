@@ -7,17 +7,15 @@ import fastbn
 from fastbn.activations import ACTIVATIONS
 
 from .oracle import Case, check, compare, make_arguments
-from .test_kernels import DTYPES, LAYOUTS, NAMES, SHAPES
+from .test_kernels import DTYPES, LAYOUTS, SHAPES, sized
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=NAMES)
+@pytest.mark.parametrize(("shape", "dtype"), sized(SHAPES))
 def test_fixed_stats_keep_the_rule_in_all_shapes_and_dtypes(shape, dtype, device):
     check(Case(shape, dtype, training=False, activation="relu"), device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [s for s in SHAPES if len(s) >= 4])
+@pytest.mark.parametrize(("shape", "dtype"), sized(s for s in SHAPES if len(s) >= 4))
 def test_fixed_stats_keep_the_rule_with_channels_last(shape, dtype, device):
     case = Case(shape, dtype, channels_last=True, training=False, activation="relu")
     check(case, device)

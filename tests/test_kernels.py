@@ -101,7 +101,7 @@ IN_PLANES = [(5, 8, 7, 7), (9, 8, 65), (3, 8, 5, 41), (2, 24, 11, 3), (4, 8, 63)
         for layout, shapes in (("columns", IN_COLUMNS), ("planes", IN_PLANES))
         for i, shape in enumerate(shapes)
         for dtype in DTYPES
-        if dtype == torch.float32 or (i < 2 and dtype != torch.float16)
+        if dtype == torch.float32 or (i == 0 and dtype != torch.float16)
     ],
     ids=str,
 )
@@ -320,8 +320,7 @@ def test_a_variance_that_overflows_is_infinite_as_in_pytorch(images, channels_la
         ("residual", -float("inf")),
     ],
 )
-@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
-@pytest.mark.parametrize("channels", [8, 9])
+@pytest.mark.parametrize(("channels", "channels_last"), [(8, False), (9, False), (8, True)])
 def test_nan_and_inf_stay_in_their_channel(channels, channels_last, where, value, device):
     """Of 8 channels, accesses of 16 bytes also load what belongs to a neighbour."""
     residual = where == "residual"
@@ -357,7 +356,7 @@ def test_bitwise_reproducible(channels_last, device):
 @settings(
     # On a GPU each smaller example would be compiled.
     phases=[Phase.generate] if torch.cuda.is_available() else Phase,
-    max_examples=16,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     # The strategy is the same for all examples.

@@ -21,7 +21,7 @@ CASES = [
     Case((8, 12), torch.float64, activation="silu", momentum=None),
     Case((8, 3, 2, 3, 4), torch.float64, activation="leaky_relu", channels_last=True),
     Case((8, 5, 6, 7), mean=3.0, channels_last=True, biased_running_var=True),
-    Case((8, 40, 3, 3), torch.bfloat16, None, True, True, "relu", residual=True, momentum=None),
+    Case((8, 20, 3, 3), torch.bfloat16, None, True, True, "relu", residual=True, momentum=None),
     Case((8, 12, 4, 4), torch.float16, channels_last=True, statistics=False),
     Case((8, 5, 1, 1), activation="tanh", weight=False, bias=False),
 ]
@@ -89,7 +89,7 @@ def joined(parts: list[dict]) -> dict:
 def test_parts_give_what_one_process_makes_of_the_whole(world, backend, device):
     """Outputs, gradients, running statistics and counters, by the rule for one process."""
     # The interpreter is slow.
-    cases = CASES if backend == "torch" or world == 2 else CASES[:4]
+    cases = CASES if backend == "torch" else CASES[:7] if world == 2 else CASES[:2]
     found = run(world, parity, SPLITS[world], cases, backend, device)
     for i, split in enumerate(SPLITS[world]):
         for j, case in enumerate(cases):
