@@ -42,7 +42,7 @@ def pytest_addoption(parser):
 
 def pytest_report_header():
     where = "on this GPU" if HAS_GPU else "in Triton's interpreter"
-    return f"fastbn: kernels run {where}; all tests take a quarter of an hour or more on two cores"
+    return f"fastbn: kernels run {where}; all tests take about ten minutes on two cores"
 
 
 def pytest_terminal_summary(terminalreporter):

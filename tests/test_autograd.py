@@ -49,8 +49,9 @@ def call(activation="none", training=True):
 @pytest.mark.parametrize(
     ("activation", "residual", "training"),
     [
-        *((activation, True, training) for activation in ACTIVATIONS for training in (True, False)),
+        *((activation, True, True) for activation in ACTIVATIONS),
         *((activation, False, True) for activation in ("none", "relu", "silu")),
+        *((activation, True, False) for activation in ("none", "relu", "silu", "elu")),
     ],
 )
 def test_gradcheck_and_gradgradcheck(activation, residual, training, device):
@@ -152,12 +153,12 @@ def test_create_graph_in_other_precisions(dtype, training, device):
 @pytest.mark.parametrize("activation", ["none", "relu"])
 @pytest.mark.parametrize("wanted", range(1, 16))
 def test_gradients_only_where_asked_for(wanted, activation, training, device):
-    tensors = [t.detach() for t in leaves(3, 4, 5, device=device)]
+    tensors = [t.detach() for t in leaves(3, 2, 3, device=device)]
     asked = [bool(wanted >> i & 1) for i in range(4)]
     full = [t.clone().requires_grad_() for t in tensors]
     some = [t.clone().requires_grad_(a) for t, a in zip(tensors, asked)]
     function = call(activation, training)
-    grad = torch.randn(3, 4, 5, dtype=torch.double, device=device)
+    grad = torch.randn(3, 2, 3, dtype=torch.double, device=device)
     function(*full).backward(grad)
     function(*some).backward(grad)
     for t, s, a in zip(full, some, asked):
