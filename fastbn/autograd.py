@@ -51,13 +51,16 @@ class BatchNorm(torch.autograd.Function):
             output, statistics, mask = torch_ops.forward(tensors, *options, saved == "mask")
         mask = mask if saved == "mask" else None
         # Save only what the backward reads, so that everything else may change before it. The bias
-        # may change too, as in unfused layers: a batch's statistics hold a copy of its values.
-        ctx.bias = bias if activation != "none" and saved != "mask" else None
+        # may change too, as in unfused layers: a batch's statistics hold a copy of its values, and
+        # only second derivatives need `ctx.bias`, for its gradient.
+        if activation == "none" or saved == "mask":
+            bias = None
+        ctx.bias = bias if ctx.needs_input_grad[3] else None
         residual = residual if saved == "residual" else None
-        bias = var = None
-        if not training:
-            bias = None if ctx.bias is None else ctx.bias.clone()
-            var = running_var
+        if training:
+            bias = var = None
+        else:
+            bias, var = None if bias is None else bias.clone(), running_var
         ctx.save_for_backward(input, residual, mask, weight, bias, statistics, var)
         # Hooks may change the strides of the saved input, but the mask's bits keep this order.
         format = None if mask is None else memory_format(input)
@@ -112,8 +115,10 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     # A saved variance says that the statistics were fixed. The flag `training` doesn't:
     # it may be a tensor, and its value may have changed since.
     fixed = None if var is None else (statistics, var)
+    if var is None:
+        bias = statistics[2]
     if ctx.bias is not None:
-        bias = reference.with_value(ctx.bias, statistics[2] if var is None else bias)
+        bias = reference.with_value(ctx.bias, bias)
     grads = reference.batch_norm_backward(
         grad_output, input, weight, bias, fixed, eps, activation, param, residual
     )

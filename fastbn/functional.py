@@ -165,6 +165,9 @@ def tracked_batch_norm(
                 plan = plan_cache.insert(key, tensors, plan_forward, *key[:5])
             options = (training, momentum, correction, eps, activation, param, skip)
             if needs_grad:
+                kept = with_fixed_history(bias)
+                if kept is not bias:
+                    tensors = (*tensors[:3], kept, *tensors[4:])
                 return BatchNorm.apply(*tensors, options, saved, plan)
             if plan is not None:
                 return execution.run_forward(plan, tensors, *options[1:4], param)[0]
@@ -180,6 +183,16 @@ def tracked_batch_norm(
     if residual is not None:
         output = output + residual
     return ACTIVATIONS[activation].function(output, param)
+
+
+def with_fixed_history(bias: Tensor | None) -> Tensor | None:
+    """Returns a bias whose gradient nothing changes that is done to it in place afterwards.
+
+    The backward keeps the bias. A parameter has no history, and compilers copy what is changed.
+    """
+    if bias is None or torch.compiler.is_compiling() or bias.grad_fn is None:
+        return bias
+    return bias.clone()
 
 
 def as_float(value: Any) -> Any:

@@ -5,6 +5,8 @@ Tests compare the kernels with it, and second derivatives are those of its gradi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -122,9 +124,29 @@ def axes_of(x: Tensor) -> list[int]:
     return [0, *range(2, x.dim())]
 
 
+class _WithValue(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(variable: Tensor, value: Tensor) -> Tensor:
+        return value.to(variable.dtype, copy=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return tangent
+
+
 def with_value(variable: Tensor, value: Tensor) -> Tensor:
-    """Returns a tensor that has a given value and passes its gradient on to a variable."""
-    return value + (variable - variable.detach())
+    """Returns the value that a variable had earlier, as a function of the variable."""
+    return _WithValue.apply(variable, value)
 
 
 def per_channel(value: Tensor, z: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """Gradients of all orders and kinds."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -443,6 +446,69 @@ def test_the_bias_may_change_before_the_backward(
         b.add_(1)
     for a, b in zip(derivatives(same), expected):
         torch.testing.assert_close(a, b)
+
+
+CHANGES = {
+    "made from a parameter, then doubled": lambda b, p: b.mul_(2),
+    "made from a parameter, then zero": lambda b, p: b.zero_(),
+    "a constant, then a function": lambda b, p: b.add_(p),
+    "a parameter, then NaN": lambda b, p: b.data.fill_(float("nan")),
+}
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["", "add"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_second_derivatives_are_those_of_the_bias_as_it_was(change, training, residual, device):
+    x, w, p, r = leaves(4, 3, 5, device=device, residual=residual)
+    inputs = [t for t in (x, w, p, r) if t is not None]
+    grad = torch.randn_like(x)
+
+    def derivatives(function, changed):
+        b = p.detach().clone() if "constant" in change else p * 1
+        if "a parameter, then NaN" in change:
+            b = p.detach().clone().requires_grad_()
+        y = function(x, w, b, r)
+        if changed:
+            CHANGES[change](b, p)
+        wanted = [b if t is p and b.is_leaf and b.requires_grad else t for t in inputs]
+        grads = torch.autograd.grad(y, (x, w), grad, create_graph=True)
+        penalty = sum(g.sin().sum() for g in grads)
+        return torch.autograd.grad(penalty, wanted, allow_unused=True)
+
+    function = call("silu", training)
+    for found, expected in zip(derivatives(function, True), derivatives(function, False)):
+        assert (found is None) == (expected is None)
+        if found is not None:
+            torch.testing.assert_close(found, expected)
+
+
+def test_second_derivatives_where_the_bias_is_infinite(device):
+    x, w, b, grad = (t.detach().requires_grad_() for t in leaves(4, 3, 5, device=device))
+    with torch.no_grad():
+        b[1] = -float("inf")
+
+    def derivatives(function):
+        grads = torch.autograd.grad(function(x, w, b), (x, w), grad, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), (x, w))
+
+    def unfused(x, w, b):
+        return F.relu(F.batch_norm(x, None, None, w, b, True))
+
+    for found, expected in zip(derivatives(call("relu")), derivatives(unfused)):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_bias_that_is_made_of_the_output_later_is_freed(device):
+    """The backward keeps the bias, whose history then must not hold the backward."""
+    x, w, p, _ = leaves(4, 3, 5, device=device)
+    b = p * 1
+    b += call("silu")(x, w, b).mean((0, 2))
+    b.sum().backward()
+    alive = weakref.ref(b)
+    del b
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

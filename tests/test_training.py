@@ -1,6 +1,7 @@
 """Tests what training loops do: averages, checkpoints, scaled losses, new statistics."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -42,6 +43,26 @@ def test_a_checkpoint_may_update_statistics_once(once, momentum, device):
     torch.testing.assert_close(norm.state_dict(), plain.state_dict(), rtol=0, atol=0)
     norm(x)
     assert norm.num_batches_tracked == plain.num_batches_tracked + 1
+
+
+def test_a_compiled_module_in_a_checkpoint_updates_statistics_once(device):
+    """In a thread of its own, where the module is compiled before anything is recomputed."""
+    torch._dynamo.reset()
+    norm = FusedBatchNormAct2d(3).to(device)
+    compiled = torch.compile(norm, backend="aot_eager")
+    counts = []
+
+    def train():
+        for _ in range(3):
+            x = torch.randn(4, 3, 5, 5, device=device, requires_grad=True)
+            y = checkpoint(compiled, x, use_reentrant=False, context_fn=update_once)
+            y.square().sum().backward()
+            counts.append(norm.num_batches_tracked.item())
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert counts == [1, 2, 3]
 
 
 def test_gradients_are_accumulated_before_a_step():

@@ -13,7 +13,15 @@ from torch.autograd.graph import increment_version
 from .execution import parameter_dtype
 from .execution_plan import plan_backward, plan_forward, plan_merge
 from .layout import dense, statistics_dtype
-from .torch_ops import _check_devices, _dense, _empty_like, _empty_mask, _or_empty, _register
+from .torch_ops import (
+    _check_devices,
+    _check_statistics,
+    _dense,
+    _empty_like,
+    _empty_mask,
+    _or_empty,
+    _register,
+)
 from .workspace import get_workspace
 
 
@@ -54,6 +62,7 @@ def _merge(
 def _normalise(x, residual, weight, statistics, activation, param, save_mask):
     tensors = (x, residual, weight)
     _check_devices(*tensors, statistics)
+    _check_statistics(statistics)
     y, mask = _fake_normalise(x, residual, weight, statistics, activation, param, save_mask)
     if x.numel():
         absent = [None] * 4
@@ -68,6 +77,7 @@ def _normalise(x, residual, weight, statistics, activation, param, save_mask):
 def _sums(dy, x, residual, mask, weight, statistics, activation, param, wanted, format):
     tensors = (dy, x, residual, mask, weight, None, statistics, None)
     _check_devices(*tensors)
+    _check_statistics(statistics)
     _, _, want_dw, want_db = wanted
     channels, dtype = x.shape[1], parameter_dtype(weight, None, statistics)
     # The sums of an empty input are 0.
@@ -88,6 +98,7 @@ def _gradients(
 ):
     tensors = (dy, x, residual, mask, weight, statistics)
     _check_devices(*tensors, sums, count)
+    _check_statistics(statistics)
     dx, dr = _fake_gradients(*tensors, sums, count, activation, param, wanted, format)
     if x.numel():
         want_dx, want_dr, *_ = wanted

@@ -35,6 +35,14 @@ def _check_devices(*tensors: Tensor | None) -> None:
         raise RuntimeError(f"expected all tensors on one device, but got {names}")
 
 
+def _check_statistics(statistics: Tensor) -> None:
+    """Raises an error for a batch's statistics without the bias beside them."""
+    if statistics.dim() != 2 or len(statistics) != 3:
+        raise RuntimeError(
+            f"expected statistics of shape (3, C), but got {tuple(statistics.shape)}"
+        )
+
+
 def _dense(plan: ExecutionPlan, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
     return tuple([None if t is None else dense(t, plan.format) for t in tensors])
 
@@ -66,6 +74,8 @@ def _backward(
 ):
     tensors = (dy, x, residual, mask, weight, bias, statistics, var)
     _check_devices(*tensors)
+    if var is None:
+        _check_statistics(statistics)
     plan = plan_backward(tensors, activation, tuple(wanted), format)
     dx, dr, dw, db = execution.run_backward(plan, _dense(plan, tensors), eps, param, wanted)
     dtype = execution.parameter_dtype(weight, bias, statistics)

@@ -45,7 +45,8 @@ class SyncBatchNorm(torch.autograd.Function):
         # Save only what the backward reads, so that everything else may change before it. The bias
         # may change too: the statistics hold a copy of its values, and only second derivatives
         # need `ctx.bias`, for its gradient.
-        ctx.bias = bias
+        reads_bias = activation != "none" and saved != "mask"
+        ctx.bias = bias if reads_bias and ctx.needs_input_grad[3] else None
         residual = residual if saved == "residual" else None
         mask = mask if saved == "mask" else None
         ctx.save_for_backward(input, residual, mask, weight, statistics, count)
@@ -107,8 +108,8 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
             argument = x_hat
             if weight is not None:
                 argument = argument * per_channel(weight, z)
-            if ctx.bias is not None:
-                argument = argument + per_channel(with_value(ctx.bias, statistics[2]), z)
+            bias = statistics[2] if ctx.bias is None else with_value(ctx.bias, statistics[2])
+            argument = argument + per_channel(bias, z)
             if residual is not None:
                 argument = argument + residual
         else:

@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import as_float, check_residual, checked_activation, goes_to_kernels
+from ..functional import (
+    as_float,
+    check_residual,
+    checked_activation,
+    goes_to_kernels,
+    with_fixed_history,
+)
 from ..runtime import support
 from . import steps
 from .autograd import SyncBatchNorm
@@ -84,6 +90,7 @@ def sync_batch_norm(
         skip = skip_nonfinite and running_mean is not None and running_var is not None
         statistics, count = taken.merge(gathered, bias, *written, momentum, correction, eps, skip)
     options = (eps, activation, param, group, kernels)
+    bias = with_fixed_history(bias)
     return SyncBatchNorm.apply(input, residual, weight, bias, statistics, count, options)
 
 
