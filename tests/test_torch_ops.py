@@ -302,6 +302,14 @@ def test_backward_with_a_mask_of_another_format_passes_opcheck(device):
     torch.library.opcheck(torch.ops.fastbn.backward.default, args, test_utils=TESTS)
 
 
+def test_backward_refuses_statistics_without_the_bias(device):
+    """The kernels would read the bias from past their end."""
+    x, _, dy, w, b, mean, var, _ = tensors(device)
+    options = (1e-5, "silu", 0.0, [True] * 4, None)
+    with pytest.raises(RuntimeError, match=r"statistics of shape \(3, C\), but got \(2, 9\)"):
+        torch.ops.fastbn.backward(dy, x, None, None, w, b, torch.stack([mean, var]), None, *options)
+
+
 def test_operators_refuse_tensors_on_two_devices(device):
     x = torch.randn(2, 4, 5, 5, device=device)
     mean, var = torch.zeros(4, device=device), torch.ones(4, device="meta")
