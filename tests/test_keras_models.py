@@ -282,6 +282,36 @@ def test_bad_models_say_what_is_expected():
         convert(model)
 
 
+def test_what_keras_cannot_copy_is_keras_error_and_stays_as_it_was():
+    class Configless(keras.Model):
+        def __init__(self, filters):
+            super().__init__()
+            self.dense, self.norm = layers.Dense(filters), layers.BatchNormalization()
+
+        def call(self, x):
+            return self.norm(self.dense(x))
+
+    class Keywordless(layers.Layer):
+        def __init__(self, filters):
+            super().__init__()
+            self.dense = layers.Dense(filters)
+
+        def call(self, x):
+            return self.dense(x)
+
+    x = np.ones((2, 5), "float32")
+    inner = keras.Sequential([keras.Input((5,)), Keywordless(3), layers.BatchNormalization()])
+    for model, error, message in (
+        (Configless(3), NotImplementedError, r"implement `get_config\(\)`"),
+        (inner, TypeError, "deserializing class 'Keywordless'"),
+    ):
+        before = model(x)
+        with pytest.raises(error, match=message):
+            convert(model)
+        assert not any(isinstance(part, BatchNormalization) for part in model._flatten_layers())
+        torch.testing.assert_close(model(x), before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("suffix", [".keras", ".weights.h5", ".h5"])
 @pytest.mark.parametrize("make", [sequential, functional])
 def test_weights_go_both_ways_through_files(make, suffix, tmp_path):

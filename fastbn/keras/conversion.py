@@ -28,8 +28,8 @@ def convert(model: Any) -> Any:
             models in it or not. Subclasses of Keras's batch norm stay as they are.
 
     Raises:
-        TypeError: the model is no Keras model.
-        NotImplementedError: a subclassed model or a layer has no `get_config`, as Keras says.
+        TypeError: the model is no Keras model, or Keras can't make a layer from its config.
+        NotImplementedError: a subclassed model needs a `get_config` of its own, as Keras says.
         ValueError: a subclassed model's config makes a model of other weights.
     """
     if not isinstance(model, keras.Model):
