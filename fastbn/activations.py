@@ -219,3 +219,8 @@ def saved_for(activation: str, residual: bool) -> str | None:
     Without a residual it keeps nothing else: it recomputes the argument from these tensors.
     """
     return ACTIVATIONS[activation].saves if residual else None
+
+
+def reads_bias(activation: str, saved: str | None) -> bool:
+    """Says whether a backward that keeps `saved` recomputes the argument, and so needs the bias."""
+    return activation != "none" and saved != "mask"

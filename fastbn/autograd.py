@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .activations import ACTIVATIONS
+from .activations import ACTIVATIONS, reads_bias
 from .runtime import execution, plan_cache, support, torch_ops
 from .runtime.execution_plan import ExecutionPlan, plan_backward
 from .runtime.layout import memory_format, unpack_mask
@@ -53,7 +53,7 @@ class BatchNorm(torch.autograd.Function):
         # Save only what the backward reads, so that everything else may change before it. The bias
         # may change too, as in unfused layers: a batch's statistics hold a copy of its values, and
         # only second derivatives need `ctx.bias`, for its gradient.
-        if activation == "none" or saved == "mask":
+        if not reads_bias(activation, saved):
             bias = None
         ctx.bias = bias if ctx.needs_input_grad[3] else None
         residual = residual if saved == "residual" else None

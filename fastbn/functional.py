@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import native
-from .activations import ACTIVATIONS, saved_for
+from .activations import ACTIVATIONS, reads_bias, saved_for
 from .backend import get_backend
 from .runtime import support
 from .runtime.support import HAS_TRITON
@@ -165,7 +165,7 @@ def tracked_batch_norm(
                 plan = plan_cache.insert(key, tensors, plan_forward, *key[:5])
             options = (training, momentum, correction, eps, activation, param, skip)
             if needs_grad:
-                kept = with_fixed_history(bias)
+                kept = with_fixed_history(bias) if reads_bias(activation, saved) else bias
                 if kept is not bias:
                     tensors = (*tensors[:3], kept, *tensors[4:])
                 return BatchNorm.apply(*tensors, options, saved, plan)

@@ -302,6 +302,22 @@ def test_backward_with_a_mask_of_another_format_passes_opcheck(device):
     torch.library.opcheck(torch.ops.fastbn.backward.default, args, test_utils=TESTS)
 
 
+@pytest.mark.parametrize(("activation", "clones"), [("none", 0), ("relu", 1)])
+def test_a_bias_is_copied_only_if_the_backward_keeps_it(activation, clones, device):
+    x, parameter = torch.randn(4, 3, 5, device=device), torch.randn(3, device=device)
+    parameter.requires_grad_()
+    bias = parameter * 2
+    with fastbn.use_backend("triton"):
+        y = fastbn.batch_norm(x, None, None, None, bias, True, activation=activation)
+    kept = [node.name() for node, _ in y.grad_fn.next_functions if node is not None]
+    assert kept == (["CloneBackward0"] if clones else ["MulBackward0"])
+    (found,) = torch.autograd.grad(y.square().sum(), parameter)
+    z = F.batch_norm(x, None, None, None, parameter * 2, True)
+    z = torch.relu(z) if activation == "relu" else z
+    (expected,) = torch.autograd.grad(z.square().sum(), parameter)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_backward_refuses_statistics_without_the_bias(device):
     """The kernels would read the bias from past their end."""
     x, _, dy, w, b, mean, var, _ = tensors(device)

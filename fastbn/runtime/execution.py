@@ -72,7 +72,8 @@ def run_forward(
             assert plan.reduce is not None
             assert plan.apply is not None
             first = (x, bias, *written, partials, arrivals)
-            second = (*outputs, statistics, None)
+            # The statistics hold the bias.
+            second = (x, residual, y, mask, weight, None, statistics, None)
             # Check the second launch's tensors before the first launch writes anything.
             plan.apply.check(second)
             plan.reduce(first, rate, correction, eps)

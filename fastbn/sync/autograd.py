@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..activations import ACTIVATIONS, saved_for
+from ..activations import ACTIVATIONS, reads_bias, saved_for
 from ..reference import accumulated, axes_of, per_channel, with_value
 from ..runtime import support
 from ..runtime.layout import memory_format, unpack_mask
@@ -45,8 +45,8 @@ class SyncBatchNorm(torch.autograd.Function):
         # Save only what the backward reads, so that everything else may change before it. The bias
         # may change too: the statistics hold a copy of its values, and only second derivatives
         # need `ctx.bias`, for its gradient.
-        reads_bias = activation != "none" and saved != "mask"
-        ctx.bias = bias if reads_bias and ctx.needs_input_grad[3] else None
+        reads = reads_bias(activation, saved)
+        ctx.bias = bias if reads and ctx.needs_input_grad[3] else None
         residual = residual if saved == "residual" else None
         mask = mask if saved == "mask" else None
         ctx.save_for_backward(input, residual, mask, weight, statistics, count)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..activations import reads_bias, saved_for
 from ..functional import (
     as_float,
     check_residual,
@@ -90,7 +91,8 @@ def sync_batch_norm(
         skip = skip_nonfinite and running_mean is not None and running_var is not None
         statistics, count = taken.merge(gathered, bias, *written, momentum, correction, eps, skip)
     options = (eps, activation, param, group, kernels)
-    bias = with_fixed_history(bias)
+    if reads_bias(activation, saved_for(activation, residual is not None)):
+        bias = with_fixed_history(bias)
     return SyncBatchNorm.apply(input, residual, weight, bias, statistics, count, options)
 
 
